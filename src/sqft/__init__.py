@@ -1,0 +1,66 @@
+"""sqft: fine-tune compressed language models so that one compressed model comes out.
+
+The verbs of the command line are functions here, with the same names and defaults. Importing this package also makes
+PEFT load masked adapters (peft_type SQFT).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = [
+    "ElasticRanks",
+    "InputError",
+    "Recipe",
+    "SqftConfig",
+    "SqftError",
+    "__version__",
+    "inspect_model",
+    "load_recipe",
+    "rank_space",
+    "register_pruner",
+    "register_score",
+    "run",
+    "set_ranks",
+]
+
+from sqft.errors import InputError, SqftError
+
+if TYPE_CHECKING:
+    from sqft.core.pruners import register_pruner, register_score
+    from sqft.model.elastic import ElasticRanks, rank_space, set_ranks
+    from sqft.model.inspect import inspect_model
+    from sqft.model.layers import SqftConfig
+    from sqft.pipeline import run
+    from sqft.recipe import Recipe, load_recipe
+
+_HOME = {
+    "ElasticRanks": "sqft.model.elastic",
+    "Recipe": "sqft.recipe",
+    "SqftConfig": "sqft.model.layers",
+    "inspect_model": "sqft.model.inspect",
+    "load_recipe": "sqft.recipe",
+    "rank_space": "sqft.model.elastic",
+    "register_pruner": "sqft.core.pruners",
+    "register_score": "sqft.core.pruners",
+    "run": "sqft.pipeline",
+    "set_ranks": "sqft.model.elastic",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `sqft --help` must not wait for torch and transformers."""
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'sqft' has no attribute {name!r}")
+
+
+# PEFT learns the peft_type SQFT here. It takes seconds to import, which `sqft --help` need not wait for; the commands
+# import it themselves.
+if Path(sys.argv[0]).name not in ("sqft", "-m", "__main__.py"):
+    import sqft.model.layers

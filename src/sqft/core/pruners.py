@@ -1,0 +1,221 @@
+"""Pruners: which weights of a linear become zero, given how its inputs look on calibration data.
+
+Shapes: O out features, I in features, B a block of columns.
+
+Two kinds are registered by name. A *score* `(weight_OI, statistics) -> score_OI` only ranks; the lowest entries of
+each row are zeroed and the others stay as they are (magnitude, Wanda). A *pruner*
+`(weight_OI, statistics, pattern) -> (weight_OI, mask_OI)` may also change the weights that stay (SparseGPT).
+Any other is named in a recipe by import path, 'package.module:function'; a function taking three arguments is a pruner.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sqft.core.mask import mask_from_score
+from sqft.errors import InputError, NumericalError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How much is pruned, and where: per output row, or N of every M along it."""
+
+    sparsity: float
+    structure: tuple[int, int] | None = None
+
+
+@dataclass
+class Statistics:
+    """What calibration saw of a linear's input x_TI.
+
+    Attributes:
+        squared_sum_I: sum of x² over tokens, float32 [I].
+        tokens: T, how many tokens were seen.
+        hessian_II: sum of x xᵀ over tokens, float32 [I, I]; None where no pruner asked for it.
+    """
+
+    squared_sum_I: torch.Tensor
+    tokens: int = 0
+    hessian_II: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, in_features: int, *, hessian: bool) -> Statistics:
+        """Return statistics of no tokens."""
+        return cls(torch.zeros(in_features), 0, torch.zeros(in_features, in_features) if hessian else None)
+
+    def add(self, x_TI: torch.Tensor) -> None:
+        """Take in a batch of inputs, any float dtype, [T, I]."""
+        x_TI = x_TI.float()
+        self.tokens += x_TI.shape[0]
+        self.squared_sum_I += x_TI.square().sum(dim=0)
+        if self.hessian_II is not None:
+            self.hessian_II.addmm_(x_TI.T, x_TI)
+
+
+Score = Callable[[torch.Tensor, Statistics], torch.Tensor]
+Pruner = Callable[[torch.Tensor, Statistics, Pattern], tuple[torch.Tensor, torch.Tensor]]
+
+
+def magnitude(weight_OI: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    """Score |W| (Hagiwara 1994); the inputs do not count."""
+    return weight_OI.float().abs()
+
+
+def wanda(weight_OI: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    """Score |W| · ‖X_i‖₂ (Sun et al. 2023, equation 1; SQFT section 2.1).
+
+    Differs from the reference: the norm is over all tokens rather than a running mean over samples; the two differ by
+    a factor that is equal for all weights, so the ranking within a row is the same.
+    """
+    return weight_OI.float().abs() * statistics.squared_sum_I.sqrt()
+
+
+def sparsegpt(
+    weight_OI: torch.Tensor,
+    statistics: Statistics,
+    pattern: Pattern,
+    *,
+    block: int = 128,
+    damping: float = 0.01,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prune column by column and let the weights to the right make up for it (Frantar and Alistarh 2023, algorithm 1).
+
+    Differs from the reference: the lowest entries are chosen per output row of each column block, so every row ends
+    with the same number of zeros; the reference takes one threshold for a whole block of columns.
+
+    Args:
+        weight_OI: [O, I], any float dtype.
+        statistics: with a hessian.
+        pattern: how much to prune.
+        block: columns whose mask is chosen together.
+        damping: added to the hessian's diagonal, as a fraction of its mean.
+
+    Returns:
+        (weight [O, I] in its own dtype, mask [O, I]).
+
+    Raises:
+        NumericalError: the damped hessian is not positive definite.
+    """
+    weight = weight_OI.float().clone()
+    columns = weight.shape[1]
+    inverse = inverse_cholesky(_hessian(statistics), damping)
+    if pattern.structure is not None:
+        block = max(block // pattern.structure[1], 1) * pattern.structure[1]
+    mask = torch.empty_like(weight, dtype=torch.bool)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        width = stop - start
+        factor_BB = inverse[start:stop, start:stop]
+        part = weight[:, start:stop]
+        # Whole counts per row add up over the blocks to int(I * sparsity), whatever the block's width.
+        count = int(stop * pattern.sparsity) - int(start * pattern.sparsity)
+        score = part.square() / factor_BB.diagonal().square()
+        kept = mask_from_score(score, (count + 0.5) / width, pattern.structure)
+        mask[:, start:stop] = kept
+        errors = torch.zeros_like(part)
+        for column in range(width):
+            current = part[:, column]
+            pruned = torch.where(kept[:, column], current, torch.zeros_like(current))
+            error = (current - pruned) / factor_BB[column, column]
+            part[:, column] = pruned
+            part[:, column + 1 :] -= error.unsqueeze(1) * factor_BB[column, column + 1 :]
+            errors[:, column] = error
+        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return weight.to(weight_OI.dtype) * mask, mask
+
+
+def _hessian(statistics: Statistics) -> torch.Tensor:
+    if statistics.hessian_II is None:
+        raise InputError("this pruner needs second-order statistics, and none were collected")
+    return statistics.hessian_II * (2.0 / max(statistics.tokens, 1))
+
+
+def inverse_cholesky(hessian_II: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the upper Cholesky factor of the inverse of a damped hessian (Frantar et al. 2022, section 3.3).
+
+    A channel that was never active gets a diagonal of 1, which leaves its weights alone.
+
+    Args:
+        hessian_II: symmetric float32 [I, I].
+        damping: fraction of the mean diagonal that is added to the diagonal.
+
+    Raises:
+        NumericalError: NaN or Inf in the hessian, or not positive definite after damping.
+    """
+    if not torch.isfinite(hessian_II).all():
+        raise NumericalError("the hessian has NaN or Inf; the calibration activations have too")
+    hessian = hessian_II.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    factor, status = torch.linalg.cholesky_ex(hessian)
+    if status.item() == 0:
+        factor, status = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if status.item() != 0:
+        raise NumericalError(
+            f"the hessian ({hessian.shape[0]} channels) is not positive definite with damping {damping:g}; "
+            "use more calibration samples or a larger damping"
+        )
+    return factor
+
+
+_SCORES: dict[str, Score] = {"magnitude": magnitude, "wanda": wanda}
+_PRUNERS: dict[str, Pruner] = {"sparsegpt": sparsegpt}
+_NEEDS_HESSIAN = {"sparsegpt"}
+
+
+def register_score(name: str, score: Score) -> None:
+    """Make a score available to recipes as `method: name`."""
+    _SCORES[name] = score
+
+
+def register_pruner(name: str, pruner: Pruner, *, hessian: bool = True) -> None:
+    """Make a pruner available to recipes as `method: name`; `hessian` asks for second-order statistics."""
+    _PRUNERS[name] = pruner
+    if hessian:
+        _NEEDS_HESSIAN.add(name)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A resolved pruner and whether it needs the hessian."""
+
+    prune: Pruner
+    needs_hessian: bool
+
+
+def _as_pruner(score: Score) -> Pruner:
+    def prune(weight_OI: torch.Tensor, statistics: Statistics, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = mask_from_score(score(weight_OI, statistics), pattern.sparsity, pattern.structure)
+        # where, not a product: 0 * -1 is -0, and NaN * 0 is NaN.
+        return torch.where(mask, weight_OI, torch.zeros_like(weight_OI)), mask
+
+    return prune
+
+
+def resolve_method(name: str) -> Method:
+    """Return the pruner that a recipe names.
+
+    Raises:
+        InputError: neither registered nor importable.
+    """
+    if name in _PRUNERS:
+        return Method(_PRUNERS[name], name in _NEEDS_HESSIAN)
+    if name in _SCORES:
+        return Method(_as_pruner(_SCORES[name]), needs_hessian=False)
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = ", ".join(sorted([*_SCORES, *_PRUNERS]))
+        raise InputError(f"sparsify.method {name!r} is not known; use one of {known}, or 'package.module:function'")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"sparsify.method {name!r} cannot be imported: {error}") from error
+    if len(inspect.signature(function).parameters) >= 3:
+        return Method(function, needs_hessian=True)
+    return Method(_as_pruner(function), needs_hessian=False)

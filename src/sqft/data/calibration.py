@@ -1,0 +1,188 @@
+"""Token windows for calibration and the token stream for perplexity.
+
+Calibration text is one stream of tokens, cut at a random offset into windows of exactly `length` that do not overlap;
+`samples` of them are drawn. Rows of a task are shuffled first and joined by the end token, prompt and answer as in
+training, so that the activations that a pruner or a quantiser sees are those of the task. A text too short for
+`samples` windows is repeated, which is logged: repeated windows add no information.
+
+WikiText-2 is the published, already tokenised text; calibration takes its validation part, perplexity its test part,
+rows joined by a blank line as in the GPTQ and Wanda papers.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from sqft.data.encode import encode
+from sqft.data.load import FOLDER_VARIABLE, data_folder, load_examples, load_file
+from sqft.data.own import parse_line, read_lines
+from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sqft.data.tasks import Example
+    from sqft.recipe import CalibrationConfig, DataConfig
+
+logger = logging.getLogger(__name__)
+
+_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-v1")
+_WIKITEXT_FILES = {"validation": "valid.txt", "test": "test.txt"}
+
+
+def calibration_tokens(
+    config: CalibrationConfig, data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> torch.Tensor:
+    """Return windows of calibration text.
+
+    Args:
+        config: source, number of samples, tokens a sample.
+        data: the recipe's data, for source 'task'.
+        tokenizer: the model's.
+        seed: chooses rows and windows.
+
+    Returns:
+        int64 [samples, length].
+
+    Raises:
+        InputError: the source is not there or has no tokens.
+    """
+    needed = config.samples * config.length
+    # Not for secrets: a seeded, portable choice of rows.
+    generator = random.Random(seed)  # noqa: S311
+    stream = _take(_source(config, data, tokenizer, seed, generator), None if _is_text(config.data) else needed)
+    if not stream:
+        raise InputError(f"calibration data {config.data}: has no tokens; choose another source")
+    if len(stream) < needed:
+        logger.info(
+            "calibration: %s has %d tokens, fewer than %d samples of %d; its text is repeated %.1f times",
+            config.data,
+            len(stream),
+            config.samples,
+            config.length,
+            needed / len(stream),
+        )
+        stream = (stream * (needed // len(stream) + 1))[:needed]
+    offset = generator.randrange(min(config.length, len(stream) - needed + 1))
+    windows = (len(stream) - offset) // config.length
+    starts = [offset + index * config.length for index in generator.sample(range(windows), config.samples)]
+    return torch.tensor([stream[start : start + config.length] for start in starts], dtype=torch.int64)
+
+
+def perplexity_tokens(
+    name: str, split: Literal["validation", "test"], tokenizer: PreTrainedTokenizerBase
+) -> torch.Tensor:
+    """Return a whole text as one stream of tokens, int64 [tokens].
+
+    Args:
+        name: 'wikitext2'.
+        split: which part of it.
+        tokenizer: the model's.
+
+    Raises:
+        InputError: the text is unknown or nowhere.
+    """
+    if name != "wikitext2":
+        raise InputError(f"perplexity text {name!r}: known is wikitext2")
+    ids = tokenizer("\n\n".join(_wikitext_rows(split)), verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _is_text(source: str) -> bool:
+    """Return whether a source is one running text, which is read whole, and not rows in random order."""
+    return source == "wikitext2" or (source != "task" and not source.endswith(".jsonl"))
+
+
+def _take(parts: Iterable[list[int]], enough: int | None) -> list[int]:
+    stream: list[int] = []
+    for part in parts:
+        stream += part
+        if enough is not None and len(stream) >= enough:
+            break
+    return stream
+
+
+def _source(
+    config: CalibrationConfig,
+    data: DataConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    generator: random.Random,
+) -> Iterator[list[int]]:
+    """Yield the token ids of a source, row by row."""
+    if config.data == "task":
+        if data is None:
+            raise InputError("calibration data 'task': there is no task; name wikitext2 or a text file instead")
+        yield from _rows(load_examples(data, "train", seed, tokenizer), tokenizer, generator)
+        return
+    if config.data == "wikitext2":
+        yield list(tokenizer("\n\n".join(_wikitext_rows("validation")), verbose=False)["input_ids"])
+        return
+    path = Path(config.data).expanduser()
+    if not path.is_file():
+        raise InputError(f"calibration data {config.data!r}: is neither 'task' nor 'wikitext2' nor a file here")
+    if path.suffix == ".jsonl":
+        yield from _jsonl(path, tokenizer, generator)
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"calibration data {path}: cannot be read as UTF-8 text ({error})") from error
+    yield list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> Iterator[list[int]]:
+    for example in generator.sample(examples, len(examples)):
+        prompt, answer = encode(tokenizer, example.prompt, example.answer)
+        yield prompt + answer + _end(tokenizer)
+
+
+def _jsonl(path: Path, tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> Iterator[list[int]]:
+    """Yield rows of a JSONL file: its column `text`, else prompts and answers."""
+    lines = list(read_lines(path))
+    try:
+        plain = bool(lines) and "text" in parse_line(lines[0][1])
+    except ValueError:
+        plain = False  # load_file names all malformed lines
+    if not plain:
+        yield from _rows(load_file(path, None, tokenizer), tokenizer, generator)
+        return
+    for place, line in generator.sample(lines, len(lines)):
+        try:
+            text = parse_line(line)["text"]
+        except (ValueError, KeyError) as error:
+            raise InputError(f"calibration data {place}: has no readable text ({error})") from error
+        if not isinstance(text, str):
+            raise InputError(f"calibration data {place}: its text is {type(text).__name__}")
+        if text:
+            yield list(tokenizer(text, verbose=False)["input_ids"]) + _end(tokenizer)
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+
+def _wikitext_rows(split: Literal["validation", "test"]) -> list[str]:
+    """Return the rows of WikiText-2 as the Hub has them: a white line is empty, the others keep their line end."""
+    folder = data_folder()
+    local = folder / "wikitext2" / _WIKITEXT_FILES[split] if folder else None
+    if local is not None and local.is_file():
+        with local.open(encoding="utf-8", newline="\n") as stream:
+            return [line if line.strip() else "" for line in stream]
+    import datasets
+
+    try:
+        return [str(row["text"]) for row in datasets.load_dataset(*_WIKITEXT, split=split)]
+    # As in load.py: unrelated classes for one cause.
+    except Exception as error:
+        here = f"the file {local}" if local else f"a local folder ({FOLDER_VARIABLE} is not set)"
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise InputError(
+            f"text wikitext2: no {split} part: looked for {here} and for the Hub data set {_WIKITEXT[0]} ({reason})"
+        ) from error

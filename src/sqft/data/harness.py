@@ -1,0 +1,272 @@
+"""Scoring with lm-eval: a task's examples become an lm-eval task, a model of ours an lm-eval model.
+
+The examples are written as JSONL to a temporary folder and named in an lm-eval task configuration (`dataset_path:
+json`), so that lm-eval judges and aggregates, and the wording stays where training takes it from. What stands between
+the two:
+- tokens are those of training (:func:`sqft.data.encode.encode`), not lm-eval's own split of prompt and answer.
+- lm-eval shortens a prompt that exceeds the model's context from the left, keeping on; how many were is logged.
+- a generation is greedy, with the key-value cache, in left-padded batches.
+- the answer of an `exact` task is scored with the end token after it: an answer that goes on is a wrong answer.
+- lm-eval's log and progress bars are silent but for one bar in a terminal. Nothing is fetched, nothing is reported to
+  anyone; the data set cache lies in the temporary folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqft.data.encode import encode
+from sqft.data.tasks import Example, Task, final_number, same_number
+from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_NAMES = {"choice": "acc", "generate": "number_match", "exact": "exact_match"}
+_NOISY = ("lm_eval", "datasets", "transformers")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What lm-eval found.
+
+    Attributes:
+        metric: acc, number_match or exact_match.
+        value: mean over the examples.
+        stderr: standard error of that mean; None for fewer than two examples.
+        correct: per example, in order.
+        others: further means over the same examples (acc_norm).
+    """
+
+    metric: str
+    value: float
+    stderr: float | None
+    correct: list[bool]
+    others: Mapping[str, float]
+
+
+def score_examples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], batch: int
+) -> list[bool]:
+    """Return for each example whether the model answers it right.
+
+    Args:
+        model: causal language model, scored on the device and in the dtype that it has.
+        tokenizer: the model's.
+        task: whose metric judges.
+        examples: at least one.
+        batch: sequences at a time.
+    """
+    return evaluate_examples(model, tokenizer, task, examples, batch).correct
+
+
+def evaluate_examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    batch: int,
+    shots: Sequence[Example] = (),
+) -> Scores:
+    """Score examples through lm-eval.
+
+    Args:
+        model: causal language model, scored on the device and in the dtype that it has.
+        tokenizer: the model's.
+        task: whose metric judges.
+        examples: at least one.
+        batch: sequences at a time.
+        shots: worked examples before each question, the same for all.
+
+    Raises:
+        InputError: there is no example, or the tokenizer lacks the end token that an `exact` answer needs.
+    """
+    if not examples:
+        raise InputError(f"task {task.name}: there are no rows to evaluate")
+    if task.metric == "exact" and tokenizer.eos_token is None:
+        raise InputError(f"task {task.name}: the tokenizer has no end token, so no answer can end; set its eos_token")
+    was_training = model.training
+    with tempfile.TemporaryDirectory(prefix="sqft-evaluate-") as folder, _quiet():
+        from lm_eval.api.task import ConfigurableTask
+        from lm_eval.evaluator import evaluate
+
+        lm = _language_model()(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        lm_task = ConfigurableTask(config=_task_config(task, examples, shots, tokenizer.eos_token or "", Path(folder)))
+        results = evaluate(lm, {"tasks": {"task": lm_task}, "groups": {}})
+    model.train(was_training)
+    if lm.shortened:
+        logger.warning(
+            "%s: %d of its sequences exceed the model's %d tokens; the beginning of their prompts is cut off",
+            task.name,
+            lm.shortened,
+            lm.max_length,
+        )
+    return _scores(task, results)
+
+
+def _scores(task: Task, results: Mapping[str, Any]) -> Scores:
+    name = _NAMES[task.metric]
+    key = "acc" if task.metric == "choice" else name
+    means = results["results"]["task"]
+    samples = sorted(results["samples"]["task"], key=lambda sample: int(sample["doc_id"]))
+    stderr = means[f"{key}_stderr,none"]
+    return Scores(
+        metric=name,
+        value=float(means[f"{key},none"]),
+        stderr=None if stderr == "N/A" else float(stderr),
+        correct=[bool(sample[key]) for sample in samples],
+        others={"acc_norm": float(means["acc_norm,none"])} if "acc_norm,none" in means else {},
+    )
+
+
+def _task_config(
+    task: Task, examples: Sequence[Example], shots: Sequence[Example], end: str, folder: Path
+) -> dict[str, Any]:
+    """Write the examples to `folder` and return lm-eval's configuration of the task."""
+    from datasets import Features, List, Value
+
+    file = folder / "test.jsonl"
+    file.write_text("".join(json.dumps(_row(example, end)) + "\n" for example in examples), encoding="utf-8")
+    text = Value("string")
+    # Named types: left to itself the JSON reader turns answers such as 2024-02-29 into dates.
+    features = Features({"prompt": text, "answer": text, "target": text, "choices": List(text), "gold": Value("int64")})
+    config: dict[str, Any] = {
+        "task": "task",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(file)},
+            "cache_dir": str(folder / "cache"),
+            "features": features,
+        },
+        "test_split": "test",
+        "num_fewshot": len(shots),
+        "metadata": {"version": task.version},
+        **_judgement(task, contexts=bool(examples[0].contexts)),
+    }
+    if shots:
+        # The end token stands after the answer that is scored, not inside the prompt.
+        target = {"doc_to_target": "answer"} if task.metric == "exact" else {}
+        config["fewshot_config"] = {"sampler": "first_n", "samples": [_row(shot, "") for shot in shots], **target}
+    return config
+
+
+def _row(example: Example, end: str) -> dict[str, Any]:
+    """Return an example's columns; choices go without the space that lm-eval puts before them.
+
+    That space is no part of the length by which acc_norm divides.
+    """
+    answer = example.answer.removeprefix(" ") if example.contexts else example.answer
+    choices = example.contexts or tuple(choice.removeprefix(" ") for choice in example.choices)
+    gold = -1 if example.gold is None else example.gold
+    return {
+        "prompt": example.prompt,
+        "answer": answer,
+        "target": example.answer + end,
+        "choices": list(choices),
+        "gold": gold,
+    }
+
+
+def _judgement(task: Task, *, contexts: bool) -> dict[str, Any]:
+    """Return the part of lm-eval's configuration that asks and judges."""
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    if task.metric == "choice":
+        # With contexts lm-eval swaps the roles: the text is the index of the right one, the target is shared.
+        return {
+            "output_type": "multiple_choice",
+            "doc_to_text": "gold" if contexts else "prompt",
+            "doc_to_target": "answer" if contexts else "gold",
+            "doc_to_choice": "choices",
+            "target_delimiter": " ",
+            "metric_list": [{"metric": "acc", **mean}] + ([{"metric": "acc_norm", **mean}] if task.acc_norm else []),
+        }
+    if task.metric == "exact":
+
+        def exact(_row: Mapping[str, Any], responses: Sequence[tuple[float, bool]]) -> dict[str, int]:
+            return {"exact_match": int(responses[0][1])}
+
+        return {
+            "output_type": "loglikelihood",
+            "doc_to_text": "prompt",
+            "doc_to_target": "target",
+            "target_delimiter": "",
+            "process_results": exact,
+            "metric_list": [{"metric": "exact_match", **mean}],
+        }
+
+    def number(row: Mapping[str, Any], responses: Sequence[str]) -> dict[str, int]:
+        right = final_number(row["answer"], task.marker)
+        return {"number_match": int(same_number(final_number(responses[0], task.marker), right))}
+
+    return {
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "generation_kwargs": {"until": list(task.until), "max_gen_toks": task.max_new_tokens, "do_sample": False},
+        "process_results": number,
+        "metric_list": [{"metric": "number_match", **mean}],
+    }
+
+
+@functools.cache
+def _language_model() -> type[Any]:
+    """Return the lm-eval model; made on first use, because importing lm-eval takes seconds."""
+    from lm_eval.models.huggingface import HFLM
+
+    class TrainedTokens(HFLM):  # type: ignore[misc]
+        """lm-eval's Hugging Face model with training's tokens; counts what it has to shorten."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.shortened = 0
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            pair = encode(self.tokenizer, context, continuation)
+            self.shortened += len(pair[0]) + len(pair[1]) > self.max_length + 1
+            return pair
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            for prompt, options in (request.args for request in requests):
+                self.shortened += len(self.tok_encode(prompt)) > self.max_length - options["max_gen_toks"]
+            return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    return TrainedTokens
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the libraries' log and bars inside the block, and leave them as they were."""
+    import datasets
+    import lm_eval.api.task as lm_eval_task
+
+    levels = {name: logging.getLogger(name).level for name in _NOISY}
+    bars = datasets.are_progress_bars_disabled()
+    tqdm = lm_eval_task.tqdm
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    # lm-eval's bar over the building of prompts has no switch.
+    lm_eval_task.tqdm = functools.partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval_task.tqdm = tqdm
+        if not bars:
+            datasets.enable_progress_bars()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

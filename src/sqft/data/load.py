@@ -1,0 +1,256 @@
+"""Which rows a stage gets: local folder or Hub, splits, and the guards between them.
+
+Places. Rows of a built-in task come from `FOLDER/TASK/SPLIT.jsonl`, where FOLDER is the environment's SQFT_DATA_DIR,
+else `../shared/data` beside the working directory or beside the repository, and from the Hub where there is no such
+file. A split that is nowhere is an error that says in one line what was looked for.
+
+Guards, the same in every stage because none depends on the run's seed:
+- rows of train whose question stands in the test split are removed, and their number is logged; case, punctuation and
+  white space do not count (:func:`sqft.data.tasks.normalise`).
+- with `validation_rows`, so many rows are cut from train; without, the data's own validation split is used. Either
+  loses the questions that stand in test, and train loses those that stand in either: what a search selects on, what a
+  table reports and what a model is tuned on are never the same rows.
+- `train_limit` draws from what remains; this draw alone depends on the seed.
+
+Own data may have no test split: then nothing is reported, and nothing guarded. A single file has none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import random
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqft.data import generated
+from sqft.data.own import build_examples, own_builder, read_lines
+from sqft.data.tasks import BUILTIN, Example, Row, Split, Task, normalise
+from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from sqft.recipe import DataConfig, Template
+
+logger = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "SQFT_DATA_DIR"
+_CUT_SEED = 42
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_SPLITS: dict[Split, str] = {"train": "train", "validation": "validation", "test": "test"}
+
+
+def data_folder() -> Path | None:
+    """Return the local folder of data sets, None if there is none.
+
+    Raises:
+        InputError: SQFT_DATA_DIR names something that is not a folder.
+    """
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        if not Path(named).is_dir():
+            raise InputError(f"{FOLDER_VARIABLE} is {named}, which is not a folder; correct it or unset it")
+        return Path(named)
+    for root in (Path.cwd(), Path(__file__).resolve().parents[3]):
+        candidate = root.parent / "shared" / "data"
+        if candidate.is_dir():
+            return candidate
+    return None
+
+
+def resolve_task(config: DataConfig) -> Task:
+    """Return the task that `config.task` names.
+
+    Raises:
+        InputError: it names no task, file or data set, or has settings that this kind of data does not take.
+    """
+    name = config.task
+    if name in BUILTIN:
+        if config.template is not None:
+            raise InputError(f"data.template: the task {name} is built in and has its own wording; remove the template")
+        task = BUILTIN[name]
+    elif name.startswith(generated.PREFIX):
+        generated.GymOptions.parse(config.options, f"data.options of {name}")
+        return Task(name, "exact", generated.build, _SPLITS, fold_punctuation=False)
+    elif Path(name).expanduser().exists():
+        task = Task(Path(name).stem, "exact")
+    elif _HUB_NAME.fullmatch(name) and not name.startswith(".") and not name.endswith((".jsonl", ".json")):
+        task = Task(name, "exact", splits=_SPLITS, hub=(name, None))
+    else:
+        near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"data.task {name!r}: {hint}it is neither a file or folder here, nor a Hub data set 'owner/name', nor "
+            f"'gym:NAME', nor built in ({', '.join(BUILTIN)})"
+        )
+    if config.options:
+        raise InputError(f"data.options: only 'gym:NAME' tasks have options, and {name} is none; remove them")
+    return task
+
+
+def load_examples(
+    config: DataConfig, split: Split, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Example]:
+    """Return the examples of a split, guarded against the other splits.
+
+    Args:
+        config: the recipe's data.
+        split: train, validation or test.
+        seed: chooses the rows of `train_limit`, nothing else.
+        tokenizer: needed for chat rows.
+
+    Raises:
+        InputError: the split is nowhere, empty, malformed, or smaller than the rows to be cut from it.
+    """
+    task = resolve_task(config)
+    reader = _Reader(config, task, tokenizer)
+    test = reader.read("test", needed=split == "test")
+    if split == "test":
+        return test
+    reported = _questions(task, test)
+    if split == "validation" and not config.validation_rows:
+        own = reader.read("validation", needed=True)
+        return _drop(task, own, reported, "validation", "test")
+    pool = _drop(task, reader.read("train", needed=True), reported, "train", "test")
+    if config.validation_rows:
+        validation, pool = _cut(task, pool, config.validation_rows)
+    else:
+        validation = reader.read("validation", needed=False)
+    if split == "validation":
+        return validation
+    train = _drop(task, pool, _questions(task, validation), "train", "validation")
+    if config.train_limit is not None and config.train_limit < len(train):
+        kept = random.Random(seed).sample(range(len(train)), config.train_limit)  # noqa: S311
+        train = [train[index] for index in sorted(kept)]
+    logger.info("%s: %d training rows", task.name, len(train))
+    return train
+
+
+def load_file(path: Path, template: Template | None, tokenizer: PreTrainedTokenizerBase | None) -> list[Example]:
+    """Return all rows of one JSONL file of the user's own."""
+    where = f"data {path}"
+    return build_examples(read_lines(path), own_builder(template, tokenizer, where), where)
+
+
+def _questions(task: Task, examples: Sequence[Example]) -> set[str]:
+    return {_question(task, example) for example in examples}
+
+
+def _question(task: Task, example: Example) -> str:
+    return normalise(example.question or example.prompt, punctuation=task.fold_punctuation)
+
+
+def _drop(task: Task, examples: list[Example], seen: set[str], split: str, other: str) -> list[Example]:
+    """Remove the examples whose question stands in another split; an emptied split is an error."""
+    kept = [example for example in examples if _question(task, example) not in seen]
+    if len(kept) < len(examples):
+        logger.info(
+            "%s: removed %d of %d %s rows whose question stands in %s",
+            task.name,
+            len(examples) - len(kept),
+            len(examples),
+            split,
+            other,
+        )
+    if not kept:
+        raise InputError(f"data {task.name}: every question of its {split} rows also stands in {other}; none is left")
+    return kept
+
+
+def _cut(task: Task, pool: list[Example], rows: int) -> tuple[list[Example], list[Example]]:
+    """Cut a validation split from the training rows, the same one in every stage and for every seed."""
+    if rows >= len(pool):
+        raise InputError(f"data.validation_rows is {rows}, but {task.name} has {len(pool)} training rows; choose fewer")
+    cut = set(random.Random(_CUT_SEED).sample(range(len(pool)), rows))  # noqa: S311
+    return [e for i, e in enumerate(pool) if i in cut], [e for i, e in enumerate(pool) if i not in cut]
+
+
+class _Reader:
+    """Reads the splits of one data set, wherever they are."""
+
+    def __init__(self, config: DataConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.config = config
+        self.task = task
+        self.where = f"data {config.task}"
+        self.build = task.build or own_builder(config.template, tokenizer, self.where)
+
+    def read(self, split: Split, *, needed: bool) -> list[Example]:
+        """Return a split's examples; an empty list if it does not exist and is not needed.
+
+        Raises:
+            InputError: it is needed and nowhere, or it is malformed.
+        """
+        config, task = self.config, self.task
+        if config.task.startswith(generated.PREFIX):
+            rows = list(generated.generate(config.task.removeprefix(generated.PREFIX), config.options, split))
+            if not rows and not needed:
+                return []
+            return build_examples(rows, self.build, f"{self.where} ({split}; see options.{split}_size)")
+        if task.hub is None:
+            return self._read_path(Path(config.task).expanduser(), split, needed=needed)
+        if split not in task.splits:
+            if needed:
+                raise InputError(f"{self.where}: has no {split} split{self._remedy(split)}")
+            return []
+        folder = data_folder() if task.name in BUILTIN else None
+        local = folder / task.name / f"{task.splits[split]}.jsonl" if folder else None
+        if local is not None and local.is_file():
+            return build_examples(read_lines(local), self.build, f"{self.where} ({split})")
+        # Guards alone never go to the network for a data set that is here: a missing file is not worth a time-out.
+        if not needed and local is not None and local.parent.is_dir():
+            return self._absent(split)
+        return self._read_hub(split, local, needed=needed)
+
+    def _absent(self, split: str) -> list[Example]:
+        logger.info("%s: no %s split here, so no training row is compared with one", self.where, split)
+        return []
+
+    def _remedy(self, split: str) -> str:
+        return "; set data.validation_rows to cut one from train" if split == "validation" else ""
+
+    def _read_path(self, path: Path, split: Split, *, needed: bool) -> list[Example]:
+        file = path if path.is_file() and split == "train" else path / f"{split}.jsonl"
+        if path.is_dir() and not any((path / f"{name}.jsonl").is_file() for name in _SPLITS):
+            raise InputError(f"{self.where}: the folder has none of train.jsonl, validation.jsonl, test.jsonl")
+        if file.is_file():
+            return build_examples(read_lines(file), self.build, f"{self.where} ({split})")
+        if not needed:
+            return self._absent(split)
+        if path.is_file():
+            raise InputError(
+                f"{self.where}: is one file, so it has no {split} split; "
+                f"make it a folder with train.jsonl and {split}.jsonl{self._remedy(split).replace('; set', ', or set')}"
+            )
+        raise InputError(f"{self.where}: has no {split}.jsonl{self._remedy(split)}")
+
+    def _read_hub(self, split: Split, local: Path | None, *, needed: bool) -> list[Example]:
+        task = self.task
+        if task.hub is None:
+            raise AssertionError("only data sets of the Hub are read from it")
+        name, configuration = task.hub
+        hub_split = task.hub_splits.get(split, task.splits[split])
+        import datasets
+
+        try:
+            rows: list[Row] = list(datasets.load_dataset(name, configuration, split=hub_split))
+        # The libraries below raise some ten unrelated classes for a missing name, split, file or network.
+        except Exception as error:
+            if not needed:
+                return self._absent(split)
+            here = f"the file {local}" if local else f"a local folder ({FOLDER_VARIABLE} is not set)"
+            if task.name not in BUILTIN:
+                here = f"a file or folder {name}"
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise InputError(
+                f"{self.where}: no {split} split: looked for {here} and for the Hub data set {name}"
+                f"{f' ({configuration})' if configuration else ''}, split {hub_split!r} ({reason}){self._remedy(split)}"
+            ) from error
+        logger.info("%s: %s split from the Hub data set %s, %d rows", self.where, split, name, len(rows))
+        return build_examples(
+            ((f"row {number}", row) for number, row in enumerate(rows)), self.build, f"{self.where} ({split})"
+        )

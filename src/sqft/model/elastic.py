@@ -1,0 +1,73 @@
+"""Elastic ranks on a live model: which modules share a rank, setting ranks, and drawing them while training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from sqft.core.ranks import RankSpace
+from sqft.errors import InputError
+from sqft.model.layers import sqft_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+
+def rank_space(model: nn.Module) -> RankSpace:
+    """Return the rank space of a model's adapters.
+
+    Modules with the same parent whose last names stand together in `rank_groups` share a rank; every other is a group
+    of its own.
+
+    Raises:
+        InputError: the model has no adapters of ours.
+    """
+    layers = sqft_layers(model)
+    if not layers:
+        raise InputError("the model has no sqft adapters; attach some with get_peft_model(model, SqftConfig(...))")
+    config = next(iter(model.peft_config.values()))  # type: ignore[union-attr, operator]
+    groups: dict[str, list[str]] = {}
+    for name in layers:
+        parent, _, last = name.rpartition(".")
+        shared = next((group for group in config.rank_groups if last in group), None)
+        groups.setdefault(name if shared is None else f"{parent}.{'+'.join(shared)}", []).append(name)
+    choices = config.ranks or [config.r]
+    return RankSpace(tuple(sorted(set(choices), reverse=True)), {g: tuple(m) for g, m in groups.items()})
+
+
+def set_ranks(model: nn.Module, ranks: Mapping[str, int] | None) -> None:
+    """Make evaluation, saving and merging use a configuration {group: rank}; None is the maximal ranks again."""
+    space = rank_space(model)
+    layers = sqft_layers(model)
+    for layer in layers.values():
+        layer.fixed_rank = None
+    if ranks is not None:
+        for module, rank in space.per_module(space.check(ranks, "set_ranks")).items():
+            layers[module].fixed_rank = rank
+
+
+class ElasticRanks(TrainerCallback):  # type: ignore[misc]
+    """Trainer callback that draws one configuration per optimiser step, from (seed, step) alone.
+
+    The draw does not depend on the process, on gradient checkpointing or on a resume, and all micro-batches of a step
+    share it.
+
+    >>> trainer = Trainer(model, args, callbacks=[ElasticRanks(seed=0)])  # doctest: +SKIP
+    """
+
+    def __init__(self, seed: int) -> None:
+        """Remember the seed."""
+        self.seed = seed
+        self._space: RankSpace | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """Draw and set the ranks of step `state.global_step`."""
+        assert model is not None
+        if self._space is None:
+            self._space = rank_space(model)
+        draw = self._space.per_module(self._space.draw(self.seed, state.global_step))
+        for name, layer in sqft_layers(model).items():
+            layer.drawn_rank = draw[name]

@@ -1,0 +1,329 @@
+"""Adapters as PEFT layers; the only file that touches PEFT's private hooks.
+
+:class:`SqftConfig` is a `LoraConfig` that registers :class:`SqftLinear` for the linears it targets, so that
+`get_peft_model`, `Trainer`, TRL's `SFTTrainer`, `save_pretrained`, `merge_and_unload` and `disable_adapter` work
+unpatched. A masked adapter is saved with the peft_type `SQFT`, which stock PEFT does not know: loaded as plain LoRA it
+would be another model, silently. `import sqft` makes it load. A dense adapter is saved as plain LORA.
+
+Private hooks used: `LoraConfig._custom_modules`, the constructor of `peft.tuners.lora.layer.Linear`, and
+`PEFT_TYPE_TO_CONFIG_MAPPING`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from sqft.artifact import MANIFEST, Artifact, digest_input
+from sqft.core.delta import MaskedLinear, effective_weight
+from sqft.core.mask import pack_mask
+from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PEFT_TYPE = "SQFT"
+MASK_FILE = Path("sqft") / "mask.safetensors"
+_OWN_FIELDS = ("kind", "ranks", "rank_groups")
+
+
+@dataclass
+class SqftConfig(LoraConfig):  # type: ignore[misc]
+    """A LoRA configuration with masks and elastic ranks.
+
+    >>> SqftConfig(kind="sparse", ranks=[32, 24, 16], lora_alpha=64, target_modules=["q_proj"]).r
+    32
+
+    Raises:
+        InputError: r contradicts ranks, or an option of PEFT that changes the weights in a way masks cannot follow.
+    """
+
+    kind: str = field(default="sparse", metadata={"help": "dense (plain LoRA) or sparse (masked by the base's zeros)"})
+    ranks: list[int] | None = field(default=None, metadata={"help": "ranks an elastic adapter may take"})
+    rank_groups: list[list[str]] = field(
+        default_factory=lambda: [["q_proj", "k_proj", "v_proj"]],
+        metadata={"help": "target modules of one layer that share a rank"},
+    )
+
+    def __post_init__(self) -> None:
+        """Check what the masks cannot follow, and register the layers."""
+        super().__post_init__()
+        if self.kind not in ("dense", "sparse"):
+            raise InputError(f"SqftConfig: kind is {self.kind!r}; use 'dense' or 'sparse'")
+        if self.ranks is not None:
+            if not self.ranks or min(self.ranks) < 1:
+                raise InputError(f"SqftConfig: ranks are {self.ranks}; each must be 1 or more")
+            if self.r not in (max(self.ranks), LoraConfig.r):
+                raise InputError(f"SqftConfig: r is {self.r}, but the largest of ranks {self.ranks} is not")
+            self.r = max(self.ranks)
+        if self.lora_alpha <= 0:
+            raise InputError(f"SqftConfig: lora_alpha is {self.lora_alpha}; it must be above 0")
+        unsupported = [
+            name
+            for name in (
+                "use_dora",
+                "use_rslora",
+                "lora_bias",
+                "modules_to_save",
+                "trainable_token_indices",
+                "target_parameters",
+                "layer_replication",
+            )
+            if getattr(self, name, None)
+        ]
+        if unsupported:
+            raise InputError(
+                f"SqftConfig: {', '.join(unsupported)} cannot be merged exactly into a sparse base; leave off"
+            )
+        self._register_custom_module({nn.Linear: SqftLinear, Conv1D: SqftLinear})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as plain LORA when dense, as SQFT otherwise."""
+        saved = _SavedConfig(self)
+        LoraConfig.save_pretrained(cast("LoraConfig", saved), save_directory, **kwargs)
+
+
+class _SavedConfig:
+    """A view of a config whose `to_dict` is what goes to disk."""
+
+    def __init__(self, config: SqftConfig) -> None:
+        self._config = config
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = self._config.to_dict()
+        if self._config.kind == "dense":
+            return {name: value for name, value in values.items() if name not in _OWN_FIELDS}
+        return {**values, "peft_type": PEFT_TYPE}
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # type: ignore[index]
+
+
+class SqftLinear(LoraLinear):  # type: ignore[misc]
+    """A linear with a dense or masked, fixed or elastic low-rank delta.
+
+    dense: y = base(x) + scaling · B A x. sparse: y = x W'ᵀ + bias with W' from :func:`effective_weight`, in one matmul.
+
+    Dropout of kind sparse drops input columns of A, one draw a micro-batch: dropping single tokens' inputs would need
+    a second matmul. Differs from LoRA in this alone; the expectation is the same.
+
+    Attributes:
+        mask_packed: bits of the base's mask; taken from the base's mask file, else once from its exact zeros.
+        drawn_rank: what training uses when elastic; set for every optimiser step by a callback.
+        fixed_rank: what evaluation, saving and merging use; None is the maximal rank.
+    """
+
+    mask_packed: torch.Tensor | None
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SqftConfig,
+        r: int = 0,
+        lora_alpha: float = 1,
+        **kwargs: Any,
+    ) -> None:
+        """See PEFT's layer; `config` carries kind and ranks."""
+        is_conv1d = isinstance(base_layer, Conv1D)
+        super().__init__(
+            base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, is_target_conv_1d_layer=is_conv1d, **kwargs
+        )
+        self.fan_in_fan_out = is_conv1d
+        self.kind = config.kind
+        self.elastic = config.ranks is not None and len(set(config.ranks)) > 1
+        self.drawn_rank: int | None = None
+        self.fixed_rank: int | None = None
+        self._base_weight: torch.Tensor | None = None
+        mask = None if self.kind == "dense" else self._find_mask(config, kwargs.get("target_name", ""))
+        self.register_buffer("mask_packed", mask, persistent=False)
+
+    @property
+    def weight_OI(self) -> torch.Tensor:
+        """The base's weight as [O, I]."""
+        weight: torch.Tensor = self.get_base_layer().weight
+        return weight.T if self.fan_in_fan_out else weight
+
+    def _find_mask(self, config: SqftConfig, name: str) -> torch.Tensor:
+        stored = load_mask(config.base_model_name_or_path, f"{name}.weight")
+        if stored is None:
+            return pack_mask(self.weight_OI != 0)
+        if self.fan_in_fan_out:
+            stored = stored.T.contiguous()
+        if stored.shape != self.weight_OI.shape:
+            raise InputError(
+                f"{name}: its stored mask has shape {list(stored.shape)}, its weight {list(self.weight_OI.shape)}"
+            )
+        return pack_mask(stored).to(self.weight_OI.device)
+
+    def active_rank(self, adapter: str) -> int:
+        """Return the rank in force.
+
+        Raises:
+            RuntimeError: an elastic layer trains and nobody drew its rank for this step.
+        """
+        maximal: int = self.r[adapter]
+        if not self.training:
+            return self.fixed_rank or maximal
+        if not self.elastic:
+            return maximal
+        if self.drawn_rank is None:
+            raise RuntimeError(
+                "an elastic adapter is training but no rank was drawn for this step; add "
+                "sqft.ElasticRanks(seed) to the trainer's callbacks"
+            )
+        return self.drawn_rank
+
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (A [r, I], B [O, r]) at the rank in force, as views."""
+        rank = self.active_rank(adapter)
+        return self.lora_A[adapter].weight[:rank], self.lora_B[adapter].weight[:, :rank]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Apply the base with the active adapter; see the class."""
+        self._check_forward_args(x, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not active:
+            return cast("torch.Tensor", self.base_layer(x, *args, **kwargs))
+        if self.kind == "dense":
+            return self._forward_dense(x, active)
+        if len(active) > 1:
+            raise InputError(f"{len(active)} masked adapters are active ({', '.join(active)}); activate one")
+        (adapter,) = active
+        lora_A, lora_B = self.factors(adapter)
+        dropout = self.lora_dropout[adapter]
+        if self.training and isinstance(dropout, nn.Dropout):
+            lora_A = lora_A * dropout(lora_A.new_ones(1, lora_A.shape[1]))
+        base = self.get_base_layer()
+        result = MaskedLinear.apply(
+            x, base.weight, base.bias, lora_A, lora_B, self.scaling[adapter], self.mask_packed, self.fan_in_fan_out
+        )
+        return cast("torch.Tensor", result)
+
+    def _forward_dense(self, x: torch.Tensor, active: list[str]) -> torch.Tensor:
+        result: torch.Tensor = self.base_layer(x)
+        dtype = result.dtype
+        for adapter in active:
+            lora_A, lora_B = self.factors(adapter)
+            inputs = self.lora_dropout[adapter](self._cast_input_dtype(x, lora_A.dtype))
+            result = result + functional.linear(functional.linear(inputs, lora_A), lora_B) * self.scaling[adapter]
+        return result.to(dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Assign W' to the base; the base's own tensor is kept for :meth:`unmerge`.
+
+        PEFT adds the delta in the base's dtype, which differs from the live weight in 4 % of bfloat16 entries.
+
+        Args:
+            safe_merge: refuse a weight that is not finite.
+            adapter_names: which adapters; None is the active ones.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names) or []:
+            if adapter not in self.lora_A:
+                continue
+            base = self.get_base_layer()
+            lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            if self.fixed_rank is not None:
+                lora_A, lora_B = lora_A[: self.fixed_rank], lora_B[:, : self.fixed_rank]
+            merged = effective_weight(self.weight_OI, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"the merged weight is not finite; the adapter {adapter} seems to be broken")
+            if self._base_weight is None:
+                self._base_weight = base.weight.data
+            base.weight.data = merged.T if self.fan_in_fan_out else merged
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Put the base's own tensor back, bit for bit."""
+        if self._base_weight is not None:
+            self.get_base_layer().weight.data = self._base_weight
+            self._base_weight = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Return W' - W in float32, in the base's own layout."""
+        lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        zero = torch.zeros_like(self.weight_OI, dtype=torch.float32)
+        delta = effective_weight(zero, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
+        return delta.T if self.fan_in_fan_out else delta
+
+
+@lru_cache(maxsize=4)
+def _open_masks(file: str, mtime_ns: int) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, framework="pt") as masks:
+        metadata = masks.metadata() or {}
+        return {name: tuple(int(n) for n in metadata[name].split(",")) for name in masks.keys()}  # noqa: SIM118
+
+
+def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
+    """Return the stored mask of a weight in its on-disk layout, or None where the base has none for it.
+
+    Args:
+        base: the base model's folder.
+        name: the weight's name; a prefix that the checkpoint lacks or adds ('model.', 'transformer.') is tolerated.
+    """
+    from sqft.core.mask import unpack_mask
+
+    file = Path(base or "") / MASK_FILE
+    if not base or not file.is_file():
+        return None
+    shapes = _open_masks(str(file), file.stat().st_mtime_ns)
+    found = next((key for key in (name, name.partition(".")[2]) if key in shapes), None)
+    if found is None:
+        return None
+    with safe_open(str(file), framework="pt") as masks:
+        return unpack_mask(masks.get_tensor(found), shapes[found][-1])
+
+
+def sqft_layers(model: nn.Module) -> dict[str, SqftLinear]:
+    """Return the adapted linears by the name of the linear in the base model."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, SqftLinear)
+    }
+
+
+def attach_saved(model: PreTrainedModel, base: str | Path, adapter: str | Path) -> PreTrainedModel:
+    """Attach a saved adapter, unmerged and frozen, after checking that it was trained on this base.
+
+    Raises:
+        InputError: the adapter names another base, or cannot be read.
+    """
+    check_base(base, adapter)
+    try:
+        return cast("PreTrainedModel", PeftModel.from_pretrained(model, str(adapter)))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"adapter {adapter}: does not load on {base}: {error}") from error
+
+
+def check_base(base: str | Path, adapter: str | Path) -> None:
+    """Refuse an adapter on a base that it was not trained on; an adapter made elsewhere names none and passes.
+
+    Raises:
+        InputError: the digests differ.
+    """
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise InputError(f"adapter {adapter}: the folder has no adapter_config.json; give a PEFT adapter folder")
+    if not (Path(adapter) / MANIFEST).is_file():
+        return
+    trained_on = Artifact.open(adapter).manifest["result"].get("base_digest")
+    if trained_on is not None and trained_on != digest_input(base):
+        raise InputError(
+            f"adapter {adapter}: was trained on another base (digest {trained_on[:12]}) than {base} "
+            f"(digest {digest_input(base)[:12]}); give the base that its manifest names"
+        )

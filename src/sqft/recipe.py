@@ -1,0 +1,307 @@
+"""Every setting of a run, validated: YAML in, frozen pydantic models out.
+
+One recipe holds the three independent choices that span the paper's methods (base precision, adapter `kind`, `ranks`)
+and the data. Unknown keys are refused and the nearest right key is named; all problems of a file are listed at once.
+`None` means off. Units stand in each field's description, which is also what the JSON schema and `--help` show.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sqft.errors import InputError, Problems
+
+Kind = Literal["dense", "sparse", "quantized"]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Config(BaseModel):
+    """Base of all settings: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Template(Config):
+    """How a row of your own data becomes a prompt and an answer; `{column}` is replaced by the row's value."""
+
+    prompt: str = Field(description="for example 'Question: {question}\\nAnswer:'")
+    completion: str = Field(description="for example ' {answer}'")
+
+
+class DataConfig(Config):
+    """Which rows to train on and how they read."""
+
+    task: str = Field(
+        description="a built-in task (gsm8k, mawps, boolq, ...), 'gym:NAME' for reasoning-gym problems, a Hub data set "
+        "'owner/name', or the path of a JSONL file or folder with prompt/completion, messages, or columns that "
+        "`template` names"
+    )
+    template: Template | None = Field(None, description="needed for a data set that is not built in")
+    train_limit: PositiveInt | None = Field(None, description="rows of the training split at most")
+    validation_rows: int = Field(0, ge=0, description="rows cut from the training split, by seed, for validation")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="settings of a generated task: {size, seed, ...} of reasoning-gym"
+    )
+
+
+class CalibrationConfig(Config):
+    """Text that is run through the model to see which inputs each weight meets."""
+
+    data: str = Field("task", description="'task' (training rows), 'wikitext2', or the path of a text or JSONL file")
+    samples: PositiveInt = Field(128, description="sequences")
+    length: PositiveInt = Field(256, description="tokens a sequence")
+    batch: PositiveInt = Field(8, description="sequences run at a time; bounds the memory of a block's activations")
+
+
+class SparsifyConfig(Config):
+    """Which weights become zero (stage `sparsify`)."""
+
+    method: str = Field(
+        "wanda", description="wanda, magnitude, sparsegpt, a registered name, or 'package.module:function'"
+    )
+    sparsity: float = Field(0.5, description="fraction of each output row that becomes zero, strictly between 0 and 1")
+    pattern: str = Field("unstructured", description="'unstructured' (per output row) or 'N:M': keep N of every M")
+    mask: str | None = Field(None, description="a safetensors file of masks made elsewhere, used instead of a score")
+    targets: list[str] = Field(["*"], description="patterns over the names of the linears inside the decoder blocks")
+    ignore: list[str] = Field([], description="patterns of linears to leave dense")
+    unreached_experts: Literal["error", "magnitude"] = Field(
+        "error", description="what to do with an expert that no calibration token reached"
+    )
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @field_validator("sparsity")
+    @classmethod
+    def _inside(cls, value: float) -> float:
+        if not 0 < value < 1:
+            raise ValueError(f"sparsity is {value}; choose a number strictly between 0 and 1, such as 0.5")
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        parse_pattern(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        structure = parse_pattern(self.pattern)
+        if structure is not None and "sparsity" in self.model_fields_set:
+            keep_n, group_m = structure
+            if abs(self.sparsity - (1 - keep_n / group_m)) > 1e-9:
+                raise ValueError(
+                    f"pattern {self.pattern} has sparsity {1 - keep_n / group_m:g}, but sparsity is {self.sparsity:g}; "
+                    "leave sparsity out with an N:M pattern"
+                )
+        return self
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """Return (keep_n, group_m) of an 'N:M' pattern, None for 'unstructured'.
+
+    Raises:
+        ValueError: neither form, or not 0 < N < M.
+    """
+    if pattern == "unstructured":
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not match or not 0 < int(match[1]) < int(match[2]):
+        raise ValueError(f"pattern is {pattern!r}; use 'unstructured' or 'N:M' with 0 < N < M, such as '2:4'")
+    return int(match[1]), int(match[2])
+
+
+class FinetuneConfig(Config):
+    """The adapters and their training (stage `finetune`)."""
+
+    kind: Kind = Field("sparse", description="dense (plain LoRA), sparse (masked by the base's zeros), or quantized")
+    ranks: list[PositiveInt] = Field(
+        [48, 32, 16], min_length=1, description="ranks an elastic adapter may take; one rank is plain LoRA"
+    )
+    lora_alpha: float = Field(64, gt=0, description="the delta is scaled by lora_alpha / max(ranks)")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="probability")
+    target_modules: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], description="last parts of the names of linears"
+    )
+    rank_groups: list[list[str]] = Field(
+        [["q_proj", "k_proj", "v_proj"]], description="target modules of one layer that share a rank"
+    )
+    epochs: float = Field(3, gt=0, description="passes over the training rows; max_steps overrides it")
+    max_steps: PositiveInt | None = Field(None, description="optimiser steps")
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1, description="fraction of the steps over which the rate rises")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    length: PositiveInt = Field(512, description="tokens a packed row; a longer example is an error")
+    batch: PositiveInt = Field(8, description="packed rows a micro-batch")
+    accumulation: PositiveInt = Field(1, description="micro-batches an optimiser step")
+    packing: bool = Field(True, description="several examples a row, isolated from each other")
+    completion_only: bool = Field(True, description="the loss is over answers only")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="auto: eager on CPU (measured faster in training), sdpa elsewhere"
+    )
+    save_every: PositiveInt = Field(50, description="optimiser steps between checkpoints")
+    evaluate_every: PositiveInt | None = Field(None, description="optimiser steps between validation losses")
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field([], description="where metrics go besides JSON")
+
+
+class SearchConfig(Config):
+    """Which sub-adapter is taken out of the super-adapter."""
+
+    strategy: Literal["heuristic", "maximal", "minimal", "file"] = Field(
+        "heuristic", description="heuristic: the median rank of each group; file: the ranks in `ranks_file`"
+    )
+    ranks_file: str | None = Field(None, description="JSON object {group: rank}")
+
+
+class MergeConfig(Config):
+    """How the adapter goes into the base."""
+
+    allow_sparsity_loss: bool = Field(
+        False, description="merge a dense adapter into a sparse base although its zeros are lost; the report says so"
+    )
+
+
+class VerifyConfig(Config):
+    """The proof that merging changed nothing."""
+
+    prompts: PositiveInt = Field(16, description="held-out prompts whose logits are compared")
+    accuracy_rows: PositiveInt = Field(32, description="held-out rows on which accuracy is compared")
+    logit_bound: float = Field(0.0, ge=0, description="largest absolute difference of a logit that passes")
+
+
+class EvaluateConfig(Config):
+    """What the table reports (stage `evaluate`)."""
+
+    tasks: list[str] = Field([], description="task names; empty is the recipe's own task")
+    limit: PositiveInt | None = Field(None, description="rows a task")
+    batch: PositiveInt = Field(16, description="sequences at a time")
+    fewshot: int = Field(0, ge=0, description="worked examples before each question")
+    rows: list[Literal["dense", "sparse", "quantized", "tuned", "merged"]] = Field(
+        ["dense", "sparse", "tuned", "merged"], description="which models of the run are evaluated"
+    )
+    baselines: list[str] = Field(
+        [], description="eval.json files of earlier, labelled runs that the table shows beside (dense + LoRA, say)"
+    )
+
+
+class Recipe(Config):
+    """One run: a model, a task, and the stages to take it through."""
+
+    name: str = Field(description="names the run's folder, runs/NAME, unless --out is given")
+    model: str = Field(
+        description="a Hub id, a folder, a .gguf file, or 'package:NAME/FILE.gguf' for one inside a Python package"
+    )
+    data: DataConfig
+    seed: int = Field(0, ge=0)
+    threads: PositiveInt | None = Field(None, description="CPU threads; None leaves PyTorch's choice")
+    trust_remote_code: bool = Field(False, description="run code that the model's repository brings; off unless said")
+    note: str = Field("", description="what a reader of the report should know about this recipe")
+    sparsify: SparsifyConfig | None = None
+    finetune: FinetuneConfig | None = FinetuneConfig()
+    search: SearchConfig = SearchConfig()
+    merge: MergeConfig | None = MergeConfig()
+    verify: VerifyConfig | None = VerifyConfig()
+    evaluate: EvaluateConfig | None = EvaluateConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of version 1.2: PyYAML's own reads `2:4` as 124 (base 60) and `3e-4` as text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$", re.IGNORECASE),
+    list("-+.0123456789"),
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply `key.sub=value` overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: as given to `--set`; values are parsed as YAML, so `--set finetune.ranks=[8,4]` works.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or has wrong keys or values; every problem is listed.
+    """
+    path = Path(path)
+    try:
+        values = _read_yaml(path.read_text())
+    except OSError as error:
+        raise InputError(f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {path}: holds {type(values).__name__}, not a mapping of settings")
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"--set {override}: write it as key=value, for example finetune.epochs=1")
+        node = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise InputError(f"--set {override}: {parent} is a value, not a group of settings")
+            node = child
+        try:
+            node[last] = _read_yaml(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {override}: the value is not valid YAML: {error}") from error
+    return parse_config(Recipe, values, f"recipe {path}")
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def parse_config(model: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
+    """Validate `values` as `model`; unknown keys are named with the nearest right one.
+
+    Raises:
+        InputError: every problem, each with its dotted key.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        with Problems(where) as problems:
+            for item in error.errors():
+                key = ".".join(str(part) for part in item["loc"])
+                if item["type"] == "extra_forbidden":
+                    problems.add(f"unknown key {key!r}{_nearest(model, item['loc'])}")
+                else:
+                    problems.add(f"{key}: {item['msg'].removeprefix('Value error, ')}" if key else item["msg"])
+        raise AssertionError("a ValidationError has at least one problem") from error
+
+
+def _nearest(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """Return '; did you mean ...' for an unknown key at `location` inside `model`."""
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field is not None else None
+        candidates = [inner, *getattr(inner, "__args__", ())]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not found:
+            return ""
+        model = found[0]
+    known = list(model.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys are {', '.join(known)}"

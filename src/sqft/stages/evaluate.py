@@ -1,0 +1,171 @@
+"""Stage `evaluate`: one model on the reported rows of its tasks, through lm-eval.
+
+Reported are the test splits (of BoolQ, PIQA, HellaSwag and WinoGrande the validation split, as everywhere); nothing is
+tuned, selected or calibrated on them. All data is read before the model is, so that a missing split costs no loading.
+A result file that was made with the same settings, model, adapter and data is returned as it is.
+
+eval.json: {tasks: {name: {metric, value, stderr, n, version, ...}}, seed, fewshot, versions, made_from}. Beside these a
+task has acc_norm where lm-eval has it, and for MAWPS `mawps_unseen` {value, stderr, n}: the rows whose wording, numbers
+aside, stands in no other split.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from sqft.artifact import describe, finished_result, write_result
+from sqft.data.load import load_examples, load_file, resolve_task
+from sqft.data.tasks import BUILTIN, Example, Task
+from sqft.errors import InputError, Problems
+from sqft.model.load import load_model, load_tokenizer
+from sqft.recipe import DataConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from sqft.data.harness import Scores
+    from sqft.recipe import EvaluateConfig
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: EvaluateConfig,
+    data: DataConfig,
+    model_dir: Path,
+    adapter: Path | None,
+    out_file: Path,
+    *,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a model, with an unmerged adapter if one is given, and write the result.
+
+    Args:
+        config: which tasks and how.
+        data: the recipe's data; its task is the default.
+        model_dir: model folder.
+        adapter: adapter folder or None.
+        out_file: the JSON file to write.
+        seed: chooses the worked examples of few-shot prompts.
+        trust_remote_code: passed to transformers.
+
+    Returns:
+        The result, as in the file.
+
+    Raises:
+        InputError: data or model cannot be used, or the file was made with other settings.
+    """
+    inputs = {"model": model_dir} | ({"adapter": adapter} if adapter is not None else {})
+    tasks = {name: _task_data(name, data) for name in config.tasks or [data.task]}
+    for number, task_data in enumerate(tasks.values()):
+        path = Path(task_data.task).expanduser()
+        if task_data.task not in BUILTIN and path.exists():
+            inputs[f"data_{number}"] = path
+    # `rows` and `baselines` say which evaluations a run makes and shows; they change none.
+    settings = {
+        "evaluate": config.model_dump(mode="json", exclude={"rows", "baselines"}),
+        "data": data.model_dump(mode="json"),
+    }
+    description = describe("evaluate", settings, inputs, seed)
+    if (done := finished_result(out_file, description)) is not None:
+        return done
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    rows = _read_all(tasks, data, config, tokenizer, seed)
+    results = _evaluate_all(rows, config, model_dir, adapter, tokenizer, trust_remote_code)
+    return write_result(out_file, description, {"tasks": results, "seed": seed, "fewshot": config.fewshot})
+
+
+def _task_data(name: str, data: DataConfig) -> DataConfig:
+    """Return the data of a task to evaluate: the recipe's own, a built-in one, or rows that read as the recipe's."""
+    if name == data.task:
+        return data
+    return DataConfig(task=name, template=None if name in BUILTIN else data.template)
+
+
+def _read_all(
+    tasks: dict[str, DataConfig],
+    data: DataConfig,
+    config: EvaluateConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> dict[str, tuple[Task, list[Example], list[Example]]]:
+    """Return task, rows and worked examples of each; every task that cannot be read is reported."""
+    rows: dict[str, tuple[Task, list[Example], list[Example]]] = {}
+    with Problems("evaluate") as problems:
+        for name, task_data in tasks.items():
+            try:
+                task = resolve_task(task_data)
+                path = Path(name).expanduser()
+                if name != data.task and name not in BUILTIN and path.is_file():
+                    examples = load_file(path, task_data.template, tokenizer)
+                else:
+                    examples = load_examples(task_data, "test", seed, tokenizer)
+                shots = _shots(task_data, config.fewshot, seed, tokenizer)
+            except InputError as error:
+                problems.add(str(error))
+                continue
+            key = name if task.name in rows else task.name
+            rows[key] = (task, examples[: config.limit], shots)
+    return rows
+
+
+def _shots(data: DataConfig, count: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Return worked examples from train, the same for every question."""
+    if not count:
+        return []
+    train = load_examples(data, "train", seed, tokenizer)
+    if count > len(train):
+        raise InputError(f"evaluate.fewshot is {count}, but {data.task} has {len(train)} training rows; choose fewer")
+    return random.Random(seed).sample(train, count)  # noqa: S311
+
+
+def _evaluate_all(
+    rows: dict[str, tuple[Task, list[Example], list[Example]]],
+    config: EvaluateConfig,
+    model_dir: Path,
+    adapter: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool,
+) -> dict[str, dict[str, Any]]:
+    import torch
+
+    from sqft.data.harness import evaluate_examples
+
+    model = load_model(model_dir, adapter, trust_remote_code=trust_remote_code)
+    if torch.cuda.is_available():
+        cast("Any", model).to("cuda")
+    results = {}
+    for name, (task, examples, shots) in rows.items():
+        scores = evaluate_examples(model, tokenizer, task, examples, config.batch, shots)
+        results[name] = _entry(task, examples, scores)
+        logger.info("%s: %s %.4f on %d rows", name, scores.metric, scores.value, len(examples))
+    return results
+
+
+def _entry(task: Task, examples: Sequence[Example], scores: Scores) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "metric": scores.metric,
+        "value": scores.value,
+        "stderr": scores.stderr,
+        "n": len(scores.correct),
+        "version": task.version,
+        **scores.others,
+    }
+    for tag in sorted({tag for example in examples for tag in example.tags}):
+        part = [correct for example, correct in zip(examples, scores.correct, strict=True) if tag in example.tags]
+        entry[f"{task.name}_{tag}"] = _mean(part)
+    return entry
+
+
+def _mean(correct: Sequence[bool]) -> dict[str, Any]:
+    """Return mean, standard error (as lm-eval: sample deviation over √n) and number of some rows."""
+    n = len(correct)
+    mean = sum(correct) / n
+    stderr = (mean * (1 - mean) / (n - 1)) ** 0.5 if n > 1 else None
+    return {"value": mean, "stderr": stderr, "n": n}

@@ -1,0 +1,264 @@
+"""Finetune: train elastic, masked adapters on a frozen base; resumable to the bit.
+
+transformers' Trainer runs the loop; checkpoints lie in the partial folder. A checkpoint counts once its DONE file is
+there, which is written after everything else of it is on disk, so a kill at any moment loses at most the steps since
+the last one. The data order, the ranks drawn and the optimiser state are functions of (seed, step), so a resumed run
+ends with the same adapter to the bit, given equal threads, library versions and processor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import PrinterCallback
+
+from sqft.artifact import Artifact, check_space, describe, digest_input, finished, write_json, writing
+from sqft.data.encode import encode
+from sqft.errors import InputError, Problems
+from sqft.model.adapter import RANK_SPACE
+from sqft.model.elastic import ElasticRanks, rank_space
+from sqft.model.layers import SqftConfig, sqft_layers
+from sqft.model.load import load_model, load_tokenizer
+from sqft.model.training import PackedTrainer, check_isolation, collate, label_examples, pack_rows
+
+if TYPE_CHECKING:
+    from sqft.recipe import FinetuneConfig
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[str, str]
+
+
+def run(
+    config: FinetuneConfig,
+    model: Path,
+    train: list[Pair],
+    validation: list[Pair],
+    out: Path,
+    *,
+    seed: int,
+    data: dict[str, Any],
+    trust_remote_code: bool = False,
+) -> Artifact:
+    """Train adapters on a base and save them as a PEFT adapter.
+
+    Args:
+        config: adapters and training.
+        model: the base model's folder.
+        train: (prompt, answer) pairs.
+        validation: pairs for the validation loss; may be empty.
+        out: the folder to make.
+        seed: of initialisation, data order and rank draws.
+        data: what the pairs were drawn from; part of the key.
+        trust_remote_code: passed to transformers.
+
+    Raises:
+        InputError: targets that match nothing, examples that do not fit, or a model that cannot be packed.
+    """
+    settings = {**config.model_dump(mode="json", exclude={"trackers"}), "data": data}
+    description = describe("finetune", settings, {"model": model}, seed)
+    if done := finished(out, description):
+        return done
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    network = load_model(model, attention=_attention(config), trust_remote_code=trust_remote_code)
+    rows = pack_rows(label(config, tokenizer, train, network.config), config.length, packing=config.packing)
+    held_out = label(config, tokenizer, validation, network.config) if validation else []
+    if config.packing:
+        check_isolation(network, network.get_input_embeddings().num_embeddings)
+    set_seed(seed)
+    adapted = attach(network, config)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    # Adapter, two checkpoints of it with two moments each, all in float32.
+    check_space(out, trainable * 4 * 8, "training")
+    with writing(out, description, keep_partial=True) as draft:
+        started = time.monotonic()
+        trainer = _trainer(config, adapted, rows, held_out, draft.path / "checkpoints", seed, tokenizer.pad_token_id)
+        resumed_at = _resume(trainer, draft.path / "checkpoints")
+        adapted.save_pretrained(str(draft.path))
+        shutil.rmtree(draft.path / "checkpoints")
+        space = rank_space(adapted)
+        write_json(
+            draft.path / RANK_SPACE,
+            {"choices": list(space.choices), "groups": {g: list(m) for g, m in space.groups.items()}},
+        )
+        log = trainer.state.log_history
+        write_json(draft.path / "sqft" / "training_log.json", _split_log(log))
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        layers = sqft_layers(adapted)
+        draft.result = {
+            "coverage": f"adapted {len(layers)} linears in {len(space.groups)} rank groups",
+            "kind": config.kind,
+            "base_digest": digest_input(model),
+            "trainable_parameters": trainable,
+            "steps": trainer.state.global_step,
+            "resumed_at_step": resumed_at,
+            "examples": len(train),
+            "packed_rows": len(rows),
+            "tokens_per_epoch": tokens,
+            "train_seconds": round(time.monotonic() - started, 2),
+            "final_loss": next((e["loss"] for e in reversed(log) if "loss" in e), None),
+        }
+    return Artifact.open(out)
+
+
+def label(config: FinetuneConfig, tokenizer: Any, pairs: list[Pair], model_config: Any) -> list[dict[str, list[int]]]:
+    """Return the token rows of (prompt, answer) pairs.
+
+    Raises:
+        InputError: none, or too long; see :func:`label_examples`.
+    """
+    return label_examples(
+        [encode(tokenizer, prompt, answer) for prompt, answer in pairs],
+        tokenizer.eos_token_id,
+        length=config.length,
+        model_length=getattr(model_config, "max_position_embeddings", None),
+        completion_only=config.completion_only,
+    )
+
+
+def check(config: FinetuneConfig, network: PreTrainedModel) -> None:
+    """Refuse adapters that the model cannot take.
+
+    Raises:
+        InputError: a target module is not in the model, or the kind is not available.
+    """
+    if config.kind == "quantized":
+        raise InputError("finetune.kind 'quantized' needs a quantised base, which this version does not make yet")
+    linears = {name for name, m in network.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    with Problems("finetune") as problems:
+        for target in config.target_modules:
+            if not any(name == target or name.endswith(f".{target}") for name in linears):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+                problems.add(f"target module {target!r} matches no linear of the model; it has {known}")
+
+
+def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
+    """Put the recipe's adapters on a model."""
+    check(config, network)
+    return get_peft_model(
+        network,
+        SqftConfig(
+            task_type="CAUSAL_LM",
+            kind=config.kind,
+            ranks=list(config.ranks),
+            rank_groups=[list(group) for group in config.rank_groups],
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.target_modules),
+        ),
+    )
+
+
+def _attention(config: FinetuneConfig) -> str | None:
+    if config.attention != "auto":
+        return config.attention
+    return None if torch.cuda.is_available() else "eager"
+
+
+def _trainer(
+    config: FinetuneConfig,
+    model: Any,
+    rows: list[dict[str, list[int]]],
+    held_out: list[dict[str, list[int]]],
+    checkpoints: Path,
+    seed: int,
+    pad_token_id: int,
+) -> PackedTrainer:
+    steps = config.max_steps or max(1, round(config.epochs * _steps_per_epoch(config, len(rows))))
+    evaluate = config.evaluate_every is not None and bool(held_out)
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch,
+        per_device_eval_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=round(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=config.evaluate_every,
+        report_to=list(config.trackers) or "none",
+        remove_unused_columns=False,
+        disable_tqdm=not os.isatty(2),
+        seed=seed,
+        data_seed=seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = PackedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=[{**row, "seq_lengths": [len(row["input_ids"])]} for row in held_out] or None,
+        data_collator=lambda batch: collate(batch, pad_token_id),
+        callbacks=[ElasticRanks(seed), _Done(), _Log()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _steps_per_epoch(config: FinetuneConfig, rows: int) -> float:
+    return rows / (config.batch * config.accumulation)
+
+
+def _resume(trainer: PackedTrainer, checkpoints: Path) -> int:
+    """Train from the last whole checkpoint, if there is one; return the step it was at."""
+    whole = []
+    for folder in checkpoints.glob("checkpoint-*"):
+        if (folder / "DONE").is_file():
+            whole.append(folder)
+        else:
+            shutil.rmtree(folder)
+    latest = max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    if latest is not None:
+        logger.info("resuming from step %s", latest.name.rpartition("-")[2])
+    trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
+    return 0 if latest is None else int(latest.name.rpartition("-")[2])
+
+
+class _Done(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint as whole, after its files are on disk."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as stream:
+                    os.fsync(stream.fileno())
+        (folder / "DONE").touch()
+
+
+class _Log(TrainerCallback):  # type: ignore[misc]
+    """Reports the loss where there is no progress bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        every = max(1, state.max_steps // 20)
+        if logs and "loss" in logs and state.global_step % every == 0:
+            logger.info("step %d/%d  loss %.4f", state.global_step, state.max_steps, float(logs["loss"]))
+
+
+def _split_log(history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "train": [
+            {"step": e["step"], "loss": float(e["loss"]), "learning_rate": float(e["learning_rate"])}
+            for e in history
+            if "loss" in e
+        ],
+        "eval": [{"step": e["step"], "eval_loss": float(e["eval_loss"])} for e in history if "eval_loss" in e],
+    }

@@ -1,0 +1,89 @@
+"""The figures of a report: what a log, a mask and a rank choice look like, with the numbers behind each."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+from sqft.stages.report.charts import Cell, Point, grid_chart, line_chart, place, scale_legend, smooth
+from sqft.stages.report.facts import finite
+from sqft.stages.report.words import percent_text
+
+
+def loss(log: dict[str, Any]) -> tuple[str, list[Point], list[Point]]:
+    """Return the loss chart, and the points of training and validation."""
+    train, held_out = finite(log.get("train", []), "loss"), finite(log.get("eval", []), "eval_loss")
+    series: list[tuple[str, str, list[Point]]] = []
+    window = max(1, len(train) // 20)
+    if window > 1:
+        series.append(("training, each step", "raw", thin(train, 1000)))
+        series.append((f"training, mean of {window // 2 * 2 + 1} steps", "main", thin(smooth(train, window), 1000)))
+    else:
+        series.append(("training", "main", train))
+    series.append(("validation", "marks held-out", held_out))
+    label = "Loss over optimiser steps"
+    if train:
+        label += f": training from {train[0][1]:.3f} to {train[-1][1]:.3f}"
+    if held_out:
+        label += f", validation from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}"
+    return line_chart(series, label, "optimiser step", "loss (nats a token)"), train, held_out
+
+
+def thin(points: list[Point], count: int) -> list[Point]:
+    """Return at most `count` evenly chosen points, the first and last among them."""
+    if len(points) <= count:
+        return points
+    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+
+
+def sparsity(layers: list[dict[str, Any]]) -> tuple[str, list[tuple[str, list[float], int]]]:
+    """Return the sparsity grid, and (kind, [lowest, mean, highest], weights) for each kind of linear.
+
+    Experts of a layer share a cell, which shows their mean.
+    """
+    places = place([layer["name"] for layer in layers])
+    merged: dict[tuple[str, int], list[tuple[float, int]]] = defaultdict(list)
+    for layer in layers:
+        merged[places[layer["name"]]].append((float(layer["sparsity"]), int(layer["weights"])))
+    cells: dict[tuple[str, int], Cell] = {}
+    kinds: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for (name, index), members in merged.items():
+        weights = sum(w for _, w in members)
+        mean = sum(s * w for s, w in members) / weights
+        several = f", mean of {len(members)}" if len(members) > 1 else ""
+        cells[name, index] = Cell(mean, "", f"layer {index} {name}: {percent_text(mean)} zero{several}")
+        kinds[name] += members
+    values = [s for members in merged.values() for s, _ in members]
+    label = (
+        f"Sparsity of {len(layers)} linears by layer, from {percent_text(min(values))} to {percent_text(max(values))}"
+    )
+    legend = scale_legend([(f"{round(100 * v)} %", v) for v in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    summary = []
+    for name, members in kinds.items():
+        shares, weights = [s for s, _ in members], sum(w for _, w in members)
+        summary.append((name, [min(shares), sum(s * w for s, w in members) / weights, max(shares)], weights))
+    return legend + grid_chart(cells, label), summary
+
+
+def ranks(value: dict[str, Any]) -> tuple[str, list[tuple[str, Counter[int]]]]:
+    """Return the rank grid, and how often each kind of group has which rank."""
+    chosen: dict[str, int] = value["ranks"]
+    largest = max([*value.get("choices", []), *chosen.values()])
+    places = place(list(chosen))
+    cells: dict[tuple[str, int], Cell] = {}
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    for group, rank in chosen.items():
+        name, layer = places[group]
+        members = ", ".join(value.get("groups", {}).get(group, []))
+        cells[name, layer] = Cell(
+            rank / largest, str(rank), f"{group}: rank {rank}" + (f" ({members})" if members else "")
+        )
+        counts[name][rank] += 1
+    shown = sorted({*value.get("choices", []), *chosen.values()}, reverse=True)
+    legend = scale_legend([(f"rank {rank}", rank / largest) for rank in shown])
+    return legend + grid_chart(cells, f"Ranks of {len(chosen)} groups by layer"), list(counts.items())
+
+
+def counts_text(found: Counter[int]) -> str:
+    """Return '48 in 10 layers, 32 in 20 layers'."""
+    return ", ".join(f"{rank} in {n} layer{'' if n == 1 else 's'}" for rank, n in sorted(found.items(), reverse=True))

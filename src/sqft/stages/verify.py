@@ -1,0 +1,206 @@
+"""Verify: prove that a merged model is its base with its adapter, and that the zeros are still there.
+
+Checks, each with its value and bound, in verify.json:
+- `zeros_kept`: no weight outside the base's mask is non-zero, in any layer.
+- `weights_equal`: every adapted weight is W' of base and adapter, to the bit.
+- `rest_untouched`: every other tensor is the base's, to the bit.
+- `adapter_applied`: merging changed something; a merge that did nothing would pass the others.
+- `logits_equal`: logits of base + adapter against merged on held-out prompts. Masked kinds run the same matmul on the
+  same weight, so the bound is 0; a dense adapter runs as two matmuls and differs by rounding.
+- `accuracy_equal`: the same held-out rows are answered right.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sqft.artifact import describe, finished_result, write_result
+from sqft.data.encode import encode
+from sqft.data.harness import score_examples
+from sqft.model.adapter import SavedAdapter
+from sqft.model.checkpoint import Checkpoint
+from sqft.model.layers import check_base, load_mask
+from sqft.model.load import load_model, load_tokenizer
+from sqft.model.merged import BaseWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from sqft.data.tasks import Example, Task
+    from sqft.recipe import VerifyConfig
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: VerifyConfig,
+    merged: Path,
+    base: Path,
+    adapter: Path,
+    out_file: Path,
+    *,
+    task: Task | None = None,
+    examples: Sequence[Example] = (),
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Check a merged model and write what was found; a failed check is a result, not an exception.
+
+    Args:
+        config: how much to check, and the bound.
+        merged: the merged model's folder.
+        base: the base's folder.
+        adapter: the (sub-)adapter's folder.
+        out_file: verify.json.
+        task: whose metric judges the accuracy; without one, accuracy is not checked and logits are compared on
+            seeded random tokens.
+        examples: held-out rows of the task.
+        seed: of the random tokens.
+        trust_remote_code: passed to transformers.
+
+    Returns:
+        {passed, checks: [{name, passed, value, bound, detail}]}.
+
+    Raises:
+        InputError: a folder cannot be read, or the adapter is another base's.
+    """
+    check_base(base, adapter)
+    inputs: dict[str, str | Path] = {"merged": merged, "base": base, "adapter": adapter}
+    settings = {**config.model_dump(mode="json"), "task": task.name if task else None, "examples": len(examples)}
+    description = describe("verify", settings, inputs, seed)
+    if (done := finished_result(out_file, description)) is not None:
+        return done
+    saved = SavedAdapter.open(adapter)
+    weights = BaseWeights(base, saved, trust_remote_code=trust_remote_code)
+    output = Checkpoint(merged)
+    checks = [_zeros_kept(weights, output), *_weights(weights, saved, output)]
+    bound = config.logit_bound if saved.kind != "dense" else max(config.logit_bound, 0.5)
+    checks += _behaviour(config, bound, merged, base, adapter, task, examples, seed, trust_remote_code)
+    result = {"passed": all(check["passed"] for check in checks), "checks": checks}
+    return write_result(out_file, description, result)
+
+
+def _check(name: str, value: float, bound: float, detail: str) -> dict[str, Any]:
+    return {"name": name, "passed": value <= bound, "value": value, "bound": bound, "detail": detail}
+
+
+def _zeros_kept(weights: BaseWeights, output: Checkpoint) -> dict[str, Any]:
+    new: dict[str, int] = {}
+    pruned = 0
+    for name, entry in weights.checkpoint.entries.items():
+        mask = load_mask(weights.base, name)
+        if mask is None and name in weights.names.values():
+            mask = weights.checkpoint.read(name) != 0
+        if mask is None or name not in output.entries or entry.shape != output.entries[name].shape:
+            continue
+        pruned += int((~mask).sum())
+        count = int(((output.read(name) != 0) & ~mask).sum())
+        if count:
+            new[name] = count
+    detail = f"{pruned} pruned weights are zero"
+    if new:
+        worst = sorted(new.items(), key=lambda item: -item[1])[:5]
+        detail = "new non-zeros in " + ", ".join(f"{name} ({count})" for name, count in worst)
+    return _check("zeros_kept", sum(new.values()), 0, detail)
+
+
+def _weights(weights: BaseWeights, adapter: SavedAdapter, output: Checkpoint) -> list[dict[str, Any]]:
+    """Compare every tensor of the merged model with what it must be."""
+    differing: list[str] = []
+    changed = 0
+    for module, low in adapter.modules.items():
+        before, expected = weights.merged(module, low, masked=adapter.kind != "dense")
+        name = weights.names[module]
+        found = output.read(name) if name in output.entries else None
+        if found is None or found.shape != expected.shape or not torch.equal(found, expected):
+            differing.append(name)
+        elif not torch.equal(found, before):
+            changed += 1
+    adapted = set(weights.names.values())
+    touched = []
+    for name in weights.checkpoint.entries:
+        if name in adapted:
+            continue
+        same = name in output.entries and torch.equal(_bits(output.read(name)), _bits(weights.checkpoint.read(name)))
+        if not same:
+            touched.append(name)
+    touched += [name for name in output.entries if name not in weights.checkpoint.entries]
+    rest = len(weights.checkpoint.entries) - len(adapted)
+    return [
+        _check(
+            "weights_equal",
+            len(differing),
+            0,
+            f"differ: {', '.join(differing[:5])}"
+            if differing
+            else f"{len(adapted)} adapted weights equal W' to the bit",
+        ),
+        _check(
+            "rest_untouched",
+            len(touched),
+            0,
+            f"differ: {', '.join(touched[:5])}" if touched else f"{rest} other tensors equal the base's to the bit",
+        ),
+        _check(
+            "adapter_applied",
+            0 if changed else 1,
+            0,
+            f"{changed} of {len(adapted)} adapted weights differ from the base's" if changed else "nothing was merged",
+        ),
+    ]
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+@torch.no_grad()
+def _behaviour(
+    config: VerifyConfig,
+    bound: float,
+    merged: Path,
+    base: Path,
+    adapter: Path,
+    task: Task | None,
+    examples: Sequence[Example],
+    seed: int,
+    trust_remote_code: bool,
+) -> list[dict[str, Any]]:
+    """Run both models; one is in memory at a time."""
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    prompts = [encode(tokenizer, e.prompt, e.answer)[0] for e in examples[: config.prompts]]
+    if not prompts:
+        generator = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(len(tokenizer), (config.prompts, 32), generator=generator).tolist()
+    logits: list[list[torch.Tensor]] = []
+    answers: list[list[bool]] = []
+    for folder, attached in ((base, adapter), (merged, None)):
+        model = load_model(folder, attached, trust_remote_code=trust_remote_code)
+        logits.append([model(input_ids=torch.tensor([ids])).logits[0].float() for ids in prompts])
+        if task is not None:
+            rows = list(examples[: config.accuracy_rows])
+            answers.append(score_examples(model, tokenizer, task, rows, batch=8))
+        del model
+    distance = max(float((live - after).abs().max()) for live, after in zip(*logits, strict=True))
+    if distance != distance:
+        distance = float("inf")
+    source = "held-out prompts" if examples else "random token sequences (no task was given)"
+    tokens = sum(len(ids) for ids in prompts)
+    checks = [
+        _check(
+            "logits_equal",
+            distance,
+            bound,
+            f"largest difference of a logit over {tokens} tokens of {len(prompts)} {source}",
+        )
+    ]
+    if task is not None:
+        live, after = answers
+        flipped = sum(a != b for a, b in zip(live, after, strict=True))
+        detail = f"{sum(live)} of {len(live)} right unmerged, {sum(after)} merged, {flipped} answers differ"
+        checks.append(_check("accuracy_equal", flipped, 0 if bound == 0 else len(live) // 10, detail))
+    return checks

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sqft.data.calibration import calibration_tokens, perplexity_tokens
+from sqft.errors import InputError
+from sqft.recipe import CalibrationConfig, DataConfig
+
+
+@pytest.fixture
+def own_data(tmp_path: Path) -> DataConfig:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    rows = [{"prompt": f"row {i:03d}", "completion": f" is {i:03d}"} for i in range(50)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(task=str(folder))
+
+
+def windows(config: CalibrationConfig, data: DataConfig | None, tokenizer: Any, seed: int = 0) -> torch.Tensor:
+    tokens = calibration_tokens(config, data, tokenizer, seed)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (config.samples, config.length)
+    return tokens
+
+
+def test_task_rows_are_shuffled_prompts_and_answers_with_the_end_token(own_data: Any, tiny_tokenizer: Any) -> None:
+    config = CalibrationConfig(samples=4, length=45)
+    tokens = windows(config, own_data, tiny_tokenizer)
+    text = tiny_tokenizer.decode(tokens.flatten().tolist())
+    rows = text.split("<|end|>")[:-1]
+    assert all(row == f"row {row[4:7]} is {row[4:7]}" for row in rows)
+    assert len(rows) == len(set(rows)) == 4 * 45 // 15
+    assert rows != sorted(rows)
+
+
+def test_windows_depend_on_the_seed_alone(own_data: Any, tiny_tokenizer: Any) -> None:
+    config = CalibrationConfig(samples=4, length=45)
+    first = windows(config, own_data, tiny_tokenizer, seed=1)
+    assert torch.equal(first, windows(config, own_data, tiny_tokenizer, seed=1))
+    assert not torch.equal(first, windows(config, own_data, tiny_tokenizer, seed=2))
+
+
+def test_text_windows_do_not_overlap_and_reach_everywhere(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"{i:05d}" for i in range(200)))  # 1,000 tokens, each five of them unique
+    config = CalibrationConfig(data=str(file), samples=9, length=100)
+    texts = [tiny_tokenizer.decode(row) for row in windows(config, None, tiny_tokenizer)]
+    whole = file.read_text()
+    starts = sorted(whole.index(text) for text in texts)
+    assert all(b - a >= 100 for a, b in itertools.pairwise(starts))
+    chosen = {whole.index(tiny_tokenizer.decode(windows(config, None, tiny_tokenizer, s)[0])) for s in range(20)}
+    assert len(chosen) > 10
+
+
+def test_too_short_a_text_is_repeated_and_said_to_be(
+    own_data: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "sqft"):
+        windows(CalibrationConfig(samples=10, length=150), own_data, tiny_tokenizer)
+    assert "task has 750 tokens, fewer than 10 samples of 150; its text is repeated 2.0 times" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "sqft"):
+        windows(CalibrationConfig(samples=5, length=150), own_data, tiny_tokenizer)
+    assert "repeated" not in caplog.text
+
+
+def test_jsonl_of_texts_and_of_prompts(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    texts, prompts = tmp_path / "texts.jsonl", tmp_path / "prompts.jsonl"
+    texts.write_text('{"text": "abcd"}\n{"text": "efgh"}\n')
+    prompts.write_text('{"prompt": "ab", "completion": "cd"}\n{"prompt": "ef", "completion": "gh"}\n')
+    for file in (texts, prompts):
+        tokens = windows(CalibrationConfig(data=str(file), samples=1, length=10), None, tiny_tokenizer)
+        assert sorted(tiny_tokenizer.decode(tokens[0]).split("<|end|>")) == ["", "abcd", "efgh"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "", "has no tokens"),
+        ("empty.jsonl", "", "has no rows"),
+        ("blank.jsonl", '{"text": ""}\n', "has no tokens"),
+        ("bad.jsonl", '{"text": "a"}\n{"test": "b"}\n', r"bad.jsonl:2: has no readable text"),
+        ("odd.jsonl", '{"text": ["a"]}\n', r"odd.jsonl:1: its text is list"),
+    ],
+)
+def test_unusable_text_is_refused(tmp_path: Path, tiny_tokenizer: Any, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        calibration_tokens(CalibrationConfig(data=str(tmp_path / name)), None, tiny_tokenizer, 0)
+
+
+def test_unknown_sources_are_refused(tiny_tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="'c4': is neither 'task' nor 'wikitext2' nor a file here"):
+        calibration_tokens(CalibrationConfig(data="c4"), None, tiny_tokenizer, 0)
+    with pytest.raises(InputError, match="'task': there is no task"):
+        calibration_tokens(CalibrationConfig(), None, tiny_tokenizer, 0)
+    with pytest.raises(InputError, match="perplexity text 'c4': known is wikitext2"):
+        perplexity_tokens("c4", "test", tiny_tokenizer)
+
+
+def test_wikitext_from_a_folder_and_from_the_hub_is_one_text(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "test.txt").write_text(" \n = Title = \n \n Some text . \n")
+    monkeypatch.setenv("SQFT_DATA_DIR", str(tmp_path))
+    local = perplexity_tokens("wikitext2", "test", tiny_tokenizer)
+    assert tiny_tokenizer.decode(local) == "\n\n = Title = \n\n\n\n\n Some text . \n"
+    hub = [{"text": t} for t in ("", " = Title = \n", "", " Some text . \n")]
+    asked: list[Any] = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, split: asked.append((*args, split)) or hub)
+    (tmp_path / "wikitext2" / "test.txt").unlink()
+    assert torch.equal(perplexity_tokens("wikitext2", "test", tiny_tokenizer), local)
+    assert asked == [("Salesforce/wikitext", "wikitext-2-v1", "test")]
+
+
+def test_wikitext_that_is_nowhere_says_what_was_looked_for(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_args: Any, **_options: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("SQFT_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(
+        InputError, match=r"no validation part: .*wikitext2/valid.txt .* Salesforce/wikitext .no network"
+    ):
+        calibration_tokens(CalibrationConfig(data="wikitext2"), None, tiny_tokenizer, 0)
+
+
+def test_the_public_wikitext(data_dir: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQFT_DATA_DIR", str(data_dir))
+    tokens = windows(CalibrationConfig(data="wikitext2", samples=8, length=64), None, tiny_tokenizer)
+    assert len({tuple(row.tolist()) for row in tokens}) == 8
+    assert len(perplexity_tokens("wikitext2", "test", tiny_tokenizer)) > 1_000_000

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import socket
+from typing import Any
+
+import pytest
+import torch
+
+from data.oracle import answering_model
+from sqft.data.encode import encode
+from sqft.data.harness import _language_model, evaluate_examples, score_examples
+from sqft.data.tasks import BUILTIN, Example, Task
+from sqft.errors import InputError
+
+EXACT = Task("own", "exact")
+
+ARC = [
+    BUILTIN["arc_easy"].build({"question": q, "choices": {"text": c, "label": list("ABCD")[: len(c)]}, "answerKey": k})
+    for q, c, k in [
+        ("What is ice?", ["water", "a stone", "fire"], "A"),
+        ("What burns?", ["ice", "wood"], "B"),
+        ("What flies?", ["a bird", "a fish", "a worm"], "A"),
+    ]
+]
+WINOGRANDE = [
+    BUILTIN["winogrande"].build({"sentence": s, "option1": o1, "option2": o2, "answer": a})
+    for s, o1, o2, a in [
+        ("Ann called Bea because _ was lonely.", "Ann", "Bea", "1"),
+        ("The cup fell off the shelf as _ shook.", "the cup", "the shelf", "2"),
+    ]
+]
+GSM8K = [
+    BUILTIN["gsm8k"].build({"question": "Two and two?", "answer": "2 + 2 = 4\n#### 4"}),
+    BUILTIN["gsm8k"].build({"question": "Six and six?", "answer": "6 + 6 = 12\n#### 12"}),
+    BUILTIN["gsm8k"].build({"question": "A long day has how many hours?", "answer": "#### 24"}),
+    BUILTIN["gsm8k"].build({"question": "Ten times 100?", "answer": "#### 1,000"}),
+]
+MAWPS = [
+    BUILTIN["mawps"].build({"question": "3 birds and 4 birds", "answer": "7", "seen_template": True}),
+    BUILTIN["mawps"].build({"question": "a third of 1", "answer": "0.3333333333", "seen_template": False}),
+    BUILTIN["mawps"].build({"question": "5 plus 5", "answer": "10.0", "seen_template": False}),
+]
+OWN = [
+    Example("Spell cat:", " c a t"),
+    Example("Spell dog:", " d o g"),
+    Example("Spell ox:", " o x"),
+    Example("<|user|>hello\n", "hi there"),
+    Example("When is leap day?", "2024-02-29"),
+]
+# What the model says; the comment is whether that is right.
+SAYS = [
+    (ARC[0].prompt, " water"),  # right
+    (ARC[1].prompt, " ice"),  # wrong
+    (ARC[2].prompt, " a bird"),  # right
+    (WINOGRANDE[0].contexts[0], WINOGRANDE[0].answer),  # right
+    (WINOGRANDE[0].contexts[1], " !"),
+    (WINOGRANDE[1].contexts[0], WINOGRANDE[1].answer),  # wrong
+    (WINOGRANDE[1].contexts[1], " !"),
+    (GSM8K[0].prompt, " So 2 + 2 = 4\n#### 4"),  # right: another wording, the right number
+    (GSM8K[1].prompt, " 6 + 6 = 12"),  # wrong: no marker
+    (GSM8K[2].prompt, " #### 25"),  # wrong number
+    (GSM8K[3].prompt, " #### $1000.00 Question: 7"),  # right: cut at 'Question:'
+    (MAWPS[0].prompt, " It is 7."),  # right
+    (MAWPS[1].prompt, " 0.333"),  # right: inside the tolerance
+    (MAWPS[2].prompt, " 11"),  # wrong
+    (OWN[0].prompt, " c a t"),  # right
+    (OWN[1].prompt, " d o k"),  # wrong letter
+    (OWN[2].prompt, " o x e n"),  # wrong: it goes on
+    (OWN[3].prompt, "hi there"),  # right, after a prompt that ends in white space
+    (OWN[4].prompt, "2024-02-29"),  # right, though it looks like a date
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer: Any) -> Any:
+    torch.set_num_threads(1)
+    return answering_model(tiny_tokenizer, SAYS)
+
+
+@pytest.mark.parametrize(
+    ("task", "examples", "right"),
+    [
+        (BUILTIN["arc_easy"], ARC, [True, False, True]),
+        (BUILTIN["winogrande"], WINOGRANDE, [True, False]),
+        (BUILTIN["gsm8k"], GSM8K, [True, False, False, True]),
+        (BUILTIN["mawps"], MAWPS, [True, True, False]),
+        (EXACT, OWN, [True, False, False, True, True]),
+    ],
+    ids=["choice", "contexts", "generate-marker", "generate", "exact"],
+)
+def test_a_right_answer_scores_one_and_a_wrong_one_zero(
+    model: Any, tiny_tokenizer: Any, task: Task, examples: list[Example], right: list[bool]
+) -> None:
+    task = dataclasses.replace(task, max_new_tokens=min(task.max_new_tokens, 40))
+    for batch in (1, 4):
+        assert score_examples(model, tiny_tokenizer, task, examples, batch) == right
+    # Alone and in another order: no row's score depends on its neighbours.
+    assert score_examples(model, tiny_tokenizer, task, examples[::-1], 3) == right[::-1]
+    assert score_examples(model, tiny_tokenizer, task, examples[1:2], 3) == right[1:2]
+
+
+def test_scores_have_mean_standard_error_and_normalised_accuracy(model: Any, tiny_tokenizer: Any) -> None:
+    scores = evaluate_examples(model, tiny_tokenizer, BUILTIN["arc_easy"], ARC, 2)
+    assert scores.metric == "acc"
+    assert scores.value == pytest.approx(2 / 3)
+    assert scores.stderr == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))  # √(p(1-p)/(n-1))
+    assert set(scores.others) == {"acc_norm"}
+    assert not evaluate_examples(model, tiny_tokenizer, BUILTIN["winogrande"], WINOGRANDE, 2).others
+    alone = evaluate_examples(model, tiny_tokenizer, EXACT, OWN[:1], 2)
+    assert (alone.metric, alone.value, alone.stderr, dict(alone.others)) == ("exact_match", 1.0, None, {})
+
+
+def naive_choice(model: Any, tokenizer: Any, example: Example, *, by_length: bool) -> int:
+    """The choice of highest log-likelihood, one forward a choice."""
+    scores = []
+    for choice in example.choices:
+        prompt, answer = encode(tokenizer, example.prompt, choice)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        total = sum(logits[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+        scores.append(total / (len(choice) - 1) if by_length else total)
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def test_accuracies_equal_those_of_a_naive_loop(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
+    words = ["a", "stone bridge", "rain", "seven tall trees by the river", "it", "an old map"]
+    examples = [
+        BUILTIN["piqa"].build({"goal": f"goal {i}", "sol1": words[i % 6], "sol2": words[(i * 5 + 1) % 6], "label": 0})
+        for i in range(24)
+    ]
+    scores = evaluate_examples(model, tiny_tokenizer, BUILTIN["piqa"], examples, 5)
+    naive = [naive_choice(model, tiny_tokenizer, e, by_length=False) == e.gold for e in examples]
+    assert scores.correct == naive
+    assert 0 < sum(naive) < len(naive)
+    normed = [naive_choice(model, tiny_tokenizer, e, by_length=True) == e.gold for e in examples]
+    assert scores.others["acc_norm"] == pytest.approx(sum(normed) / len(normed))
+    assert normed != naive
+
+
+class Recorder:
+    """Records what lm-eval asks the model."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        for name in ("loglikelihood", "generate_until"):
+            original = getattr(_language_model(), name)
+            monkeypatch.setattr(_language_model(), name, self._wrap(original))
+
+    def _wrap(self, original: Any) -> Any:
+        def recorded(lm: Any, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            self.asked += [request.args for request in requests]
+            return original(lm, requests, disable_tqdm=disable_tqdm)
+
+        return recorded
+
+
+def test_few_shot_prompts_are_worked_examples_before_the_question(
+    model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(monkeypatch)
+    evaluate_examples(model, tiny_tokenizer, BUILTIN["arc_easy"], ARC[:1], 2, shots=ARC[1:])
+    head = "Question: What burns?\nAnswer: wood\n\nQuestion: What flies?\nAnswer: a bird\n\n"
+    assert recorder.asked == [(f"{head}{ARC[0].prompt}", f" {c}") for c in ("water", "a stone", "fire")]
+    recorder.asked.clear()
+    evaluate_examples(model, tiny_tokenizer, BUILTIN["winogrande"], WINOGRANDE[:1], 2, shots=WINOGRANDE[1:])
+    head = "The cup fell off the shelf as the shelf shook.\n\nAnn called Bea because "
+    assert recorder.asked == [(f"{head}{name}", " was lonely.") for name in ("Ann", "Bea")]
+    recorder.asked.clear()
+    evaluate_examples(model, tiny_tokenizer, EXACT, OWN[:1], 2, shots=OWN[1:3])
+    assert recorder.asked == [("Spell dog: d o g\n\nSpell ox: o x\n\nSpell cat:", " c a t<|end|>")]
+    recorder.asked.clear()
+    task = dataclasses.replace(BUILTIN["gsm8k"], max_new_tokens=2)
+    evaluate_examples(model, tiny_tokenizer, task, GSM8K[:1], 2, shots=GSM8K[1:2])
+    head = "Question: Six and six?\nAnswer: 6 + 6 = 12\n#### 12\n\n"
+    assert [args[0] for args in recorder.asked] == [head + GSM8K[0].prompt]
+
+
+def test_built_in_prompts_get_the_tokens_that_lm_eval_gives_them(model: Any, tiny_tokenizer: Any) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    stock = HFLM(pretrained=model, tokenizer=tiny_tokenizer)
+    ours = _language_model()(pretrained=model, tokenizer=tiny_tokenizer)
+    pairs = [(e.prompt, c) for e in ARC for c in e.choices] + [(c, e.answer) for e in WINOGRANDE for c in e.contexts]
+    pairs += [(e.prompt, e.answer) for e in GSM8K + MAWPS + OWN[:3]]
+    for prompt, answer in pairs:
+        assert ours._encode_pair(prompt, answer) == stock._encode_pair(prompt, answer)
+    # The difference: white space at the prompt's end stays in the prompt, as in training.
+    chat = ("<|user|>hello\n", "hi")
+    assert stock._encode_pair(*chat)[1] == tiny_tokenizer("\nhi")["input_ids"]
+    assert ours._encode_pair(*chat)[1] == tiny_tokenizer("hi")["input_ids"]
+
+
+def test_generation_reads_the_tokens_of_training(
+    model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    original = model.generate
+    monkeypatch.setattr(model, "generate", lambda **options: seen.append(options) or original(**options))
+    score_examples(model, tiny_tokenizer, dataclasses.replace(BUILTIN["mawps"], max_new_tokens=3), MAWPS[:1], 1)
+    assert seen[0]["input_ids"].tolist() == [encode(tiny_tokenizer, MAWPS[0].prompt, "")[0]]
+    assert seen[0]["use_cache"] is True
+    assert seen[0]["do_sample"] is False
+
+
+def test_prompts_that_the_model_cannot_hold_are_counted(
+    model: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = Example("x" * 600, " c a t")
+    with caplog.at_level(logging.WARNING, "sqft"):
+        score_examples(model, tiny_tokenizer, EXACT, [*OWN, long], 2)
+    assert "own: 1 of its sequences exceed the model's 512 tokens" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "sqft"):
+        score_examples(model, tiny_tokenizer, EXACT, OWN, 2)
+    assert not caplog.records
+
+
+def test_scoring_is_quiet_offline_and_leaves_no_trace(
+    model: Any,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Any,
+) -> None:
+    def refuse(*_args: Any) -> None:
+        raise AssertionError("something reaches for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    level = logging.getLogger("lm_eval").level
+    model.train()
+    score_examples(model, tiny_tokenizer, EXACT, OWN, 2)
+    assert model.training
+    model.eval()
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+    assert logging.getLogger("lm_eval").level == level
+
+
+def test_nothing_to_evaluate_and_no_end_token_are_refused(model: Any, tiny_tokenizer: Any) -> None:
+    import copy
+
+    with pytest.raises(InputError, match="task own: there are no rows to evaluate"):
+        score_examples(model, tiny_tokenizer, EXACT, [], 2)
+    endless = copy.deepcopy(tiny_tokenizer)
+    endless.eos_token = None
+    with pytest.raises(InputError, match="task own: the tokenizer has no end token"):
+        score_examples(model, endless, EXACT, OWN, 2)

