@@ -89,7 +89,7 @@ CHECKS = [
     ("weights_equal", 0, 0, "merged weights that differ from the live ones"),
     ("logits_equal", 0.0, 0.0, "largest difference of a logit over 16 held-out prompts"),
     ("accuracy_equal", 0, 0, "answers that differ over 32 held-out rows"),
-    ("not_the_base", 41_287_680, 1, "weights that merging changed; none would mean the adapter was lost"),
+    ("adapter_applied", 0, 0, "150 of 150 adapted weights differ from the base's"),
 ]
 
 
@@ -168,12 +168,13 @@ def read_page(out):
     return Page((out / "report.html").read_text(encoding="utf-8"))
 
 
-class TestWholeRun:
-    @pytest.fixture(scope="class")
-    def written(self, whole_run):
-        assert report.run(whole_run, recipe_of()) == whole_run / "report.html"
-        return whole_run
+@pytest.fixture(scope="module")
+def written(whole_run):
+    assert report.run(whole_run, recipe_of()) == whole_run / "report.html"
+    return whole_run
 
+
+class TestWholeRun:
     def test_the_page_loads_nothing(self, written):
         html = (written / "report.html").read_text(encoding="utf-8")
         assert Page(html).fetched == ["data:,"]
@@ -197,8 +198,9 @@ class TestWholeRun:
     def test_both_forms_say_the_same(self, written):
         text, page = (written / "report.md").read_text(encoding="utf-8"), read_page(written).text.replace("\u00a0", " ")
         headline = (
-            "SmolLM2-135M-Instruct with 50.07 % of its targeted weights set to zero, fine-tuned on mawps and merged into "
-            "one model, scores 47.5 % ± 3.2 on mawps (number_match, n = 238), against 8.4 % ± 1.8 for the dense model untuned."
+            "SmolLM2-135M-Instruct with 50.07 % of its targeted weights set to zero, fine-tuned on mawps and merged "
+            "into one model, scores 47.5 % ± 3.2 on mawps (number_match, n = 238), "
+            "against 8.4 % ± 1.8 for the dense model untuned."
         )
         for part in (
             headline,
@@ -320,7 +322,7 @@ class TestWhatIsMissing:
         (tmp_path / "evaluations").mkdir()
         for name in ("dense", "sparse"):
             (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(evaluation(0.3)))
-        recipe = recipe_of(finetune=None, evaluate={"rows": ["dense", "sparse"]})
+        recipe = recipe_of(finetune=None)
         report.run(tmp_path, recipe)
         text = read_page(tmp_path).text
         assert "Not in this folder" not in text
@@ -354,6 +356,12 @@ class TestVerdict:
             assert "is verified" not in text
             assert "0.0625" in text
             assert "layers.3.mlp.up_proj" in text
+
+    def test_a_bound_above_zero_is_noted(self, tmp_path):
+        check = {"name": "logits_equal", "passed": True, "value": 0.1, "bound": 0.5, "detail": ""}
+        (tmp_path / "verify.json").write_text(json.dumps({"passed": True, "checks": [check]}))
+        notes = words.notes(gather(tmp_path, recipe_of()))
+        assert "The check logits_equal of verify.json passes up to 0.5, not only at 0." in notes
 
     def test_passed_false_without_a_failed_check_is_not_verified(self, tmp_path):
         (tmp_path / "verify.json").write_text(json.dumps({"passed": False, "checks": []}))

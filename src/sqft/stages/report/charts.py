@@ -121,17 +121,7 @@ def line_chart(series: list[tuple[str, str, list[Point]]], label: str, x_title: 
     for name, style, values in series:
         if not values:
             continue
-        path = " ".join(f"{across(x):.3f},{down(y):.3f}" for x, y in values)
-        drawn.append(
-            '<svg viewBox="0 0 100 100" preserveAspectRatio="none" overflow="visible" width="100%" height="100%">'
-            f'<polyline class="line {style}" points="{path}"/></svg>'
-        )
-        if "marks" in style or len(values) == 1:
-            drawn += [
-                f'<circle class="mark {style}" cx="{across(x):.2f}%" cy="{down(y):.2f}%" r="4">'
-                f"<title>{escape(name)} at step {x:g}: {y:.4f}</title></circle>"
-                for x, y in values
-            ]
+        drawn.append(_line(style, [(across(x), down(y), f"{name} at step {x:g}: {y:.4f}") for x, y in values]))
         legend.append(f'<span class="key {style}"><i></i>{escape(name)}</span>')
     labels_y = "".join(f'<span style="top:{down(m):.2f}%">{_short(m)}</span>' for m in marks_y)
     labels_x = "".join(f'<span style="left:{across(m):.2f}%">{_short(m)}</span>' for m in marks_x)
@@ -142,6 +132,21 @@ def line_chart(series: list[tuple[str, str, list[Point]]], label: str, x_title: 
         f'<svg class="plot" focusable="false">{grid}{"".join(drawn)}</svg>'
         f'<div class="axis-x" aria-hidden="true">{labels_x}</div>'
         f'<div class="axis-title end">{escape(x_title)}</div></div>'
+    )
+
+
+def _line(style: str, points: list[tuple[float, float, str]]) -> str:
+    """Draw one series; points are (x, y) in percent and what a pointer on them shows."""
+    path = " ".join(f"{x:.3f},{y:.3f}" for x, y, _ in points)
+    drawn = (
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" overflow="visible" width="100%" height="100%">'
+        f'<polyline class="line {style}" points="{path}"/></svg>'
+    )
+    if "marks" not in style and len(points) > 1:
+        return drawn
+    return drawn + "".join(
+        f'<circle class="mark {style}" cx="{x:.2f}%" cy="{y:.2f}%" r="4"><title>{escape(text)}</title></circle>'
+        for x, y, text in points
     )
 
 

@@ -147,7 +147,7 @@ def _missing(out: Path, recipe: Recipe, manifests: dict[str, dict[str, Any]]) ->
     wanted = {
         "sparse": recipe.sparsify is not None,
         "adapter": recipe.finetune is not None,
-        "sub_adapter": recipe.finetune is not None and len(set(recipe.finetune.ranks)) > 1,
+        "sub_adapter": recipe.finetune is not None,
         "merged": recipe.finetune is not None and recipe.merge is not None,
     }
     missing = [
@@ -155,9 +155,14 @@ def _missing(out: Path, recipe: Recipe, manifests: dict[str, dict[str, Any]]) ->
     ]
     if recipe.verify is not None and wanted["merged"] and not (out / "verify.json").is_file():
         missing.append("verify.json (verify has not run, so the merge is unproven)")
+    off = {
+        "sparse": recipe.sparsify is None,
+        "tuned": recipe.finetune is None,
+        "merged": not wanted["merged"],
+    }
     for row in recipe.evaluate.rows if recipe.evaluate else []:
         path = Path("evaluations") / f"{row}.json"
-        if not (out / path).is_file():
+        if not off.get(row, False) and not (out / path).is_file():
             missing.append(f"{path} (this model was not evaluated)")
     return missing
 

@@ -149,11 +149,11 @@ def notes(facts: Facts) -> list[str]:
             "There is no dense + LoRA row: this table does not show what sparsity costs a tuned model. "
             "Run the same recipe without sparsify and name its evaluation in evaluate.baselines."
         )
-    if recipe.verify is not None and recipe.verify.logit_bound > 0:
-        found.append(
-            f"verify allows logits to differ by {recipe.verify.logit_bound:g}; with the default of 0 "
-            "merged and unmerged must agree to the bit."
-        )
+    found += [
+        f"The check {check['name']} of verify.json passes up to {number_text(check['bound'])}, not only at 0."
+        for check in (facts.verify or {}).get("checks", [])
+        if check.get("bound")
+    ]
     resumed = facts.manifests.get("adapter", {}).get("result", {}).get("resumed_at_step")
     if resumed:
         found.append(f"Training was interrupted and resumed at step {resumed}; its time counts from there.")

@@ -1,0 +1,105 @@
+"""Checkpoints: read and patch against the safetensors library, and every way a download can be broken."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sqft.errors import InputError
+from sqft.model.checkpoint import INDEX, Checkpoint, copy_model
+from sqft.model.load import load_model, localize
+
+
+def sharded(source: Path, target: Path) -> Path:
+    load_model(source).save_pretrained(target, max_shard_size="20KB")
+    return target
+
+
+def test_read_and_write_agree_with_the_library(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5).bfloat16(), "b": torch.arange(4), "c": torch.randn(2, 2, 2).half(), "d": torch.randn(7)
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(tmp_path)
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(name), tensor)
+    checkpoint.write("c", tensors["c"] * 2)
+    after = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(after["c"], tensors["c"] * 2)
+    assert all(torch.equal(after[n], tensors[n]) for n in "abd")
+    with pytest.raises(ValueError, match="stored as torch.bfloat16"):
+        checkpoint.write("a", torch.zeros(3, 5))
+    with pytest.raises(ValueError, match=r"\[3, 5\], given .* \[5, 3\]"):
+        checkpoint.write("a", torch.zeros(5, 3).bfloat16())
+
+
+def test_a_sharded_copy_is_the_original_to_the_byte(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = sharded(tiny_model("llama"), tmp_path / "source")
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    copy = copy_model(source, tmp_path / "copy")
+    assert len({entry.file for entry in copy.entries.values()}) > 1
+    assert not (tmp_path / "copy" / "pytorch_model.bin").exists()
+    for path in source.iterdir():
+        if path.suffix != ".bin":
+            assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_every_broken_shard_is_reported_at_once(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = sharded(tiny_model("llama"), tmp_path / "source")
+    first, second, third, *_ = sorted(set(json.loads((source / INDEX).read_text())["weight_map"].values()))
+    (source / first).unlink()
+    data = (source / second).read_bytes()
+    (source / second).write_bytes(data[: len(data) - 40])
+    (source / third).write_bytes(b"\xff" * 20)
+    with pytest.raises(InputError, match="3 problems") as error:
+        Checkpoint(source)
+    assert f"shard {first} is missing" in str(error.value)
+    assert f"{second} is cut short" in str(error.value)
+    assert f"{third} is cut short" in str(error.value)
+    assert "download it again" in str(error.value)
+
+
+def test_a_pickle_or_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no \*\.safetensors"):
+        Checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(InputError, match="a pickle: convert it with save_pretrained"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./no/such/folder", "no such folder"),
+        ("package:no_such_package/x.gguf", "is not installed"),
+        ("missing.gguf", "no such file"),
+    ],
+)
+def test_an_unknown_model_is_refused(model: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        localize(model, tmp_path)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config\.json"):
+        localize(str(tmp_path), tmp_path)
+
+
+def test_a_hub_name_that_cannot_be_reached_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="neither a folder here nor reachable on the Hub"):
+        localize("nobody/no-such-model-at-all", tmp_path)
+
+
+def test_a_folder_is_itself(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    assert localize(str(folder), tmp_path) == folder
+    shutil.copytree(folder, tmp_path / "x")
+    assert Checkpoint(tmp_path / "x").size_bytes == Checkpoint(folder).size_bytes
