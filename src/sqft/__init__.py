@@ -63,4 +63,4 @@ def __getattr__(name: str) -> Any:
 # PEFT learns the peft_type SQFT here. It takes seconds to import, which `sqft --help` need not wait for; the commands
 # import it themselves.
 if Path(sys.argv[0]).name not in ("sqft", "-m", "__main__.py"):
-    import sqft.model.layers
+    import sqft.model.layers  # noqa: F401

@@ -1,7 +1,8 @@
 """The command line: one command a stage, plus `run`. The only file that prints and exits.
 
 Every setting of a stage is a flag of its command, made from the recipe's models, so flags, recipe keys and their
-descriptions cannot drift apart. Exit codes: 0 done, 1 a verification failed, 2 the input cannot be used, 130 interrupted.
+descriptions cannot drift apart. Exit codes: 0 done, 1 a verification failed, 2 the input cannot be used, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def _set_up(options: argparse.Namespace) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sqft").setLevel(logging.DEBUG if options.verbose else logging.INFO)
     if not options.verbose:
@@ -121,9 +124,8 @@ def _sparsify(options: argparse.Namespace) -> int:
         calibration=source,
         trust_remote_code=options.trust_remote_code,
     )
-    print(
-        f"{artifact.manifest['result']['coverage']}; sparsity {artifact.manifest['result']['sparsity']:.4f}: {options.out}"
-    )
+    result = artifact.manifest["result"]
+    print(f"{result['coverage']}; sparsity {result['sparsity']:.4f}: {options.out}")
     return 0
 
 
@@ -159,10 +161,9 @@ def _finetune(options: argparse.Namespace) -> int:
 def _extract(options: argparse.Namespace) -> int:
     from sqft.stages import search
 
-    artifact = search.run(_config(options, SearchConfig), options.adapter, options.out)
-    print(
-        f"{artifact.manifest['config']['strategy']} ranks {artifact.manifest['result']['groups_per_rank']}: {options.out}"
-    )
+    config = _config(options, SearchConfig)
+    artifact = search.run(config, options.adapter, options.out)
+    print(f"{config.strategy} ranks {artifact.manifest['result']['groups_per_rank']}: {options.out}")
     return 0
 
 
@@ -177,9 +178,8 @@ def _merge(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
     )
     result = artifact.manifest["result"]
-    print(
-        f"{result['coverage']}, {result['changed']} weights changed, {result['filled_zeros']} zeros filled: {options.out}"
-    )
+    changes = f"{result['changed']} weights changed, {result['filled_zeros']} zeros filled"
+    print(f"{result['coverage']}, {changes}: {options.out}")
     return 0
 
 
@@ -203,9 +203,8 @@ def _verify(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         for check in result["checks"]:
-            print(
-                f"{'pass' if check['passed'] else 'FAIL'}  {check['name']:<16} {check['value']:g} (bound {check['bound']:g})  {check['detail']}"
-            )
+            verdict = "pass" if check["passed"] else "FAIL"
+            print(f"{verdict}  {check['name']:<16} {check['value']:g} (bound {check['bound']:g})  {check['detail']}")
         print(f"{'verified' if result['passed'] else 'NOT verified'}: {out}")
     return 0 if result["passed"] else 1
 

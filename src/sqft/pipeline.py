@@ -65,7 +65,8 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         announce("reading model and data")
         dense = localize(recipe.model, out, trust_remote_code=recipe.trust_remote_code)
         inputs = _prepare(recipe, dense)
-        base, models = dense, {"dense": (dense, None)}
+        base = dense
+        models: dict[str, tuple[Path, Path | None]] = {"dense": (dense, None)}
         common: dict[str, Any] = {"seed": recipe.seed, "trust_remote_code": recipe.trust_remote_code}
         verified = None
 
@@ -99,7 +100,7 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
                 verified = bool(proof["passed"])
 
         if recipe.evaluate is not None:
-            results = {}
+            results: dict[str, dict[str, Any]] = {}
             for row in recipe.evaluate.rows:
                 if row not in models:
                     continue
@@ -127,7 +128,10 @@ class _Inputs:
 def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
     """Load data and check everything that needs no work, so that a bad recipe costs nothing."""
     tokenizer = load_tokenizer(dense, trust_remote_code=recipe.trust_remote_code)
-    tokens, train, validation, test = None, [], [], []
+    tokens: torch.Tensor | None = None
+    train: list[Example] = []
+    validation: list[Example] = []
+    test: list[Example] = []
     with Problems(f"recipe {recipe.name}") as problems:
 
         def attempt(action: Callable[[], Any]) -> Any:
@@ -143,6 +147,7 @@ def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
                 validation = attempt(lambda: load_examples(recipe.data, "validation", recipe.seed, tokenizer)) or []
         if recipe.evaluate is not None or (recipe.verify is not None and recipe.merge is not None):
             test = attempt(lambda: load_examples(recipe.data, "test", recipe.seed, tokenizer)) or []
+        attempt(lambda: report.check_baselines(recipe))
         network = attempt(lambda: skeleton(dense, trust_remote_code=recipe.trust_remote_code))
         if recipe.sparsify is not None:
             settings = recipe.sparsify

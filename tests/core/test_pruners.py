@@ -114,7 +114,9 @@ def test_your_own_score_and_pruner_by_name_and_by_path() -> None:
     assert resolve_method("sqft.core.pruners:sparsegpt").needs_hessian
 
 
-@pytest.mark.parametrize(("name", "message"), [("wnda", "not known; use one of"), ("no.such:thing", "cannot be imported")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("wnda", "not known; use one of"), ("no.such:thing", "cannot be imported")]
+)
 def test_an_unknown_method_is_refused(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         resolve_method(name)

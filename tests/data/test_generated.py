@@ -24,6 +24,7 @@ def questions(examples: list[Example]) -> set[str]:
 def test_problems_are_worded_as_questions_and_judged_exactly() -> None:
     config = gym("chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2})
     assert resolve_task(config).metric == "exact"
+    assert not resolve_task(config).fold_punctuation  # 5 - 3 is not 5 * 3
     for example in load_examples(config, "test", 0):
         assert example.prompt == f"Question: {example.question}\nAnswer:"
         first, sign, second = example.question.split("problem:")[1].strip().rstrip("=").split()
@@ -56,9 +57,21 @@ def test_splits_share_no_question_and_no_seed(caplog: pytest.LogCaptureFixture) 
     assert sum(map(len, sets)) == len(set().union(*sets)) == 60 + 20 + 30 + 60
 
 
+def test_with_choices_the_likeliest_of_them_is_judged() -> None:
+    config = gym("isomorphic_strings", choices=["True", "False"])
+    assert resolve_task(config).metric == "choice"
+    for example in load_examples(config, "test", 0):
+        assert example.choices == (" True", " False")
+        assert example.choices[example.gold or 0] == example.answer
+    with pytest.raises(InputError, match=r"its answer 'False' is not among data.options.choices"):
+        load_examples(gym("isomorphic_strings", choices=["True", "perhaps"]), "test", 0)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("coin_flip", {"choices": ["yes"]}, "choices is .*; give the list of all answers, at least two"),
+        ("coin_flip", {"choices": "yes, no"}, "choices is 'yes, no'; give the list"),
         ("gcd", {"train_sise": 3}, "unknown option 'train_sise'; did you mean 'train_size'"),
         ("gcd", {"min_numbers": 3}, "unknown option 'min_numbers'; known are .* stand in 'config'"),
         ("gcd", {"test_size": -1}, "test_size is -1; choose a whole number"),

@@ -181,6 +181,14 @@ def test_few_shot_prompts_are_worked_examples_before_the_question(
     assert [args[0] for args in recorder.asked] == [head + GSM8K[0].prompt]
 
 
+def test_texts_that_look_like_dates_stay_texts(
+    model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(monkeypatch)
+    score_examples(model, tiny_tokenizer, EXACT, [Example("2024-02-29T00:00:00", " a leap day")], 1)
+    assert recorder.asked == [("2024-02-29T00:00:00", " a leap day<|end|>")]
+
+
 def test_built_in_prompts_get_the_tokens_that_lm_eval_gives_them(model: Any, tiny_tokenizer: Any) -> None:
     from lm_eval.models.huggingface import HFLM
 

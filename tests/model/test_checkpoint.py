@@ -31,7 +31,7 @@ def test_read_and_write_agree_with_the_library(tmp_path: Path) -> None:
     after = load_file(tmp_path / "model.safetensors")
     assert torch.equal(after["c"], tensors["c"] * 2)
     assert all(torch.equal(after[n], tensors[n]) for n in "abd")
-    with pytest.raises(ValueError, match="stored as torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"stored as torch\.bfloat16"):
         checkpoint.write("a", torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"\[3, 5\], given .* \[5, 3\]"):
         checkpoint.write("a", torch.zeros(5, 3).bfloat16())

@@ -33,15 +33,19 @@ def sparse_model(folder: Path) -> Any:
     model = load_model(folder)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name and "lm_head" not in name:
+        if (
+            parameter.ndim == 2
+            and "embed" not in name
+            and "wte" not in name
+            and "wpe" not in name
+            and "lm_head" not in name
+        ):
             parameter.data.mul_(torch.rand(parameter.shape, generator=generator) > 0.5)
     return model
 
 
 def adapted(folder: Path, arch: str = "llama", kind: str = "sparse", **options: Any) -> Any:
-    config = SqftConfig(
-        task_type="CAUSAL_LM", kind=kind, r=4, lora_alpha=8, target_modules=TARGETS[arch], **options
-    )
+    config = SqftConfig(task_type="CAUSAL_LM", kind=kind, r=4, lora_alpha=8, target_modules=TARGETS[arch], **options)
     model = get_peft_model(sparse_model(folder), config)
     generator = torch.Generator().manual_seed(1)
     for layer in sqft_layers(model).values():
@@ -59,9 +63,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("arch", list(TARGETS))
-def test_sparse_merge_is_exact_keeps_zeros_and_unmerges(
-    arch: str, dtype: str, tiny_model: Callable[..., Path]
-) -> None:
+def test_sparse_merge_is_exact_keeps_zeros_and_unmerges(arch: str, dtype: str, tiny_model: Callable[..., Path]) -> None:
     model = adapted(tiny_model(arch, dtype), arch)
     base = {name: layer.get_base_layer().weight.data.clone() for name, layer in sqft_layers(model).items()}
     live = logits(model)

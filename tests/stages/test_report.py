@@ -270,6 +270,14 @@ class TestWholeRun:
         assert "only the first 100 rows" in notes
 
 
+def test_no_certainty_is_claimed_at_zero_percent(tmp_path):
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "dense.json").write_text(json.dumps(evaluation(0.0, n=16)))
+    notes = " ".join(words.notes(gather(tmp_path, recipe_of())))
+    assert "with n = 16 the true share may lie up to 18.8 points away (rule of three)" in notes
+    assert "cannot be told apart" not in notes
+
+
 class TestBaselines:
     def test_the_row_is_labelled_as_an_earlier_run(self, whole_run, baseline):
         recipe = recipe_of(evaluate={"baselines": [str(baseline)]})

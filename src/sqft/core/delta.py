@@ -152,7 +152,7 @@ class MaskedLinear(torch.autograd.Function):
             return product.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         x, weight, bias, lora_A_RI, lora_B_OR, mask_packed = ctx.saved_tensors
         weight_OI = weight.T if ctx.transposed else weight
         grad_x = grad_bias = grad_A = grad_B = None

@@ -68,7 +68,8 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8))
     bits = padded.unflatten(-1, (-1, 8))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (bits * weights).sum(dim=-1, dtype=torch.uint8)
+    packed: torch.Tensor = (bits * weights).sum(dim=-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_mask(packed: torch.Tensor, columns: int) -> torch.Tensor:
@@ -82,7 +83,7 @@ def unpack_mask(packed: torch.Tensor, columns: int) -> torch.Tensor:
         bool mask [..., I].
     """
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    bits: torch.Tensor = (packed.unsqueeze(-1) >> shifts) & 1
     return bits.flatten(-2)[..., :columns].bool()
 
 

@@ -153,6 +153,7 @@ def inverse_cholesky(hessian_II: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
+    factor: torch.Tensor
     factor, status = torch.linalg.cholesky_ex(hessian)
     if status.item() == 0:
         factor, status = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)

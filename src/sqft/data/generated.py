@@ -1,24 +1,25 @@
 """Tasks that reasoning-gym generates from a seed: data with no download and no licence question.
 
-`data.task: gym:NAME` with `data.options` {train_size, validation_size, test_size, seed, config}; `config` holds the
-generator's own settings. The three splits come from disjoint ranges of seeds, because most generators draw row i from
-seed + i: neighbouring seeds share all rows but one. The seed is an option of the data and not the run's: two runs that
-differ in their seed are judged on the same rows. A question of small numbers can be drawn twice whatever the seeds, so
-the loader removes from train what stands in the other splits; that comparison keeps punctuation, because `5 - 3` is
-not `5 + 3`.
+`data.task: gym:NAME` with `data.options` {train_size, validation_size, test_size, seed, choices, config}; `config`
+holds the generator's own settings. With `choices`, the list of all possible answers, the likeliest of them is judged
+(metric acc) instead of the exact answer. The three splits come from disjoint ranges of seeds, because most generators
+draw row i from seed + i: neighbouring seeds share all rows but one. The seed is an option of the data and not the
+run's: two runs that differ in their seed are judged on the same rows. A question of small numbers can be drawn twice
+whatever the seeds, so the loader removes from train what stands in the other splits; that comparison keeps punctuation,
+because `5 - 3` is not `5 + 3`.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sqft.data.tasks import Example, Row, Split
 from sqft.errors import InputError, Problems
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 PREFIX = "gym:"
 SPAN = 10_000_000  # seeds of a split; more rows than this would run into the next split's
@@ -33,6 +34,7 @@ class GymOptions:
     validation_size: int = 200
     test_size: int = 500
     seed: int = 0
+    choices: Sequence[str] = ()
     config: Mapping[str, Any] | None = None
 
     @classmethod
@@ -52,6 +54,9 @@ class GymOptions:
                 elif name == "config":
                     if not isinstance(value, dict):
                         problems.add(f"config is {type(value).__name__}, not a mapping of the generator's settings")
+                elif name == "choices":
+                    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) for v in value):
+                        problems.add(f"choices is {value!r}; give the list of all answers, at least two texts")
                 elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= SPAN:
                     problems.add(f"{name} is {value!r}; choose a whole number from 0 to {SPAN:,}")
         return cls(**values)
@@ -91,8 +96,18 @@ def generate(name: str, options: Mapping[str, Any], split: Split) -> Iterator[tu
         yield f"{where}, {split} row {number}", row
 
 
-def build(row: Row) -> Example:
-    """Turn a generated row into an example."""
-    if not isinstance(row["answer"], str):
-        raise ValueError("has no single answer, so exact match cannot judge it; choose another generator")
-    return Example(f"Question: {row['question']}\nAnswer:", f" {row['answer']}", question=row["question"])
+def builder(choices: Sequence[str]) -> Callable[[Row], Example]:
+    """Return what turns a generated row into an example, of a `choice` task when there are choices."""
+    answers = tuple(f" {choice}" for choice in choices)
+
+    def build(row: Row) -> Example:
+        if not isinstance(row["answer"], str):
+            raise ValueError("has no single answer, so exact match cannot judge it; choose another generator")
+        example = Example(f"Question: {row['question']}\nAnswer:", f" {row['answer']}", question=row["question"])
+        if not answers:
+            return example
+        if example.answer not in answers:
+            raise ValueError(f"its answer {row['answer']!r} is not among data.options.choices")
+        return replace(example, choices=answers, gold=answers.index(example.answer))
+
+    return build

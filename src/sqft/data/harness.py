@@ -1,27 +1,25 @@
 """Scoring with lm-eval: a task's examples become an lm-eval task, a model of ours an lm-eval model.
 
-The examples are written as JSONL to a temporary folder and named in an lm-eval task configuration (`dataset_path:
-json`), so that lm-eval judges and aggregates, and the wording stays where training takes it from. What stands between
+The examples are handed over as a data set in memory (lm-eval's `custom_dataset`), so that lm-eval judges and
+aggregates, and the wording stays where training takes it from. Not as a JSON file: the reader turns a prompt such as
+2024-02-29T00:00:00 into a date, and back into another text, even where the column's type is given. What stands between
 the two:
 - tokens are those of training (:func:`sqft.data.encode.encode`), not lm-eval's own split of prompt and answer.
 - lm-eval shortens a prompt that exceeds the model's context from the left, keeping on; how many were is logged.
 - a generation is greedy, with the key-value cache, in left-padded batches.
 - the answer of an `exact` task is scored with the end token after it: an answer that goes on is a wrong answer.
 - lm-eval's log and progress bars are silent but for one bar in a terminal. Nothing is fetched, nothing is reported to
-  anyone; the data set cache lies in the temporary folder.
+  anyone, nothing is written to disk.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft.data.encode import encode
@@ -97,12 +95,12 @@ def evaluate_examples(
     if task.metric == "exact" and tokenizer.eos_token is None:
         raise InputError(f"task {task.name}: the tokenizer has no end token, so no answer can end; set its eos_token")
     was_training = model.training
-    with tempfile.TemporaryDirectory(prefix="sqft-evaluate-") as folder, _quiet():
+    with _quiet():
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.evaluator import evaluate
 
         lm = _language_model()(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-        lm_task = ConfigurableTask(config=_task_config(task, examples, shots, tokenizer.eos_token or "", Path(folder)))
+        lm_task = ConfigurableTask(config=_task_config(task, examples, shots, tokenizer.eos_token or ""))
         results = evaluate(lm, {"tasks": {"task": lm_task}, "groups": {}})
     model.train(was_training)
     if lm.shortened:
@@ -130,34 +128,25 @@ def _scores(task: Task, results: Mapping[str, Any]) -> Scores:
     )
 
 
-def _task_config(
-    task: Task, examples: Sequence[Example], shots: Sequence[Example], end: str, folder: Path
-) -> dict[str, Any]:
-    """Write the examples to `folder` and return lm-eval's configuration of the task."""
-    from datasets import Features, List, Value
+def _task_config(task: Task, examples: Sequence[Example], shots: Sequence[Example], end: str) -> dict[str, Any]:
+    """Return lm-eval's configuration of the task, with its rows."""
+    from datasets import Dataset, Features, List, Value
 
-    file = folder / "test.jsonl"
-    file.write_text("".join(json.dumps(_row(example, end)) + "\n" for example in examples), encoding="utf-8")
     text = Value("string")
-    # Named types: left to itself the JSON reader turns answers such as 2024-02-29 into dates.
+    # Named types: a column that is empty in all rows, as choices may be, has none of its own.
     features = Features({"prompt": text, "answer": text, "target": text, "choices": List(text), "gold": Value("int64")})
+    rows = Dataset.from_list([_row(example, end) for example in examples], features=features)
     config: dict[str, Any] = {
         "task": "task",
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(file)},
-            "cache_dir": str(folder / "cache"),
-            "features": features,
-        },
+        "custom_dataset": lambda **_: {"test": rows},
         "test_split": "test",
         "num_fewshot": len(shots),
         "metadata": {"version": task.version},
         **_judgement(task, contexts=bool(examples[0].contexts)),
     }
     if shots:
-        # The end token stands after the answer that is scored, not inside the prompt.
-        target = {"doc_to_target": "answer"} if task.metric == "exact" else {}
-        config["fewshot_config"] = {"sampler": "first_n", "samples": [_row(shot, "") for shot in shots], **target}
+        # Without an end token, which stands after the answer that is scored and not inside the prompt.
+        config["fewshot_config"] = {"sampler": "first_n", "samples": [_row(shot, "") for shot in shots]}
     return config
 
 

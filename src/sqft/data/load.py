@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from sqft.data import generated
 from sqft.data.own import build_examples, own_builder, read_lines
-from sqft.data.tasks import BUILTIN, Example, Row, Split, Task, normalise
+from sqft.data.tasks import BUILTIN, Example, Metric, Row, Split, Task, normalise
 from sqft.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ def resolve_task(config: DataConfig) -> Task:
             raise InputError(f"data.template: the task {name} is built in and has its own wording; remove the template")
         task = BUILTIN[name]
     elif name.startswith(generated.PREFIX):
-        generated.GymOptions.parse(config.options, f"data.options of {name}")
-        return Task(name, "exact", generated.build, _SPLITS, fold_punctuation=False)
+        choices = generated.GymOptions.parse(config.options, f"data.options of {name}").choices
+        metric: Metric = "choice" if choices else "exact"
+        return Task(name, metric, generated.builder(choices), _SPLITS, fold_punctuation=False)
     elif Path(name).expanduser().exists():
         task = Task(Path(name).stem, "exact")
     elif _HUB_NAME.fullmatch(name) and not name.startswith(".") and not name.endswith((".jsonl", ".json")):
@@ -127,7 +128,7 @@ def load_examples(
     if config.train_limit is not None and config.train_limit < len(train):
         kept = random.Random(seed).sample(range(len(train)), config.train_limit)  # noqa: S311
         train = [train[index] for index in sorted(kept)]
-    logger.info("%s: %d training rows", task.name, len(train))
+    logger.debug("%s: %d training rows", task.name, len(train))
     return train
 
 

@@ -102,9 +102,9 @@ class SavedAdapter:
 
 def _scaling(config: dict[str, Any], name: str) -> float:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(ranks.keys(), name), config["r"])
-    alpha = alphas.get(get_pattern_key(alphas.keys(), name), config["lora_alpha"])
-    return float(alpha / math.sqrt(rank)) if config.get("use_rslora") else float(alpha / rank)
+    rank = float(ranks.get(get_pattern_key(list(ranks), name), config["r"]))
+    alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def write_sub_adapter(adapter: SavedAdapter, ranks: dict[str, int], folder: Path) -> None:

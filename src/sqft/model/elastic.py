@@ -28,7 +28,7 @@ def rank_space(model: nn.Module) -> RankSpace:
     layers = sqft_layers(model)
     if not layers:
         raise InputError("the model has no sqft adapters; attach some with get_peft_model(model, SqftConfig(...))")
-    config = next(iter(model.peft_config.values()))  # type: ignore[union-attr, operator]
+    config = next(iter(model.peft_config.values()))  # type: ignore[operator]
     groups: dict[str, list[str]] = {}
     for name in layers:
         parent, _, last = name.rpartition(".")
@@ -49,7 +49,7 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int] | None) -> None:
             layers[module].fixed_rank = rank
 
 
-class ElasticRanks(TrainerCallback):  # type: ignore[misc]
+class ElasticRanks(TrainerCallback):
     """Trainer callback that draws one configuration per optimiser step, from (seed, step) alone.
 
     The draw does not depend on the process, on gradient checkpointing or on a resume, and all micro-batches of a step

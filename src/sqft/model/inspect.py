@@ -33,7 +33,7 @@ def inspect_model(folder: str | Path, *, trust_remote_code: bool = False) -> dic
     targets, _ = find_targets(model)
     targeted = {f"{t.module}.{t.parameter}": t.transposed for t in targets}
     names = DiskNames(model, checkpoint)
-    layers = []
+    layers: list[dict[str, Any]] = []
     precision: Counter[str] = Counter()
     zeros = total = 0
     for name, entry in checkpoint.entries.items():

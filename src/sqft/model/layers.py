@@ -40,7 +40,7 @@ _OWN_FIELDS = ("kind", "ranks", "rank_groups")
 
 
 @dataclass
-class SqftConfig(LoraConfig):  # type: ignore[misc]
+class SqftConfig(LoraConfig):
     """A LoRA configuration with masks and elastic ranks.
 
     >>> SqftConfig(kind="sparse", ranks=[32, 24, 16], lora_alpha=64, target_modules=["q_proj"]).r
@@ -111,7 +111,7 @@ class _SavedConfig:
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # type: ignore[index]
 
 
-class SqftLinear(LoraLinear):  # type: ignore[misc]
+class SqftLinear(LoraLinear):
     """A linear with a dense or masked, fixed or elastic low-rank delta.
 
     dense: y = base(x) + scaling · B A x. sparse: y = x W'ᵀ + bias with W' from :func:`effective_weight`, in one matmul.
@@ -139,7 +139,7 @@ class SqftLinear(LoraLinear):  # type: ignore[misc]
         """See PEFT's layer; `config` carries kind and ranks."""
         is_conv1d = isinstance(base_layer, Conv1D)
         super().__init__(
-            base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, is_target_conv_1d_layer=is_conv1d, **kwargs
+            base_layer, adapter_name, config, r=r, lora_alpha=cast("int", lora_alpha), is_target_conv_1d_layer=is_conv1d, **kwargs
         )
         self.fan_in_fan_out = is_conv1d
         self.kind = config.kind
@@ -153,7 +153,7 @@ class SqftLinear(LoraLinear):  # type: ignore[misc]
     @property
     def weight_OI(self) -> torch.Tensor:
         """The base's weight as [O, I]."""
-        weight: torch.Tensor = self.get_base_layer().weight
+        weight = cast(torch.Tensor, self.get_base_layer().weight)
         return weight.T if self.fan_in_fan_out else weight
 
     def _find_mask(self, config: SqftConfig, name: str) -> torch.Tensor:
@@ -189,7 +189,11 @@ class SqftLinear(LoraLinear):  # type: ignore[misc]
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (A [r, I], B [O, r]) at the rank in force, as views."""
         rank = self.active_rank(adapter)
-        return self.lora_A[adapter].weight[:rank], self.lora_B[adapter].weight[:, :rank]
+        lora_A, lora_B = self._full_factors(adapter)
+        return lora_A[:rank], lora_B[:, :rank]
+
+    def _full_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return cast(torch.Tensor, self.lora_A[adapter].weight), cast(torch.Tensor, self.lora_B[adapter].weight)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Apply the base with the active adapter; see the class."""
@@ -236,14 +240,14 @@ class SqftLinear(LoraLinear):  # type: ignore[misc]
             if adapter not in self.lora_A:
                 continue
             base = self.get_base_layer()
-            lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            lora_A, lora_B = self._full_factors(adapter)
             if self.fixed_rank is not None:
                 lora_A, lora_B = lora_A[: self.fixed_rank], lora_B[:, : self.fixed_rank]
             merged = effective_weight(self.weight_OI, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"the merged weight is not finite; the adapter {adapter} seems to be broken")
             if self._base_weight is None:
-                self._base_weight = base.weight.data
+                self._base_weight = cast(torch.Tensor, base.weight).data
             base.weight.data = merged.T if self.fan_in_fan_out else merged
             self.merged_adapters.append(adapter)
 
@@ -256,7 +260,7 @@ class SqftLinear(LoraLinear):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return W' - W in float32, in the base's own layout."""
-        lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        lora_A, lora_B = self._full_factors(adapter)
         zero = torch.zeros_like(self.weight_OI, dtype=torch.float32)
         delta = effective_weight(zero, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
         return delta.T if self.fan_in_fan_out else delta
@@ -266,7 +270,7 @@ class SqftLinear(LoraLinear):  # type: ignore[misc]
 def _open_masks(file: str, mtime_ns: int) -> dict[str, tuple[int, ...]]:
     with safe_open(file, framework="pt") as masks:
         metadata = masks.metadata() or {}
-        return {name: tuple(int(n) for n in metadata[name].split(",")) for name in masks.keys()}  # noqa: SIM118
+        return {name: tuple(int(n) for n in metadata[name].split(",")) for name in masks.keys()}
 
 
 def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:

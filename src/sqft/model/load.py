@@ -106,7 +106,7 @@ def _unpack_gguf(file: Path, workspace: Path) -> Path:
         # The weights are plain bfloat16 now; left in place, these make save_pretrained write a quantised config.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.hf_quantizer = None
+        model.hf_quantizer = None  # type: ignore[assignment]
         _repair_special_tokens(model, tokenizer)
         model.save_pretrained(draft.path)
         tokenizer.save_pretrained(draft.path)
@@ -173,7 +173,7 @@ def load_model(
 
     options = {} if attention is None else {"attn_implementation": attention}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError) as error:
@@ -182,7 +182,8 @@ def load_model(
         from sqft.model.layers import attach_saved
 
         model = attach_saved(model, folder, adapter)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def read_json(path: Path) -> dict[str, Any]:

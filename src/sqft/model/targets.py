@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -181,7 +181,7 @@ class DiskNames:
             for name, parameter in self.parameter_of.items()
             if parameter.startswith(prefix) and not (exclude and parameter.startswith(exclude))
         }
-        options = LoadStateDictConfig(weight_mapping=self.conversions, dtype=None)
+        options = LoadStateDictConfig(weight_mapping=cast(Any, self.conversions), dtype=None)
         with quiet_transformers():
             convert_and_load_state_dict_in_model(self.model, tensors, options)
 

@@ -12,7 +12,7 @@ architecture's own post-processing of logits (soft-caps, scaling) still applies.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -112,7 +112,7 @@ def head_on(model: nn.Module, selected: torch.Tensor) -> Any:
         model: a causal language model, with or without adapters.
         selected: bool [rows, tokens].
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = cast("Any", model).get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings()
 
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -144,7 +144,7 @@ def answer_loss(
     return total / (selected.sum() if num_items is None else num_items)
 
 
-class PackedTrainer(Trainer):  # type: ignore[misc]
+class PackedTrainer(Trainer):
     """transformers' Trainer with the loss over answers of packed rows."""
 
     def compute_loss(
@@ -203,6 +203,6 @@ def check_isolation(model: PreTrainedModel, vocabulary: int) -> None:
     moved = (packed - alone).abs().mean() / scale
     if leak > 1e-3 or moved > 0.05:
         raise InputError(
-            f"{type(model).__name__} does not keep packed examples apart (the second moves by {100 * float(moved):.1f} % "
-            "when another stands before it); set finetune.packing: false"
+            f"{type(model).__name__} does not keep packed examples apart (the second moves by "
+            f"{100 * float(moved):.1f} % when another stands before it); set finetune.packing: false"
         )

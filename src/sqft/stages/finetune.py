@@ -74,7 +74,7 @@ def run(
     rows = pack_rows(label(config, tokenizer, train, network.config), config.length, packing=config.packing)
     held_out = label(config, tokenizer, validation, network.config) if validation else []
     if config.packing:
-        check_isolation(network, network.get_input_embeddings().num_embeddings)
+        check_isolation(network, len(tokenizer))
     set_seed(seed)
     adapted = attach(network, config)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -152,7 +152,7 @@ def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
             kind=config.kind,
             ranks=list(config.ranks),
             rank_groups=[list(group) for group in config.rank_groups],
-            lora_alpha=config.lora_alpha,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, and documents int
             lora_dropout=config.lora_dropout,
             target_modules=list(config.target_modules),
         ),
@@ -232,7 +232,7 @@ def _resume(trainer: PackedTrainer, checkpoints: Path) -> int:
     return 0 if latest is None else int(latest.name.rpartition("-")[2])
 
 
-class _Done(TrainerCallback):  # type: ignore[misc]
+class _Done(TrainerCallback):
     """Marks a checkpoint as whole, after its files are on disk."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -244,7 +244,7 @@ class _Done(TrainerCallback):  # type: ignore[misc]
         (folder / "DONE").touch()
 
 
-class _Log(TrainerCallback):  # type: ignore[misc]
+class _Log(TrainerCallback):
     """Reports the loss where there is no progress bar."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

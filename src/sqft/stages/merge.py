@@ -100,7 +100,7 @@ def _refuse_filling_zeros(weights: BaseWeights, adapter: SavedAdapter) -> None:
         total += weight.numel()
     if (weights.base / MASK_FILE).is_file() or zeros >= SPARSE_FROM * total:
         raise InputError(
-            f"adapter {adapter.path} is dense and base {weights.base} is sparse: merging would fill up to {zeros} of the "
-            f"{total} adapted weights that are zero ({100 * zeros / total:.1f} % sparsity lost). Train with "
-            "finetune.kind: sparse instead, serve the adapter unmerged, or allow the loss with merge.allow_sparsity_loss"
+            f"adapter {adapter.path} is dense and base {weights.base} is sparse: merging would fill up to {zeros} of "
+            f"the {total} adapted weights that are zero ({100 * zeros / total:.1f} % sparsity lost). Train with "
+            "finetune.kind: sparse instead, serve the adapter unmerged, or allow it with merge.allow_sparsity_loss"
         )

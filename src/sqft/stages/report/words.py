@@ -170,14 +170,19 @@ def _sampling_notes(facts: Facts) -> list[str]:
     found = []
     for column in facts.columns:
         scores = [row.scores[column] for row in facts.rows if column in row.scores]
-        errors = [score.stderr for score in scores if score.stderr is not None]
-        counts = sorted({score.n for score in scores if score.n is not None})
-        if errors and counts and is_fraction(scores[0]):
-            worst = 100 * max(errors)
-            rows = f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"
+        counts = sorted({score.n for score in scores if score.n})
+        if not counts or not is_fraction(scores[0]):
+            continue
+        rows = f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"
+        if worst := 100 * max((score.stderr or 0 for score in scores), default=0):
             found.append(
                 f"{column}: {rows}, so ± (one standard error) is up to {worst:.1f} points. Read as independent, "
                 f"two rows closer than about {2 * math.sqrt(2) * worst:.0f} points cannot be told apart."
+            )
+        if any(score.value in (0, 1) for score in scores):
+            found.append(
+                f"{column}: a ± of 0 at 0 % or 100 % is no certainty; with {rows} the true share may lie up to "
+                f"{300 / counts[0]:.1f} points away (rule of three)."
             )
     limit = facts.recipe.evaluate.limit if facts.recipe.evaluate else None
     if limit is not None:

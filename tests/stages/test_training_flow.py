@@ -1,0 +1,332 @@
+"""finetune, extract, merge, verify on tiny models: numbers agree, damage is found, interruptions cost nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from sqft.artifact import Artifact, file_digests
+from sqft.data.tasks import Example, Task
+from sqft.errors import InputError
+from sqft.model.adapter import SavedAdapter
+from sqft.model.checkpoint import Checkpoint
+from sqft.model.layers import SqftConfig
+from sqft.model.load import load_model
+from sqft.recipe import FinetuneConfig, MergeConfig, SearchConfig, SparsifyConfig, VerifyConfig
+from sqft.stages import finetune, merge, search, sparsify, verify
+
+PAIRS = [(f"Question: {a} + {b}?\nAnswer:", f" {a + b}") for a in range(6) for b in range(6)]
+EXAMPLES = [Example(prompt, answer) for prompt, answer in PAIRS[:8]]
+TASK = Task("sums", "exact")
+TOKENS = torch.randint(0, 256, (4, 40), generator=torch.Generator().manual_seed(0))
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    "phi3": ["qkv_proj"],
+    "gpt2": ["c_attn", "c_fc"],
+    "mixtral": ["q_proj", "v_proj"],
+}
+
+
+def training(**options: Any) -> FinetuneConfig:
+    values = {
+        "ranks": [4, 2], "lora_alpha": 8, "max_steps": 6, "length": 128, "batch": 2, "learning_rate": 0.02,
+        "save_every": 2, "target_modules": TARGETS["llama"], **options,
+    }  # fmt: skip
+    return FinetuneConfig.model_validate(values)
+
+
+@pytest.fixture
+def chain(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Run sparsify, finetune, extract and (where it may) merge; return the folder that holds them."""
+
+    def make(arch: str = "llama", dtype: str = "bfloat16", **options: Any) -> Path:
+        settings = SparsifyConfig.model_validate({"calibration": {"batch": 4}})
+        sparsify.run(settings, tiny_model(arch, dtype), TOKENS, tmp_path / "sparse", seed=0)
+        config = training(target_modules=TARGETS[arch], **options)
+        finetune.run(config, tmp_path / "sparse", PAIRS, PAIRS[:4], tmp_path / "adapter", seed=0, data={})
+        search.run(SearchConfig(), tmp_path / "adapter", tmp_path / "sub_adapter")
+        if config.kind == "sparse":
+            merge.run(MergeConfig(), tmp_path / "sparse", tmp_path / "sub_adapter", tmp_path / "merged")
+        return tmp_path
+
+    return make
+
+
+def prove(out: Path, name: str = "verify.json", **options: Any) -> dict[str, Any]:
+    checks = VerifyConfig(prompts=4, accuracy_rows=4, **options)
+    return verify.run(
+        checks, out / "merged", out / "sparse", out / "sub_adapter", out / name, task=TASK, examples=EXAMPLES
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [("llama", "bfloat16"), ("llama", "float32"), ("phi3", "float32"), ("gpt2", "bfloat16"), ("mixtral", "bfloat16")],
+)
+def test_the_whole_chain_verifies(arch: str, dtype: str, chain: Callable[..., Path]) -> None:
+    out = chain(arch, dtype)
+    result = prove(out)
+    assert result["passed"], result["checks"]
+    names = ["zeros_kept", "weights_equal", "rest_untouched", "adapter_applied", "logits_equal", "accuracy_equal"]
+    assert [check["name"] for check in result["checks"]] == names
+    assert all(check["value"] == 0 for check in result["checks"])
+    log = json.loads((out / "adapter" / "sqft" / "training_log.json").read_text())
+    assert len(log["train"]) == 6
+    assert log["train"][-1]["loss"] < log["train"][0]["loss"]
+    assert not (out / "adapter" / "checkpoints").exists()
+    assert Artifact.open(out / "merged").manifest["result"]["filled_zeros"] == 0
+    # A standard folder: transformers opens it in a process without sqft.
+    script = (
+        "import sys, torch, transformers; m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
+        "m(torch.ones(1, 4, dtype=torch.long)); assert 'sqft' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(out / "merged")], check=True, capture_output=True)
+
+
+def damage(out: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    checkpoint = Checkpoint(out / "merged")
+    checkpoint.write(name, change(checkpoint.read(name)))
+    manifest = out / "merged" / "sqft" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["digest"] = "damaged"
+    manifest.write_text(json.dumps(values))
+
+
+def fill_zeros(weight: torch.Tensor) -> torch.Tensor:
+    return torch.where(weight == 0, torch.full_like(weight, 0.1), weight)
+
+
+@pytest.mark.parametrize(
+    ("weight", "change", "fails"),
+    [
+        ("self_attn.q_proj", fill_zeros, {"zeros_kept", "weights_equal", "logits_equal"}),
+        ("self_attn.o_proj", fill_zeros, {"zeros_kept", "rest_untouched", "logits_equal"}),
+        ("mlp.up_proj", lambda w: w * 1.5, {"weights_equal", "logits_equal"}),
+        ("input_layernorm", lambda w: w + 1, {"rest_untouched", "logits_equal"}),
+        ("self_attn.q_proj", lambda w: w * float("nan"), {"zeros_kept", "weights_equal", "logits_equal"}),
+    ],
+)  # fmt: skip
+def test_a_damaged_merge_fails(
+    weight: str, change: Callable[[torch.Tensor], torch.Tensor], fails: set[str], chain: Callable[..., Path]
+) -> None:
+    out = chain()
+    damage(out, f"model.layers.1.{weight}.weight", change)
+    result = prove(out)
+    assert not result["passed"]
+    assert fails <= {check["name"] for check in result["checks"] if not check["passed"]}
+    named = [check["detail"] for check in result["checks"] if check["name"] in fails - {"logits_equal"}]
+    assert all(f"model.layers.1.{weight}" in detail for detail in named)
+
+
+def test_a_merge_that_did_nothing_fails(chain: Callable[..., Path]) -> None:
+    out = chain()
+    base = Checkpoint(out / "sparse")
+    for name in base.entries:
+        damage(out, name, lambda w, name=name: base.read(name))
+    failed = {check["name"] for check in prove(out)["checks"] if not check["passed"]}
+    assert {"weights_equal", "adapter_applied", "logits_equal"} <= failed
+
+
+def test_wrong_answers_fail_the_accuracy_check(chain: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = chain()
+    answers = iter([[True, True, False, True], [True, False, False, True]])
+    monkeypatch.setattr(verify, "score_examples", lambda *a, **k: next(answers))
+    (check,) = [c for c in prove(out)["checks"] if not c["passed"]]
+    assert check["name"] == "accuracy_equal"
+    assert check["detail"] == "3 of 4 right unmerged, 2 merged, 1 answers differ"
+
+
+def test_a_dense_sub_adapter_is_the_live_one_in_stock_peft(chain: Callable[..., Path]) -> None:
+    out = chain(dtype="float32", kind="dense", ranks=[4, 3, 2])
+    saved = SavedAdapter.open(out / "sub_adapter")
+    assert saved.kind == "dense"
+    assert {low.rank for low in saved.modules.values()} == {3}
+    assert {round(low.scaling, 9) for low in saved.modules.values()} == {2.0}
+    from sqft.model.elastic import rank_space, set_ranks
+
+    super_adapter = PeftModel.from_pretrained(
+        load_model(out / "sparse"), out / "adapter", config=_elastic_config(out)
+    ).eval()
+    set_ranks(super_adapter, rank_space(super_adapter).heuristic())
+    stock = PeftModel.from_pretrained(load_model(out / "sparse"), out / "sub_adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(stock(TOKENS).logits, super_adapter(TOKENS).logits, atol=1e-6)
+
+
+def _elastic_config(out: Path) -> SqftConfig:
+    config = SqftConfig(
+        kind="dense", ranks=[4, 3, 2], lora_alpha=8, target_modules=TARGETS["llama"], task_type="CAUSAL_LM"
+    )
+    config.base_model_name_or_path = str(out / "sparse")
+    return config
+
+
+@pytest.mark.parametrize(("strategy", "rank"), [("heuristic", 4), ("maximal", 4), ("minimal", 2)])
+def test_extract_slices_and_keeps_the_scaling(strategy: Any, rank: int, chain: Callable[..., Path]) -> None:
+    out = chain()
+    search.run(SearchConfig(strategy=strategy), out / "adapter", out / strategy)
+    whole, part = SavedAdapter.open(out / "adapter"), SavedAdapter.open(out / strategy)
+    assert part.kind == "sparse"
+    for name, low in part.modules.items():
+        assert low.rank == rank
+        assert low.scaling == whole.modules[name].scaling
+        assert torch.equal(low.lora_A, whole.modules[name].lora_A[:rank])
+        assert torch.equal(low.lora_B, whole.modules[name].lora_B[:, :rank])
+
+
+def test_extract_from_a_file_of_ranks(chain: Callable[..., Path]) -> None:
+    out = chain()
+    space = SavedAdapter.open(out / "adapter").rank_space()
+    ranks = {group: (2 if "layers.0" in group else 4) for group in space.groups}
+    (out / "ranks.json").write_text(json.dumps(ranks))
+    options = SearchConfig(strategy="file", ranks_file=str(out / "ranks.json"))
+    search.run(options, out / "adapter", out / "chosen")
+    for name, low in SavedAdapter.open(out / "chosen").modules.items():
+        assert low.rank == (2 if "layers.0" in name else 4)
+    # The folder loads with its ranks, and merges to what it is live.
+    merge.run(MergeConfig(), out / "sparse", out / "chosen", out / "merged_chosen")
+    live, merged = load_model(out / "sparse", out / "chosen"), load_model(out / "merged_chosen")
+    with torch.no_grad():
+        assert torch.equal(live(TOKENS).logits, merged(TOKENS).logits)
+    (out / "ranks.json").write_text(json.dumps({}))
+    with pytest.raises(InputError, match="has no rank"):
+        search.run(options, out / "adapter", out / "empty")
+
+
+def test_a_dense_adapter_is_not_merged_into_a_sparse_base_unasked(chain: Callable[..., Path]) -> None:
+    out = chain(kind="dense")
+    with pytest.raises(InputError, match=r"50\.0 % sparsity lost.*merge\.allow_sparsity_loss"):
+        merge.run(MergeConfig(), out / "sparse", out / "sub_adapter", out / "merged")
+    assert not (out / "merged").exists()
+    artifact = merge.run(MergeConfig(allow_sparsity_loss=True), out / "sparse", out / "sub_adapter", out / "merged")
+    assert artifact.manifest["result"]["filled_zeros"] > 1000
+    result = {check["name"]: check for check in prove(out)["checks"]}
+    assert not result["zeros_kept"]["passed"]
+    assert result["weights_equal"]["passed"]
+
+
+def test_an_adapter_of_another_base_is_refused(chain: Callable[..., Path], tiny_model: Callable[..., Path]) -> None:
+    out = chain()
+    with pytest.raises(InputError, match="was trained on another base"):
+        merge.run(MergeConfig(), tiny_model("llama", "bfloat16"), out / "sub_adapter", out / "wrong")
+    with pytest.raises(InputError, match="was trained on another base"):
+        load_model(tiny_model("llama", "bfloat16"), out / "sub_adapter")
+
+
+def test_a_foreign_lora_merges_and_one_with_more_than_factors_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = tiny_model("llama")
+    model = get_peft_model(
+        load_model(folder),
+        LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "lora")
+    merge.run(MergeConfig(), folder, tmp_path / "lora", tmp_path / "merged")
+    with torch.no_grad():
+        expected = model.eval()(TOKENS).logits
+        assert torch.allclose(load_model(tmp_path / "merged")(TOKENS).logits, expected, atol=1e-4)
+        assert not torch.allclose(load_model(folder)(TOKENS).logits, expected, atol=1e-2)
+    model = get_peft_model(load_model(folder), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path / "more")
+    with pytest.raises(InputError, match="modules_to_save, which cannot be merged"):
+        merge.run(MergeConfig(), folder, tmp_path / "more", tmp_path / "merged2")
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs", "message"),
+    [
+        ({"target_modules": ["nothing"]}, PAIRS, "target module 'nothing' matches no linear of the model; it has"),
+        ({"length": 16}, PAIRS, r"36 of 36 examples are longer than a row of 16 tokens \(the longest has"),
+        ({"length": 1024}, PAIRS, "1024 tokens, more than the 512 that the model allows"),
+        ({}, [], "there are no training examples"),
+        ({"kind": "quantized"}, PAIRS, "needs a quantised base"),
+    ],
+)
+def test_bad_training_input_is_refused_before_work(
+    options: dict[str, Any], pairs: Any, message: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        finetune.run(training(**options), tiny_model("llama"), pairs, [], tmp_path / "adapter", seed=0, data={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_base_is_untouched_and_validation_loss_is_logged(chain: Callable[..., Path]) -> None:
+    out = chain(evaluate_every=3)
+    log = json.loads((out / "adapter" / "sqft" / "training_log.json").read_text())
+    assert [entry["step"] for entry in log["eval"]] == [3, 6]
+    manifest = Artifact.open(out / "sparse").manifest
+    assert manifest["files"] == file_digests(out / "sparse")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from stages.test_training_flow import PAIRS, training
+from sqft.stages import finetune
+finetune.run(training(max_steps=30, save_every=1), Path(sys.argv[1]), PAIRS, [], Path(sys.argv[2]), seed=0, data={{}})
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_bit_identical(chain: Callable[..., Path], tmp_path: Path) -> None:
+    out = chain(max_steps=1)
+    command = [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent.parent)), str(out / "sparse")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(out / "straight")], check=True, env=environment, capture_output=True)
+    kills, resumed = 0, set()
+    partial = out / ".partial-killed"
+    for attempt in range(12):
+        process = subprocess.Popen([*command, str(out / "killed")], env=environment, stderr=subprocess.PIPE)
+        # With a checkpoint at every step, most of a step is spent writing one: the kills fall inside it too.
+        seen = len(list(partial.glob("checkpoints/checkpoint-*/DONE")))
+        while process.poll() is None:
+            done = {p.parent.name for p in partial.glob("checkpoints/checkpoint-*/DONE")}
+            writing = [p for p in partial.glob("checkpoints/checkpoint-*") if not (p / "DONE").exists()]
+            if (attempt % 2 and writing and len(done) >= 1) or (
+                not attempt % 2 and done - resumed and len(done) >= seen
+            ):
+                time.sleep(0.01 * attempt)
+                process.send_signal(signal.SIGKILL)
+                resumed |= done
+                break
+            time.sleep(0.001)
+        process.wait()
+        kills += process.returncode == -signal.SIGKILL
+        if (out / "killed").exists():
+            break
+    if not (out / "killed").exists():
+        subprocess.run([*command, str(out / "killed")], check=True, env=environment, capture_output=True)
+    assert kills >= 3
+    assert Artifact.open(out / "killed").manifest["result"]["resumed_at_step"] > 0
+    straight, killed = (load_file(out / name / "adapter_model.safetensors") for name in ("straight", "killed"))
+    assert straight.keys() == killed.keys()
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+
+
+def test_unfinished_training_of_another_recipe_is_refused(chain: Callable[..., Path], tmp_path: Path) -> None:
+    out = chain(max_steps=1)
+    partial = out / ".partial-other"
+    shutil.copytree(out / "adapter", partial)
+    description = {k: Artifact.open(out / "adapter").manifest[k] for k in ("stage", "config", "inputs", "seed")}
+    (partial / "sqft" / "description.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=r"belongs to another recipe.*learning_rate was 0\.02, is now 0\.5"):
+        finetune.run(
+            training(max_steps=1, learning_rate=0.5), out / "sparse", PAIRS, [], out / "other", seed=0, data={}
+        )
