@@ -18,7 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> dict[str, Any]:
     """Return what the numbers were measured on."""
-    facts: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
     if torch.cuda.is_available():
         facts["device"] = torch.cuda.get_device_name()
     else:

@@ -12,11 +12,11 @@ import argparse
 import statistics
 
 import torch
-from common import alternate, peak_memory, ratio, save
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from common import alternate, peak_memory, ratio, save
 from sqft.core.delta import MaskedLinear
 from sqft.core.mask import pack_mask
 
@@ -89,7 +89,12 @@ def main() -> None:
         print(row, flush=True)
     save(
         f"layer_{device}",
-        {"tokens": options.tokens, "rounds": options.rounds, "floor": {"to_reference": 0.6, "to_lora": 1.5}, "rows": rows},
+        {
+            "tokens": options.tokens,
+            "rounds": options.rounds,
+            "floor": {"to_reference": 0.6, "to_lora": 1.5},
+            "rows": rows,
+        },
     )
 
 

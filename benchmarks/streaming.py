@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from common import save
 
 
@@ -40,7 +41,9 @@ def write_model(folder: Path) -> None:
 
     def shard(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
         tensors = {
-            key: torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else torch.randn(shape).mul_(0.02).bfloat16()
+            key: torch.ones(shape, dtype=torch.bfloat16)
+            if len(shape) == 1
+            else torch.randn(shape).mul_(0.02).bfloat16()
             for key, shape in shapes.items()
         }
         save_file(tensors, folder / name, metadata={"format": "pt"})

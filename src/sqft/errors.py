@@ -41,8 +41,9 @@ class Problems:
         self._messages: list[str] = []
 
     def add(self, message: str) -> None:
-        """Note one problem; it is raised with the others at the end of the block."""
-        self._messages.append(message)
+        """Note one problem; it is raised with the others at the end of the block. Said twice, it is listed once."""
+        if message not in self._messages:
+            self._messages.append(message)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._messages)

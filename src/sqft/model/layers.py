@@ -139,7 +139,13 @@ class SqftLinear(LoraLinear):
         """See PEFT's layer; `config` carries kind and ranks."""
         is_conv1d = isinstance(base_layer, Conv1D)
         super().__init__(
-            base_layer, adapter_name, config, r=r, lora_alpha=cast("int", lora_alpha), is_target_conv_1d_layer=is_conv1d, **kwargs
+            base_layer,
+            adapter_name,
+            config,
+            r=r,
+            lora_alpha=cast("int", lora_alpha),
+            is_target_conv_1d_layer=is_conv1d,
+            **kwargs,
         )
         self.fan_in_fan_out = is_conv1d
         self.kind = config.kind

@@ -1,0 +1,134 @@
+"""A whole training step on SmolLM2, and tokens per second against a plain loop with stock PEFT LoRA and padding.
+
+    python benchmarks/training.py MODEL_FOLDER [--data mawps] [--threads 2] [--rounds 3]
+
+Same examples for all: MAWPS (or seeded reasoning-gym problems with --data gym:chain_sum). `plain` is what a user
+writes first: stock LoRA, rows padded to the longest of a batch of 16, loss over all answer tokens, sdpa, bf16 autocast.
+`packed_lora` and `packed_reference` share our packed rows and head, so they isolate the adapters' own cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+
+from common import alternate, peak_memory, ratio, save
+from sqft.data.encode import encode
+from sqft.data.load import load_examples
+from sqft.model.layers import SqftLinear
+from sqft.model.load import load_model, load_tokenizer
+from sqft.model.training import IGNORED, answer_loss, collate, label_examples, pack_rows
+from sqft.recipe import DataConfig, FinetuneConfig
+from sqft.stages.finetune import attach
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def padded(rows: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def fill(key: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
+
+    ids = fill("input_ids", pad)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    return {
+        "input_ids": ids,
+        "labels": fill("labels", IGNORED),
+        "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+    }
+
+
+def two_matmuls(layer: SqftLinear, x: torch.Tensor) -> torch.Tensor:
+    """The reference's forward: y = x Wᵀ + scaling · x ((B A) ⊙ M)ᵀ."""
+    lora_A, lora_B = layer.factors("default")
+    delta = (lora_B @ lora_A) * layer.dense_mask
+    return layer.base_layer(x) + functional.linear(x, delta.to(x.dtype)) * layer.scaling["default"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", default="mawps")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tokenizer = load_tokenizer(options.model)
+    examples = load_examples(DataConfig(task=options.data), "train", 0, tokenizer)
+    pairs = [encode(tokenizer, e.prompt, e.answer) for e in examples[:600]]
+    rows = label_examples(pairs, tokenizer.eos_token_id, length=256, model_length=None, completion_only=True)
+    packed = pack_rows(rows, 256, packing=True)[:8]
+    used = sum(len(row["input_ids"]) for row in packed)
+    batch = collate(packed, tokenizer.pad_token_id)
+    shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
+    plain_rows = shuffled[:16]
+    plain_used = sum(len(row["input_ids"]) for row in plain_rows)
+    plain_batch = padded(plain_rows, tokenizer.pad_token_id)
+
+    def ours(kind: str, attention: str = "eager") -> Any:
+        model = attach(load_model(options.model, attention=attention), FinetuneConfig(kind=kind, ranks=[32]))  # type: ignore[arg-type]
+        return model.train()
+
+    stock = get_peft_model(
+        load_model(options.model), LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS, task_type="CAUSAL_LM")
+    ).train()
+    sparse, dense, reference = ours("sparse"), ours("dense"), ours("sparse")
+    for module in reference.modules():
+        if isinstance(module, SqftLinear):
+            module.dense_mask = (module.weight_OI != 0).bfloat16()
+            module.forward = two_matmuls.__get__(module)  # type: ignore[method-assign]
+
+    def plain() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            stock(**plain_batch).loss.backward()
+        stock.zero_grad()
+
+    def step(model: Any) -> None:
+        answer_loss(model, batch).backward()
+        model.zero_grad()
+
+    actions = {
+        "plain_trainer_lora": plain,
+        "packed_lora": lambda: step(dense),
+        "packed_reference": lambda: step(reference),
+        "packed_sqft": lambda: step(sparse),
+    }
+    times = alternate(actions, options.rounds)
+    memory = {name: peak_memory(action) for name, action in actions.items()}
+    tokens = {name: plain_used if name == "plain_trainer_lora" else used for name in actions}
+    mean_length = sum(len(row["input_ids"]) for row in rows) / len(rows)
+    speed = {name: statistics.median(tokens[name] / t for t in times[name]) for name in actions}
+    result = {
+        "data": options.data,
+        "rounds": options.rounds,
+        "tokens_per_step": tokens,
+        "mean_tokens_per_example": round(mean_length, 1),
+        "tokens_per_second": {name: round(value, 1) for name, value in speed.items()},
+        "examples_per_second": {name: round(value / mean_length, 2) for name, value in speed.items()},
+        "sqft_to_plain_tokens_per_second": round(
+            statistics.median(
+                (used / a) / (plain_used / b)
+                for a, b in zip(times["packed_sqft"], times["plain_trainer_lora"], strict=True)
+            ),
+            3,
+        ),
+        "masked_to_unmasked_speed": round(ratio(times, "packed_lora", "packed_sqft"), 3),
+        "step_time_to_lora": round(ratio(times, "packed_sqft", "packed_lora"), 3),
+        "step_time_to_reference": round(ratio(times, "packed_sqft", "packed_reference"), 3),
+        "peak_bytes": memory,
+        "peak_memory_to_lora": round(memory["packed_sqft"] / memory["packed_lora"], 3),
+    }
+    for name, value in result.items():
+        print(name, value, flush=True)
+    save("training", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The whole flow through the command line on a tiny model: results, resume after kills, refusals, exit codes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sqft import cli
+from sqft.errors import InputError
+from sqft.model.checkpoint import Checkpoint
+from sqft.pipeline import run
+from sqft.recipe import Recipe, load_recipe
+
+RECIPE = {
+    "name": "tiny",
+    "seed": 0,
+    "threads": 1,
+    "sparsify": {"calibration": {"samples": 4, "length": 32, "batch": 2}},
+    "finetune": {
+        "ranks": [4, 2], "lora_alpha": 8, "max_steps": 4, "length": 128, "batch": 2, "save_every": 1,
+        "learning_rate": 0.02, "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    },
+    "verify": {"prompts": 2, "accuracy_rows": 4},
+    "evaluate": {"batch": 4},
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A recipe file for a tiny bf16 Llama and sums as JSONL data."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, numbers in (("train", range(12)), ("test", range(12, 16))):
+        rows = [
+            {"prompt": f"Question: {a} + {b}?\nAnswer:", "completion": f" {a + b}"} for a in numbers for b in (1, 2)
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {**RECIPE, "model": str(tiny_model("llama", "bfloat16")), "data": {"task": str(data)}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_one_command_makes_everything_and_again_does_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.run(["run", str(recipe), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "report: " in printed.out
+    assert str(out / "report.html") in printed.out.replace("\n", "")
+    made = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    folders = {"sparse", "adapter", "sub_adapter", "merged", "evaluations"}
+    assert made == folders | {"verify.json", "eval.json", "report.md", "report.html"}
+    proof = json.loads((out / "verify.json").read_text())
+    assert proof["passed"]
+    assert {"name", "passed", "value", "bound", "detail"} == set(proof["checks"][0])
+    result = json.loads((out / "eval.json").read_text())
+    assert {"tasks", "seed", "versions"} <= set(result)
+    (entry,) = result["tasks"].values()
+    assert {"metric", "value", "stderr", "n", "version"} <= set(entry)
+    assert list(result["rows"]) == ["dense", "sparse", "tuned", "merged"]
+    assert result["rows"]["tuned"] == result["rows"]["merged"]
+    assert "<html" in (out / "report.html").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert cli.run(["run", str(recipe), "--out", str(out)]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert not list(out.glob(".partial*"))
+
+
+def test_another_recipe_in_the_same_folder_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.run(["run", str(recipe), "--out", str(out), "--set", "evaluate=null", "--set", "verify=null"]) == 0
+    weights = (out / "merged" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert cli.run(["run", str(recipe), "--out", str(out), "--set", "sparsify.sparsity=0.6"]) == 2
+    message = capsys.readouterr().err
+    assert "belongs to another recipe" in message
+    assert "sparsity was 0.5, is now 0.6" in message
+    assert (out / "merged" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_killed_anywhere_the_same_command_ends_bit_identical(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sqft", "run", str(recipe), "--set", "evaluate=null", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "straight")], check=True, env=environment, capture_output=True)
+    duration = time.monotonic() - start
+    draw = random.Random(0)
+    kills = 0
+    for _ in range(4):
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=draw.uniform(0.3, 0.95) * duration)
+        except subprocess.TimeoutExpired:
+            process.send_signal(draw.choice([signal.SIGKILL, signal.SIGINT]))
+            process.wait()
+            kills += 1
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, capture_output=True)
+    assert kills
+    straight, killed = (load_file(tmp_path / name / "merged" / "model.safetensors") for name in ("straight", "killed"))
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+
+
+def test_everything_wrong_is_reported_before_any_work(recipe: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values["data"]["task"] = str(tmp_path / "broken")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
+    (tmp_path / "broken" / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    values["finetune"]["target_modules"] = ["nothing"]
+    values["sparsify"]["pattern"] = "3:7"
+    with pytest.raises(InputError) as error:
+        run(Recipe.model_validate(values), tmp_path / "out")
+    message = str(error.value)
+    assert "train.jsonl:2" in message or "line 2" in message
+    assert "recipe tiny: 3 problems" in message
+    assert "target module 'nothing'" in message
+    assert "pattern 3:7 does not divide" in message
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("finetune.rank=[4]", "unknown key 'finetune.rank'; did you mean 'ranks'?"),
+        ("sparsify.sparsity=1.0", "sparsity is 1.0; choose a number strictly between 0 and 1"),
+        ("finetune.lora_alpha=0", "lora_alpha"),
+        ("finetune.ranks=[0]", "finetune.ranks"),
+        ("model=./no/such/folder", "no such folder"),
+        ("data.task=gsmk8", "did you mean 'gsm8k'?"),
+    ],
+)
+def test_a_wrong_setting_is_exit_code_2_with_one_message(
+    setting: str, message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["run", str(recipe), "--out", str(tmp_path / "out"), "--set", setting]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_the_dense_baseline_needs_no_sparsity(recipe: Path, tmp_path: Path) -> None:
+    settings = ["sparsify=null", "finetune.kind=dense", "finetune.ranks=[4]"]
+    values = load_recipe(recipe, settings)
+    result = run(values, tmp_path / "out")
+    assert result.verified
+    assert not (tmp_path / "out" / "sparse").exists()
+
+
+def test_shears_is_a_dense_elastic_adapter_on_a_sparse_base_left_unmerged(recipe: Path, tmp_path: Path) -> None:
+    result = run(load_recipe(recipe, ["finetune.kind=dense", "merge=null"]), tmp_path / "out")
+    assert result.verified is None
+    rows = json.loads((tmp_path / "out" / "eval.json").read_text())["rows"]
+    assert list(rows) == ["dense", "sparse", "tuned"]
+
+
+def test_the_stages_as_single_commands(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values: dict[str, Any] = yaml.safe_load(recipe.read_text())
+    model, task = values["model"], values["data"]["task"]
+    at = {name: str(tmp_path / name) for name in ("sparse", "adapter", "sub", "merged")}
+
+    def sqft(*arguments: str) -> str:
+        assert cli.run(list(arguments)) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    calibration = ["--calibration.samples", "4", "--calibration.length", "32"]
+    assert "sparsified 14/14 linears" in sqft("sparsify", model, at["sparse"], "--task", task, *calibration)
+    training = ["--ranks", "4", "2", "--max-steps", "2", "--length", "128", "--batch", "2"]
+    assert "2 steps" in sqft("finetune", at["sparse"], at["adapter"], "--task", task, *training)
+    assert "heuristic ranks" in sqft("extract", at["adapter"], at["sub"])
+    assert "0 zeros filled" in sqft("merge", at["sparse"], at["sub"], at["merged"])
+    proof = ["verify", at["merged"], "--base", at["sparse"], "--adapter", at["sub"]]
+    assert "verified: " in sqft(*proof, "--task", task, "--prompts", "2", "--accuracy-rows", "2")
+    assert json.loads(sqft(*proof, "--out", str(tmp_path / "random.json"), "--json"))["passed"]
+    facts = json.loads(sqft("inspect", at["merged"], "--json"))
+    assert facts["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert facts["precision"] == {"bfloat16": 1.0}
+    assert "sparsity of the blocks' linears 0.5" in sqft("inspect", at["merged"])
+    out = ["--out", str(tmp_path / "eval.json"), "--json"]
+    assert json.loads(sqft("evaluate", at["merged"], "--task", task, *out))["tasks"]
+    # A damaged merge: exit code 1 and the weight that fails.
+    checkpoint = Checkpoint(at["merged"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    checkpoint.write(name, checkpoint.read(name) + 1)
+    shutil.rmtree(Path(at["merged"]) / "sqft", ignore_errors=True)
+    assert cli.run([*proof, "--out", str(tmp_path / "damaged.json")]) == 1
+    assert f"new non-zeros in {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "sparsify", "finetune", "extract", "merge", "verify", "inspect", "evaluate"]
+)
+def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run([command, "--help"])
+    assert stop.value.code == 0
+    assert f"Example: sqft {command}" in capsys.readouterr().out
+
+
+def test_sparsify_without_text_says_what_to_give(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["sparsify", str(tiny_model("llama")), str(tmp_path / "o")]) == 2
+    assert "--task NAME or --calibration.data FILE" in capsys.readouterr().err
