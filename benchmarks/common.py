@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -38,17 +39,28 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def alternate(actions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Time the actions in turn, round by round, so that a drifting machine touches all alike; seconds."""
+def alternate(actions: dict[str, Callable[[], Any]], rounds: int, least: float = 0.15) -> dict[str, list[float]]:
+    """Time the actions in turn, round by round, so that a drifting machine touches all alike.
+
+    Returns:
+        Seconds per call; a sample repeats a short action until it lasts `least` seconds.
+    """
+    repeats: dict[str, int] = {}
+    for name, action in actions.items():
+        action()
+        synchronise()
+        start = time.perf_counter()
+        action()
+        synchronise()
+        repeats[name] = max(1, math.ceil(least / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(warmup + rounds):
+    for _ in range(rounds):
         for name, action in actions.items():
-            synchronise()
             start = time.perf_counter()
-            action()
+            for _ in range(repeats[name]):
+                action()
             synchronise()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start) / repeats[name])
     return times
 
 
@@ -57,13 +69,11 @@ def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
-def _status(field: str) -> int:
-    with open("/proc/self/status") as stream:
-        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith(field))
-
-
 def peak_memory(action: Callable[[], Any]) -> int:
-    """Return by how many bytes a call raises memory at its highest: allocated on a GPU, resident on a CPU."""
+    """Return by how many bytes a call raises the memory that torch has allocated, at its highest.
+
+    On a CPU the profiler's allocation events are added up: resident memory would show the allocator's reuse instead.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -71,10 +81,15 @@ def peak_memory(action: Callable[[], Any]) -> int:
         action()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS:")
-    action()
-    return _status("VmHWM:") - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    results = profile.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    running = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        running += event.nbytes()
+        highest = max(highest, running)
+    return highest
 
 
 def save(name: str, result: dict[str, Any]) -> None:

@@ -32,11 +32,11 @@ def plain(t: dict[str, torch.Tensor], *, masked: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [1 << 18, 64])
+@pytest.mark.parametrize("chunk", [1 << 20, 64])
 def test_effective_weight_is_the_formula_rounded_once(
     masked: bool, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delta, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(delta, "_CHUNK_BYTES", chunk)
     t = tensors(dtype)
     packed = pack_mask(t["mask"]) if masked else None
     result = effective_weight(t["weight"], t["A"], t["B"], SCALING, packed)

@@ -22,29 +22,34 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32: half of a server core's second-level cache
-_BITS: dict[torch.device, torch.Tensor] = {}
+_CHUNK_BYTES = 1 << 20  # of float32: half of a server core's second-level cache
+_LARGE = 1 << 22  # elements of a weight from which oneDNN's dYᵀX is 1.4 times faster on a contiguous dYᵀ
+_BITS: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
-def _bit_table(device: torch.device) -> torch.Tensor:
-    """Return bool [256, 8]: the bits of each byte. A table look-up unpacks 5 to 10 times faster than shifts."""
-    if device not in _BITS:
+def _bit_table(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return [256, 8]: the bits of each byte as numbers.
+
+    A look-up unpacks 5 to 10 times faster than shifts, and a mask that already has the other factor's dtype multiplies
+    twice as fast as a bool one.
+    """
+    if (device, dtype) not in _BITS:
         codes = torch.arange(256, device=device).unsqueeze(1)
-        _BITS[device] = ((codes >> torch.arange(8, device=device)) & 1).bool()
-    return _BITS[device]
+        _BITS[device, dtype] = ((codes >> torch.arange(8, device=device)) & 1).to(dtype)
+    return _BITS[device, dtype]
 
 
-def _row_chunks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+def _row_chunks(rows: int, columns: int, device: torch.device, chunk_bytes: int, itemsize: int) -> Iterator[slice]:
     """Split the rows of a weight so that a chunk stays in cache; on an accelerator one chunk is best."""
-    step = rows if device.type != "cpu" else max(8, _CHUNK_ELEMENTS // columns)
+    step = rows if device.type != "cpu" else max(8, chunk_bytes // (itemsize * columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def _mask_rows(mask_packed: torch.Tensor, rows: slice, columns: int) -> torch.Tensor:
-    """Return the bool mask [rows, columns] of a chunk."""
+def _mask_rows(mask_packed: torch.Tensor, rows: slice, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask of a chunk as ones and zeros, [rows, columns]."""
     packed = mask_packed[rows]
-    bits = torch.index_select(_bit_table(packed.device), 0, packed.flatten().int())
+    bits = torch.index_select(_bit_table(packed.device, dtype), 0, packed.flatten().int())
     return bits.view(packed.shape[0], -1)[:, :columns]
 
 
@@ -72,12 +77,15 @@ def effective_weight(
     with torch.no_grad(), torch.autocast(weight_OI.device.type, enabled=False):
         scaled_A = lora_A_RI.float() * scaling
         lora_B = lora_B_OR.float()
-        for chunk in _row_chunks(rows, columns, weight_OI.device):
+        for chunk in _row_chunks(rows, columns, weight_OI.device, _CHUNK_BYTES, itemsize=4):
             delta = lora_B[chunk] @ scaled_A
-            if mask_packed is not None:
-                delta *= _mask_rows(mask_packed, chunk, columns)
-            delta += weight_OI[chunk]
-            result[chunk] = delta
+            # A copy even of a float32 weight, which the update must not touch.
+            effective = weight_OI[chunk].to(torch.float32, copy=True)
+            if mask_packed is None:
+                effective += delta
+            else:
+                effective.addcmul_(delta, _mask_rows(mask_packed, chunk, columns, torch.float32))
+            result[chunk] = effective
     return result
 
 
@@ -106,10 +114,10 @@ def adapter_gradients(
     factor_A, factor_B = lora_A_RI.to(grad_OI.dtype), lora_B_OR.to(grad_OI.dtype)
     grad_A = torch.zeros(lora_A_RI.shape, dtype=torch.float32, device=grad_OI.device)
     grad_B = torch.empty(lora_B_OR.shape, dtype=torch.float32, device=grad_OI.device)
-    for chunk in _row_chunks(rows, columns, grad_OI.device):
+    for chunk in _row_chunks(rows, columns, grad_OI.device, 2 * _CHUNK_BYTES, grad_OI.dtype.itemsize):
         masked = grad_OI[chunk]
         if mask_packed is not None:
-            masked = masked * _mask_rows(mask_packed, chunk, columns)
+            masked = masked * _mask_rows(mask_packed, chunk, columns, grad_OI.dtype)
         grad_A += factor_B[chunk].T @ masked
         grad_B[chunk] = masked @ factor_A.T
     return grad_A.mul_(scaling), grad_B.mul_(scaling)
@@ -166,10 +174,13 @@ class MaskedLinear(torch.autograd.Function):
                 grad_bias = grad_TO.sum(dim=0).to(bias.dtype)
             if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
                 x_TI = x.reshape(-1, x.shape[-1])
+                grad_OT = grad_TO.T
+                if weight.numel() >= _LARGE and weight.device.type == "cpu":
+                    grad_OT = grad_OT.contiguous()
                 if buffer is None or not buffer.is_contiguous():
-                    gradient = grad_TO.T @ x_TI
+                    gradient = grad_OT @ x_TI
                 else:
-                    gradient = torch.mm(grad_TO.T, x_TI, out=buffer)
+                    gradient = torch.mm(grad_OT, x_TI, out=buffer)
                 grad_A, grad_B = adapter_gradients(gradient, lora_A_RI, lora_B_OR, ctx.scaling, mask_packed)
                 grad_A, grad_B = grad_A.to(lora_A_RI.dtype), grad_B.to(lora_B_OR.dtype)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
