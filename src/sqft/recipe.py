@@ -183,7 +183,7 @@ class EvaluateConfig(Config):
     limit: PositiveInt | None = Field(None, description="rows a task")
     batch: PositiveInt = Field(16, description="sequences at a time")
     fewshot: int = Field(0, ge=0, description="worked examples before each question")
-    rows: list[Literal["dense", "sparse", "quantized", "tuned", "merged"]] = Field(
+    rows: list[Literal["dense", "sparse", "tuned", "merged"]] = Field(
         ["dense", "sparse", "tuned", "merged"], description="which models of the run are evaluated"
     )
     baselines: list[str] = Field(

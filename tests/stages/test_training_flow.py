@@ -253,6 +253,7 @@ def test_a_foreign_lora_merges_and_one_with_more_than_factors_is_refused(
         ({"length": 16}, PAIRS, r"36 of 36 examples are longer than a row of 16 tokens \(the longest has"),
         ({"length": 1024}, PAIRS, "1024 tokens, more than the 512 that the model allows"),
         ({}, [], "there are no training examples"),
+        ({"trackers": ["trackio"]}, PAIRS, "trackers has trackio, which is not installed"),
         ({"kind": "quantized"}, PAIRS, "needs a quantised base"),
     ],
 )

@@ -8,6 +8,7 @@ ends with the same adapter to the bit, given equal threads, library versions and
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -136,6 +137,9 @@ def check(config: FinetuneConfig, network: PreTrainedModel) -> None:
         raise InputError("finetune.kind 'quantized' needs a quantised base, which this version does not make yet")
     linears = {name for name, m in network.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     with Problems("finetune") as problems:
+        for tracker in config.trackers:
+            if importlib.util.find_spec(tracker) is None:
+                problems.add(f"trackers has {tracker}, which is not installed; pip install {tracker}, or take it out")
         for target in config.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in linears):
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
