@@ -265,6 +265,19 @@ def test_bad_training_input_is_refused_before_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_checkpointing_accumulation_and_unpacked_rows_train_alike(chain: Callable[..., Path]) -> None:
+    out = chain(dtype="float32", packing=False, batch=4, max_steps=3)
+    plain = load_file(out / "adapter" / "adapter_model.safetensors")
+    for name, options in {
+        "recomputed": {"gradient_checkpointing": True, "batch": 4},
+        "accumulated": {"accumulation": 2, "batch": 2},
+    }.items():
+        settings = training(packing=False, max_steps=3, **options)
+        finetune.run(settings, out / "sparse", PAIRS, [], out / name, seed=0, data={})
+        found = load_file(out / name / "adapter_model.safetensors")
+        assert all(torch.allclose(plain[key], found[key], atol=2e-3) for key in plain), name
+
+
 def test_the_base_is_untouched_and_validation_loss_is_logged(chain: Callable[..., Path]) -> None:
     out = chain(evaluate_every=3)
     log = json.loads((out / "adapter" / "sqft" / "training_log.json").read_text())
