@@ -12,17 +12,13 @@ import json
 import logging
 import os
 import sys
-import types
-import typing
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
+from typing import Any, NoReturn
 
 from sqft.errors import SqftError
+from sqft.flags import add_flags, read_config
 from sqft.recipe import (
     Config,
     DataConfig,
@@ -33,11 +29,9 @@ from sqft.recipe import (
     SparsifyConfig,
     VerifyConfig,
     load_recipe,
-    parse_config,
 )
 
 Command = Callable[[argparse.Namespace], int]
-ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -105,7 +99,7 @@ def _sparsify(options: argparse.Namespace) -> int:
     from sqft.model.load import load_tokenizer, localize
     from sqft.stages import sparsify
 
-    config = _config(options, SparsifyConfig)
+    config = read_config(options, SparsifyConfig)
     model = localize(options.model, options.out.parent, trust_remote_code=options.trust_remote_code)
     tokens = source = None
     if config.mask is None and config.method != "magnitude":
@@ -134,7 +128,7 @@ def _finetune(options: argparse.Namespace) -> int:
     from sqft.model.load import load_tokenizer, localize
     from sqft.stages import finetune
 
-    config = _config(options, FinetuneConfig)
+    config = read_config(options, FinetuneConfig)
     data = _data(options)
     model = localize(options.model, options.out.parent, trust_remote_code=options.trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
@@ -161,7 +155,7 @@ def _finetune(options: argparse.Namespace) -> int:
 def _extract(options: argparse.Namespace) -> int:
     from sqft.stages import search
 
-    config = _config(options, SearchConfig)
+    config = read_config(options, SearchConfig)
     artifact = search.run(config, options.adapter, options.out)
     print(f"{config.strategy} ranks {artifact.manifest['result']['groups_per_rank']}: {options.out}")
     return 0
@@ -171,7 +165,7 @@ def _merge(options: argparse.Namespace) -> int:
     from sqft.stages import merge
 
     artifact = merge.run(
-        _config(options, MergeConfig),
+        read_config(options, MergeConfig),
         options.model,
         options.adapter,
         options.out,
@@ -188,7 +182,7 @@ def _verify(options: argparse.Namespace) -> int:
     from sqft.model.load import load_tokenizer
     from sqft.stages import verify
 
-    config = _config(options, VerifyConfig)
+    config = read_config(options, VerifyConfig)
     task, examples = None, []
     if "set:task" in vars(options):
         data = _data(options)
@@ -242,7 +236,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     model = localize(options.model, workspace, trust_remote_code=options.trust_remote_code)
     out = options.out or workspace / "eval.json"
     result = evaluate.run(
-        _config(options, EvaluateConfig), _data(options), model, options.adapter, out,
+        read_config(options, EvaluateConfig), _data(options), model, options.adapter, out,
         seed=options.seed, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     if options.json:
@@ -301,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for config in configs:
-            _add_flags(sub, config)
+            add_flags(sub, config)
         sub.set_defaults(command=command)
         return sub
 
@@ -356,66 +350,5 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_SKIPPED = {"rows", "baselines", "template", "options", "rank_groups"}
-"""Settings that only a recipe can hold."""
-
-
-def _add_flags(parser: argparse.ArgumentParser, config: type[BaseModel], prefix: str = "") -> None:
-    """Add a flag for every setting of a config, with its description and default."""
-    group = (
-        parser if prefix else parser.add_argument_group(f"settings of {config.__name__.removesuffix('Config').lower()}")
-    )
-    for name, field in config.model_fields.items():
-        inner = field.annotation
-        if name in _SKIPPED:
-            continue
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            _add_flags(parser, inner, f"{prefix}{name}.")
-            continue
-        default = field.default if field.default is not PydanticUndefined else None
-        required = field.is_required() and config is DataConfig and parser.prog.split()[-1] != "verify"
-        text = (field.description or "").replace("%", "%%")
-        if not required:
-            text += f"{' ' if text else ''}(default: {'off' if default is None else default})"
-        options: dict[str, Any] = {"dest": f"set:{prefix}{name}", "help": text, "default": argparse.SUPPRESS}
-        flag = f"--{prefix}{name.replace('_', '-')}"
-        if inner is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-            continue
-        choices = _choices(inner)
-        is_list = typing.get_origin(inner) is list
-        if is_list:
-            options["nargs"] = "+"
-        if choices:
-            options["choices"] = choices
-        else:
-            options["metavar"] = name.upper()
-        group.add_argument(flag, required=required, **options)
-
-
-def _choices(annotation: Any) -> list[str] | None:
-    """Return the values of a Literal, looking into unions and lists."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return [str(value) for value in typing.get_args(annotation)]
-    if typing.get_origin(annotation) in (list, types.UnionType, typing.Union):
-        found = [_choices(inner) for inner in typing.get_args(annotation)]
-        return next((choices for choices in found if choices), None)
-    return None
-
-
-def _config(options: argparse.Namespace, model: type[ConfigT]) -> ConfigT:
-    """Build a stage's config from the flags that were given."""
-    values: dict[str, Any] = {}
-    for name, value in vars(options).items():
-        first, *rest = name.removeprefix("set:").split(".")
-        if not name.startswith("set:") or first not in model.model_fields:
-            continue
-        if rest:
-            values.setdefault(first, {})[rest[0]] = value
-        else:
-            values[first] = value
-    return parse_config(model, values, "command line")
-
-
 def _data(options: argparse.Namespace) -> DataConfig:
-    return _config(options, DataConfig)
+    return read_config(options, DataConfig)

@@ -1,0 +1,78 @@
+"""Settings as command-line flags: made from the recipe's models, read back into them.
+
+A flag exists for every setting that is a value or a list; mappings and lists of lists stand in recipes only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from sqft.recipe import Config, DataConfig, parse_config
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+_SKIPPED = {"rows", "baselines", "template", "options", "rank_groups"}
+"""Settings that only a recipe can hold."""
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type[BaseModel], prefix: str = "") -> None:
+    """Add a flag for every setting of a config, with its description and default."""
+    group = (
+        parser if prefix else parser.add_argument_group(f"settings of {config.__name__.removesuffix('Config').lower()}")
+    )
+    for name, field in config.model_fields.items():
+        inner = field.annotation
+        if name in _SKIPPED:
+            continue
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            add_flags(parser, inner, f"{prefix}{name}.")
+            continue
+        default = field.default if field.default is not PydanticUndefined else None
+        required = field.is_required() and config is DataConfig and parser.prog.split()[-1] != "verify"
+        text = (field.description or "").replace("%", "%%")
+        if not required:
+            text += f"{' ' if text else ''}(default: {'off' if default is None else default})"
+        options: dict[str, Any] = {"dest": f"set:{prefix}{name}", "help": text, "default": argparse.SUPPRESS}
+        flag = f"--{prefix}{name.replace('_', '-')}"
+        if inner is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            continue
+        choices = _choices(inner)
+        is_list = typing.get_origin(inner) is list
+        if is_list:
+            options["nargs"] = "+"
+        if choices:
+            options["choices"] = choices
+        else:
+            options["metavar"] = name.upper()
+        group.add_argument(flag, required=required, **options)
+
+
+def _choices(annotation: Any) -> list[str] | None:
+    """Return the values of a Literal, looking into unions and lists."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return [str(value) for value in typing.get_args(annotation)]
+    if typing.get_origin(annotation) in (list, types.UnionType, typing.Union):
+        found = [_choices(inner) for inner in typing.get_args(annotation)]
+        return next((choices for choices in found if choices), None)
+    return None
+
+
+def read_config(options: argparse.Namespace, model: type[ConfigT]) -> ConfigT:
+    """Build a stage's config from the flags that were given."""
+    values: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        first, *rest = name.removeprefix("set:").split(".")
+        if not name.startswith("set:") or first not in model.model_fields:
+            continue
+        if rest:
+            values.setdefault(first, {})[rest[0]] = value
+        else:
+            values[first] = value
+    return parse_config(model, values, "command line")
