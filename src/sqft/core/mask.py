@@ -11,6 +11,8 @@ import torch
 
 from sqft.errors import InputError, NumericalError
 
+_PART = 1 << 22  # scores ranked at a time
+
 
 def mask_from_score(score_OI: torch.Tensor, sparsity: float, structure: tuple[int, int] | None = None) -> torch.Tensor:
     """Keep the highest-scoring weights of each output row, or of each group of an N:M pattern.
@@ -32,7 +34,10 @@ def mask_from_score(score_OI: torch.Tensor, sparsity: float, structure: tuple[in
     if not torch.isfinite(score_OI).all():
         raise NumericalError("the pruning score has NaN or Inf; the weights or the calibration activations have too")
     if structure is None:
-        return ~_lowest(score_OI, int(score_OI.shape[-1] * sparsity))
+        count = int(score_OI.shape[-1] * sparsity)
+        # Rows are independent; in parts, the indices that kthvalue makes beside its values stay small.
+        step = max(1, _PART // score_OI.shape[-1])
+        return torch.cat([~_lowest(part, count) for part in score_OI.split(step)])
     keep_n, group_m = structure
     rows, columns = score_OI.shape
     if columns % group_m:

@@ -72,7 +72,7 @@ def wanda(weight_OI: torch.Tensor, statistics: Statistics) -> torch.Tensor:
     Differs from the reference: the norm is over all tokens rather than a running mean over samples; the two differ by
     a factor that is equal for all weights, so the ranking within a row is the same.
     """
-    return weight_OI.float().abs() * statistics.squared_sum_I.sqrt()
+    return weight_OI.abs().float().mul_(statistics.squared_sum_I.sqrt())
 
 
 def sparsegpt(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -150,6 +150,9 @@ class _Run:
 
     def process(self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         prefix = f"{self.prefix}.{index}"
+        if index == 0:
+            # Its work is done; in a model with a large vocabulary it is the largest tensor of all.
+            cast("Any", self.model).get_input_embeddings().to("meta")
         stand_in, real = self.blocks[index], object.__getattribute__(self.blocks[index], "block")
         self.blocks[index] = real
         self.names.load(f"{prefix}.")
@@ -226,7 +229,8 @@ def visit_blocks(
     model = skeleton(folder, trust_remote_code=trust_remote_code)
     names = DiskNames(model, Checkpoint(folder))
     prefix, blocks = decoder_blocks(model)
-    names.load("", exclude=f"{prefix}.")
+    head = model.get_output_embeddings()
+    names.load("", exclude=tuple([f"{prefix}."] + [f"{n}." for n, m in model.named_modules() if m is head]))
     model.tie_weights()
     # The language-model head is not run: only the blocks matter, and its logits would be the largest tensor of all.
     with tqdm(total=len(blocks), desc="blocks", unit="block", disable=None, leave=False) as progress:

@@ -171,7 +171,7 @@ class DiskNames:
                 renamed = name
             self.parameter_of[name] = renamed
 
-    def load(self, prefix: str, *, exclude: str | None = None) -> None:
+    def load(self, prefix: str, *, exclude: tuple[str, ...] = ()) -> None:
         """Read the parameters whose names start with `prefix` into the skeleton."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -179,7 +179,7 @@ class DiskNames:
         tensors: dict[str, Any] = {
             name: self.checkpoint.read(name)
             for name, parameter in self.parameter_of.items()
-            if parameter.startswith(prefix) and not (exclude and parameter.startswith(exclude))
+            if parameter.startswith(prefix) and not parameter.startswith(exclude)
         }
         options = LoadStateDictConfig(weight_mapping=cast(Any, self.conversions), dtype=None)
         with quiet_transformers():
