@@ -90,7 +90,7 @@ def _tiles(facts: Facts) -> str:
     if costs:
         peak = words.bytes_text(max(m.get("peak_memory_bytes") or 0 for m in costs))
         total = words.seconds_text(sum(m["seconds"] for m in costs))
-        tiles.append((f"for all stages; peak memory {peak}", total, "", "*/sqft/manifest.json"))
+        tiles.append((f"for the stages, evaluation not counted; peak memory {peak}", total, "", "*/sqft/manifest.json"))
     drawn = "".join(
         f'<div class="tile"><dt>{escape(label)}</dt><dd><b>{escape(value)}</b> <span>{escape(extra)}</span></dd>'
         f'<dd class="source">{escape(source)}</dd></div>'
