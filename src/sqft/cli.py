@@ -105,7 +105,7 @@ def _sparsify(options: argparse.Namespace) -> int:
     if config.mask is None and config.method != "magnitude":
         data = DataConfig(task=options.task) if options.task else None
         if data is None and config.calibration.data == "task":
-            raise _usage("--task NAME or --calibration.data FILE is needed: pruning looks at calibration text")
+            raise SqftError("--task NAME or --calibration.data FILE is needed: pruning looks at calibration text")
         tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
         tokens = calibration_tokens(config.calibration, data, tokenizer, options.seed)
         source = {"data": data.model_dump(mode="json") if data else None}
@@ -265,10 +265,6 @@ def _print_summary(out: Path, recipe: Any) -> None:
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
-
-
-def _usage(message: str) -> SqftError:
-    return SqftError(message)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sqft.core.mask import conforms, mask_from_score, pack_mask, sparsity_of, unpack_mask
+from sqft.core.mask import conforms, mask_from_score, pack_mask, unpack_mask
 from sqft.errors import InputError, NumericalError
 
 
@@ -68,7 +68,3 @@ def test_packing_is_numpys_little_endian_and_comes_back(shape: tuple[int, ...]) 
     packed = pack_mask(mask)
     assert np.array_equal(packed.numpy(), np.packbits(mask.numpy(), axis=-1, bitorder="little"))
     assert torch.equal(unpack_mask(packed, shape[-1]), mask)
-
-
-def test_sparsity_is_the_pruned_share() -> None:
-    assert sparsity_of(torch.tensor([[True, False], [False, False]])) == 0.75

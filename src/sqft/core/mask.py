@@ -62,11 +62,6 @@ def _lowest(score_RC: torch.Tensor, count: int) -> torch.Tensor:
     return below | (tied & (tied.cumsum(dim=-1) <= room))
 
 
-def sparsity_of(mask: torch.Tensor) -> float:
-    """Return the fraction of pruned weights of a mask of any shape."""
-    return 1.0 - mask.sum().item() / mask.numel()
-
-
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Pack a bool mask [..., I] into uint8 [..., ceil(I / 8)], bit i of byte j being column 8 j + i."""
     columns = mask.shape[-1]
