@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sqft.core.mask import conforms, mask_from_score, pack_mask, unpack_mask
+from sqft.core.mask import conforms, finite, mask_from_score, pack_mask, unpack_mask
 from sqft.errors import InputError, NumericalError
 
 
@@ -52,6 +52,19 @@ def test_structured_keeps_the_largest_of_every_group(keep_n: int, group_m: int) 
 def test_a_group_that_does_not_divide_is_refused() -> None:
     with pytest.raises(InputError, match="2:4 does not divide rows of 30"):
         mask_from_score(torch.rand(2, 30), 0.5, (2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_finite_sees_one_bad_value_anywhere(dtype: torch.dtype, bad: float) -> None:
+    good = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert finite(good)
+    for row, column in [(0, 0), (20, 3), (36, 40)]:
+        broken = good.clone()
+        broken[row, column] = bad
+        assert not finite(broken)
+        assert not finite(broken.T)
+    assert finite(torch.empty(0, 4))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

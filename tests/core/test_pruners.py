@@ -31,6 +31,15 @@ def test_wanda_by_hand() -> None:
     assert torch.equal(magnitude(weight, seen(x)), weight.abs())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wanda_is_the_formula_to_the_bit_and_leaves_the_weight_alone(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(50, 24, generator=generator), torch.randn(6, 24, generator=generator).to(dtype)
+    before = weight.clone()
+    assert torch.equal(wanda(weight, seen(x)), weight.abs().float() * seen(x).squared_sum_I.sqrt())
+    assert torch.equal(weight, before)
+
+
 def test_wanda_mask_equals_a_naive_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(50, 24, generator=generator), torch.randn(6, 24, generator=generator).bfloat16()

@@ -14,6 +14,14 @@ from sqft.errors import InputError, NumericalError
 _PART = 1 << 22  # scores ranked at a time
 
 
+def finite(tensor: torch.Tensor) -> bool:
+    """Return whether no value is NaN or Inf: as torch.isfinite would, but with no temporaries of the tensor's size."""
+    if tensor.numel() == 0:
+        return True
+    # A NaN anywhere makes both extremes NaN.
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 def mask_from_score(score_OI: torch.Tensor, sparsity: float, structure: tuple[int, int] | None = None) -> torch.Tensor:
     """Keep the highest-scoring weights of each output row, or of each group of an N:M pattern.
 
@@ -31,7 +39,7 @@ def mask_from_score(score_OI: torch.Tensor, sparsity: float, structure: tuple[in
         NumericalError: a score is NaN or infinite.
         InputError: group_m does not divide I.
     """
-    if not torch.isfinite(score_OI).all():
+    if not finite(score_OI):
         raise NumericalError("the pruning score has NaN or Inf; the weights or the calibration activations have too")
     if structure is None:
         count = int(score_OI.shape[-1] * sparsity)

@@ -72,7 +72,8 @@ def wanda(weight_OI: torch.Tensor, statistics: Statistics) -> torch.Tensor:
     Differs from the reference: the norm is over all tokens rather than a running mean over samples; the two differ by
     a factor that is equal for all weights, so the ranking within a row is the same.
     """
-    return weight_OI.abs().float().mul_(statistics.squared_sum_I.sqrt())
+    # The only copy is the score itself; the norm is not negative, so the sign can go last.
+    return weight_OI.to(torch.float32, copy=True).mul_(statistics.squared_sum_I.sqrt()).abs_()
 
 
 def sparsegpt(
@@ -194,7 +195,7 @@ def _as_pruner(score: Score) -> Pruner:
     def prune(weight_OI: torch.Tensor, statistics: Statistics, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
         mask = mask_from_score(score(weight_OI, statistics), pattern.sparsity, pattern.structure)
         # where, not a product: 0 * -1 is -0, and NaN * 0 is NaN.
-        return torch.where(mask, weight_OI, torch.zeros_like(weight_OI)), mask
+        return torch.where(mask, weight_OI, 0.0), mask
 
     return prune
 

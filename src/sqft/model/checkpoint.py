@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sqft.core.mask import finite
 from sqft.errors import InputError, NumericalError, Problems
 
 INDEX = "model.safetensors.index.json"
@@ -144,9 +145,10 @@ class Checkpoint:
         for name in names if names is not None else list(self.entries):
             if not self.entries[name].dtype.is_floating_point or self.entries[name].dtype.itemsize < 2:
                 continue
-            wrong = int((~torch.isfinite(self.read(name))).sum())
-            if wrong:
-                bad.append(f"{name} has {wrong} NaN or Inf of {self.read(name).numel()} values")
+            tensor = self.read(name)
+            if not finite(tensor):
+                wrong = int((~torch.isfinite(tensor)).sum())
+                bad.append(f"{name} has {wrong} NaN or Inf of {tensor.numel()} values")
         if bad:
             shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more tensors" if len(bad) > 5 else "")
             raise NumericalError(f"model {self.folder}: {shown}; the checkpoint is broken, get it again")

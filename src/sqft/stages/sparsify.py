@@ -55,7 +55,7 @@ class _Pruning:
                 weight_OI.copy_(pruned)
             else:
                 weight_OI.masked_fill_(~mask_OI, 0)
-            kept = int(mask_OI.sum())
+            kept = int(mask_OI.count_nonzero())
             self.layers.append(
                 {"name": target.name, "weights": mask_OI.numel(), "sparsity": round(1 - kept / mask_OI.numel(), 6)}
             )
@@ -63,9 +63,9 @@ class _Pruning:
         for name, tensor in block.names.to_disk(parameters).items():
             if block.names.parameter_of[name] in touched:
                 self.output.write(name, tensor.to(self.output.entries[name].dtype))
-        for name, mask in block.names.to_disk({n: m.to(torch.uint8) for n, m in masks.items()}).items():
+        for name, mask in block.names.to_disk(_bytes(masks)).items():
             if block.names.parameter_of[name] in touched:
-                self.masks[name] = pack_mask(mask.bool())
+                self.masks[name] = pack_mask(mask.view(torch.bool))
                 self.shapes[name] = ",".join(str(n) for n in mask.shape)
 
     def _prune(
@@ -77,7 +77,7 @@ class _Pruning:
         if self.config.unreached_experts == "magnitude":
             logger.warning("%s: no calibration token reached it; pruned by magnitude", target.name)
             mask = mask_from_score(magnitude(weight_OI, statistics), pattern.sparsity, pattern.structure)
-            return torch.where(mask, weight_OI, torch.zeros_like(weight_OI)), mask
+            return torch.where(mask, weight_OI, 0.0), mask
         raise InputError(
             f"{target.name}: no calibration token reached it, so its inputs are unknown; use more or other calibration "
             "samples (sparsify.calibration), or allow sparsify.unreached_experts: magnitude"
@@ -86,10 +86,15 @@ class _Pruning:
     def _spread_given(self, block: Block, masks: dict[str, torch.Tensor]) -> None:
         """Fill the in-memory masks of a block from a file of on-disk masks, one disk tensor at a time."""
         assert self.given is not None
-        disk = block.names.to_disk({n: m.to(torch.uint8) for n, m in masks.items()})
+        disk = block.names.to_disk(_bytes(masks))
         for name in disk:
             if name in self.given:
                 masks[block.names.parameter_of[name]].copy_(self.given[name])
+
+
+def _bytes(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return bool masks as uint8, which transformers' conversions take, over the same memory."""
+    return {name: mask.view(torch.uint8) for name, mask in masks.items()}
 
 
 def _mask_view(target: Target, masks: dict[str, torch.Tensor]) -> torch.Tensor:
