@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: help install quickstart test lint format types imports pytest
+.PHONY: help install quickstart serving test lint format types imports pytest
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,6 +30,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP) ## compress and fine-tune a small model, merge it, verify it, report (runs/quickstart)
 	@$(BIN)/sqft run recipes/quickstart.yaml
+
+serving: $(STAMP) ## MODEL=path: serve a model with vLLM on the CPU, in its own environment, beside transformers
+	@test -n "$(MODEL)" || { echo "make serving: which model? Use: make serving MODEL=path/to/folder"; exit 2; }
+	@$(BIN)/python tests/serving/serve_vllm.py "$(MODEL)" $(SERVING_ARGS)
 
 test: lint types imports pytest ## everything that CI runs
 
