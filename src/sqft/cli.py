@@ -20,11 +20,13 @@ from typing import Any, NoReturn
 from sqft.errors import SqftError
 from sqft.flags import add_flags, read_config
 from sqft.recipe import (
+    CalibrationConfig,
     Config,
     DataConfig,
     EvaluateConfig,
     FinetuneConfig,
     MergeConfig,
+    QuantizeConfig,
     SearchConfig,
     SparsifyConfig,
     VerifyConfig,
@@ -95,26 +97,64 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _sparsify(options: argparse.Namespace) -> int:
-    from sqft.data.calibration import calibration_tokens
-    from sqft.model.load import load_tokenizer, localize
+    from sqft.model.load import localize
     from sqft.stages import sparsify
 
     config = read_config(options, SparsifyConfig)
     model = localize(options.model, options.out.parent, trust_remote_code=options.trust_remote_code)
     tokens = source = None
     if config.mask is None and config.method != "magnitude":
-        data = DataConfig(task=options.task) if options.task else None
-        if data is None and config.calibration.data == "task":
-            raise SqftError("--task NAME or --calibration.data FILE is needed: pruning looks at calibration text")
-        tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-        tokens = calibration_tokens(config.calibration, data, tokenizer, options.seed)
-        source = {"data": data.model_dump(mode="json") if data else None}
+        tokens, source = _calibrate(options, config.calibration, model)
     artifact = sparsify.run(
         config,
         model,
         tokens,
         options.out,
         seed=options.seed,
+        calibration=source,
+        trust_remote_code=options.trust_remote_code,
+    )
+    result = artifact.manifest["result"]
+    print(f"{result['coverage']}; sparsity {result['sparsity']:.4f}: {options.out}")
+    return 0
+
+
+def _calibrate(options: argparse.Namespace, config: CalibrationConfig, model: Path) -> tuple[Any, dict[str, Any]]:
+    """Return (calibration tokens, what they were drawn from)."""
+    from sqft.data.calibration import calibration_tokens
+    from sqft.model.load import load_tokenizer
+
+    data = DataConfig(task=options.task) if options.task else None
+    if data is None and config.data == "task":
+        raise SqftError(
+            "--task NAME or --calibration.data FILE is needed: this method looks at text to see which inputs each "
+            "weight meets"
+        )
+    tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+    tokens = calibration_tokens(config, data, tokenizer, options.seed)
+    return tokens, {"data": data.model_dump(mode="json") if data else None, **config.model_dump(mode="json")}
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from sqft.model.load import localize
+    from sqft.stages import quantize
+
+    config = read_config(options, QuantizeConfig)
+    model = localize(options.model, options.out.parent, trust_remote_code=options.trust_remote_code)
+    calibration = config.calibration or CalibrationConfig()
+    sparsify = None
+    if options.sparsity is not None:
+        sparsify = SparsifyConfig(sparsity=options.sparsity, method=options.pruner, calibration=calibration)
+    tokens = source = None
+    if config.method == "gptq" or (sparsify is not None and sparsify.method != "magnitude"):
+        tokens, source = _calibrate(options, calibration, model)
+    artifact = quantize.run(
+        config,
+        model,
+        tokens,
+        options.out,
+        seed=options.seed,
+        sparsify=sparsify,
         calibration=source,
         trust_remote_code=options.trust_remote_code,
     )
@@ -308,6 +348,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="Hub id, folder, or .gguf file")
     sub.add_argument("out", type=Path, help="folder to make")
     sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
+
+    sub = add("quantize", _quantize, "round a model's weights to an integer grid, keeping its zeros", QuantizeConfig,
+              example="sparse quantized --task gsm8k --bits 4 --group-size 64")  # fmt: skip
+    sub.add_argument("model", help="Hub id, folder, or .gguf file: the float model, sparse or not")
+    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
+    sub.add_argument("--sparsity", type=float, help="also prune this fraction of each row, in the same pass")
+    sub.add_argument("--pruner", default="wanda", help="how --sparsity chooses weights (default wanda)")
 
     sub = add("finetune", _finetune, "train elastic, masked adapters on a frozen model", FinetuneConfig, DataConfig,
               example="sparse adapter --task gsm8k --ranks 32 24 16")  # fmt: skip

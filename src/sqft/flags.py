@@ -17,7 +17,7 @@ from sqft.recipe import Config, DataConfig, parse_config
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
-_SKIPPED = {"rows", "baselines", "template", "options", "rank_groups"}
+_SKIPPED = {"rows", "baselines", "template", "options", "rank_groups", "joint"}
 """Settings that only a recipe can hold."""
 
 
@@ -28,6 +28,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type[BaseModel], prefix: 
     )
     for name, field in config.model_fields.items():
         inner = field.annotation
+        models = [a for a in typing.get_args(inner) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if models:  # a group of settings that may be absent
+            inner = models[0]
         if name in _SKIPPED:
             continue
         if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -71,6 +74,7 @@ def read_config(options: argparse.Namespace, model: type[ConfigT]) -> ConfigT:
         first, *rest = name.removeprefix("set:").split(".")
         if not name.startswith("set:") or first not in model.model_fields:
             continue
+        value = None if value == "null" else value
         if rest:
             values.setdefault(first, {})[rest[0]] = value
         else:

@@ -1,4 +1,4 @@
-"""The whole flow on one screen: dense → sparse → super-adapter → sub-adapter → merged → verified → evaluated → report.
+"""The whole flow on one screen: dense → sparse → INT4 → super-adapter → sub-adapter → merged → verified → evaluated.
 
 Each stage writes a folder (or a JSON file) under the run's folder and is skipped when it is already there with the same
 settings and inputs, so a run that was interrupted continues by the same command. Everything that can be checked without
@@ -20,10 +20,13 @@ from sqft.data.load import load_examples, resolve_task
 from sqft.errors import Problems, SqftError
 from sqft.model.load import load_tokenizer, localize
 from sqft.model.targets import find_targets, skeleton
-from sqft.stages import evaluate, finetune, merge, report, search, sparsify, verify
+from sqft.recipe import SparsifyConfig
+from sqft.stages import evaluate, finetune, merge, quantize, report, search, sparsify, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
 
     from sqft.data.tasks import Example
     from sqft.recipe import Recipe
@@ -70,12 +73,22 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         common: dict[str, Any] = {"seed": recipe.seed, "trust_remote_code": recipe.trust_remote_code}
         verified = None
 
-        if recipe.sparsify is not None:
+        if recipe.sparsify is not None and not recipe.joint:
             announce("sparsify")
             drawn = None if inputs.tokens is None else inputs.source
             sparsify.run(recipe.sparsify, dense, inputs.tokens, out / "sparse", calibration=drawn, **common)
             base = out / "sparse"
             models["sparse"] = (base, None)
+
+        if recipe.quantize is not None:
+            announce("sparsify and quantize" if recipe.joint else "quantize")
+            drawn = None if inputs.quantize_tokens is None else inputs.source
+            quantize.run(
+                recipe.quantize, base, inputs.quantize_tokens, out / "quantized",
+                sparsify=recipe.sparsify if recipe.joint else None, calibration=drawn, **common,
+            )  # fmt: skip
+            base = out / "quantized"
+            models["quantized"] = (base, None)
 
         if recipe.finetune is not None:
             announce("finetune")
@@ -119,6 +132,7 @@ class _Inputs:
     """What the stages read, loaded and checked before the first of them."""
 
     tokens: torch.Tensor | None
+    quantize_tokens: torch.Tensor | None
     train: list[Example]
     validation: list[Example]
     test: list[Example]
@@ -129,6 +143,7 @@ def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
     """Load data and check everything that needs no work, so that a bad recipe costs nothing."""
     tokenizer = load_tokenizer(dense, trust_remote_code=recipe.trust_remote_code)
     tokens: torch.Tensor | None = None
+    quantize_tokens: torch.Tensor | None = None
     train: list[Example] = []
     validation: list[Example] = []
     test: list[Example] = []
@@ -159,13 +174,35 @@ def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
                         settings, network, find_targets(network, settings.targets, settings.ignore)[0], tokens
                     )
                 )
+        if recipe.quantize is not None:
+            grid = recipe.quantize
+            quantize_tokens = attempt(lambda: _quantize_tokens(recipe, tokens, tokenizer))
+            if network is not None:
+                attempt(
+                    lambda: quantize.check(
+                        grid, dense, network, find_targets(network, grid.targets, grid.ignore)[0], quantize_tokens
+                    )
+                )
         if recipe.finetune is not None and network is not None:
             tuned = recipe.finetune
             attempt(lambda: finetune.check(tuned, network))
+            attempt(lambda: finetune.check_base(tuned, dense, quantised_first=recipe.quantize is not None))
             if train:
                 attempt(lambda: finetune.label(tuned, tokenizer, [(e.prompt, e.answer) for e in train], network.config))
     source = {"data": recipe.data.model_dump(mode="json"), "train_examples": len(train)}
-    return _Inputs(tokens, train, validation, test, source)
+    return _Inputs(tokens, quantize_tokens, train, validation, test, source)
+
+
+def _quantize_tokens(recipe: Recipe, tokens: torch.Tensor | None, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the calibration tokens of `quantize`: its own, else sparsify's; None where it needs none."""
+    assert recipe.quantize is not None
+    if recipe.quantize.calibration is None and tokens is not None:
+        return tokens
+    if recipe.quantize.method == "rtn":
+        return None
+    sparsify_config = recipe.sparsify or SparsifyConfig()
+    config = recipe.quantize.calibration or sparsify_config.calibration
+    return calibration_tokens(config, recipe.data, tokenizer, recipe.seed)
 
 
 def _write_summary(out: Path, results: dict[str, dict[str, Any]], seed: int) -> None:

@@ -115,10 +115,42 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
+class QuantizeConfig(Config):
+    """The integer grid that weights are rounded to (stage `quantize`)."""
+
+    method: Literal["gptq", "rtn"] = Field(
+        "gptq", description="gptq: rounding errors are made up for on calibration data; rtn: round to nearest"
+    )
+    bits: Literal[2, 3, 4, 8] = Field(4, description="bits a weight")
+    group_size: PositiveInt | None = Field(64, description="weights of a row that share a scale; null is the whole row")
+    symmetric: bool = Field(False, description="the code for zero is the middle one and is not stored")
+    act_order: bool = Field(True, description="gptq takes columns by falling activity; groups stay contiguous")
+    damping: float = Field(0.01, gt=0, description="added to the hessian's diagonal, as a fraction of its mean")
+    format: Literal["compressed-tensors", "gptq"] = Field(
+        "compressed-tensors", description="how the model is stored; vLLM opens both, transformers alone the first"
+    )
+    targets: list[str] = Field(["*"], description="patterns over the names of the linears inside the decoder blocks")
+    ignore: list[str] = Field([], description="patterns of linears to leave in floating point")
+    joint: bool = Field(
+        True, description="sparsify in the same pass over the calibration text; false writes the sparse model too"
+    )
+    calibration: CalibrationConfig | None = Field(None, description="null: as sparsify's")
+
+
 class FinetuneConfig(Config):
     """The adapters and their training (stage `finetune`)."""
 
     kind: Kind = Field("sparse", description="dense (plain LoRA), sparse (masked by the base's zeros), or quantized")
+    start: Literal["compensated", "dequantized", "float"] = Field(
+        "compensated",
+        description="where kind quantized starts: the weight as GPTQ had it just before rounding, the quantised "
+        "weight, or the float weight that was quantised (as in the paper)",
+    )
+    derive_mask: bool = Field(
+        False,
+        description="of a quantised base without a stored mask, keep weights whose code is the zero point at zero; in "
+        "a model that was never pruned that is one weight in eight",
+    )
     ranks: list[PositiveInt] = Field(
         [48, 32, 16], min_length=1, description="ranks an elastic adapter may take; one rank is plain LoRA"
     )
@@ -166,6 +198,9 @@ class MergeConfig(Config):
     allow_sparsity_loss: bool = Field(
         False, description="merge a dense adapter into a sparse base although its zeros are lost; the report says so"
     )
+    allow_precision_loss: bool = Field(
+        False, description="merge a dense adapter into a quantised base by rounding the sum; verify says what was lost"
+    )
 
 
 class VerifyConfig(Config):
@@ -183,8 +218,9 @@ class EvaluateConfig(Config):
     limit: PositiveInt | None = Field(None, description="rows a task")
     batch: PositiveInt = Field(16, description="sequences at a time")
     fewshot: int = Field(0, ge=0, description="worked examples before each question")
-    rows: list[Literal["dense", "sparse", "tuned", "merged"]] = Field(
-        ["dense", "sparse", "tuned", "merged"], description="which models of the run are evaluated"
+    rows: list[Literal["dense", "sparse", "quantized", "tuned", "merged"]] = Field(
+        ["dense", "sparse", "quantized", "tuned", "merged"],
+        description="which models of the run are evaluated; those that the recipe does not make are left out",
     )
     baselines: list[str] = Field(
         [], description="eval.json files of earlier, labelled runs that the table shows beside (dense + LoRA, say)"
@@ -204,11 +240,37 @@ class Recipe(Config):
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings; off unless said")
     note: str = Field("", description="what a reader of the report should know about this recipe")
     sparsify: SparsifyConfig | None = None
+    quantize: QuantizeConfig | None = None
     finetune: FinetuneConfig | None = FinetuneConfig()
     search: SearchConfig = SearchConfig()
     merge: MergeConfig | None = MergeConfig()
     verify: VerifyConfig | None = VerifyConfig()
     evaluate: EvaluateConfig | None = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _kinds(self) -> Self:
+        if self.finetune is not None and self.quantize is not None and self.finetune.kind == "sparse":
+            raise ValueError(
+                "finetune.kind sparse needs a float base and this recipe quantises it; use kind quantized (merged into "
+                "one quantised model) or dense (kept beside it)"
+            )
+        quantize, sparsify = self.quantize, self.sparsify
+        if (
+            self.joint
+            and quantize is not None
+            and sparsify is not None
+            and quantize.calibration not in (None, sparsify.calibration)
+        ):
+            raise ValueError(
+                "sparsify and quantize run jointly over one calibration text, but have different calibrations; leave "
+                "quantize.calibration out, or set quantize.joint: false"
+            )
+        return self
+
+    @property
+    def joint(self) -> bool:
+        """Whether sparsifying and quantising are one pass."""
+        return self.sparsify is not None and self.quantize is not None and self.quantize.joint
 
 
 class _Loader(yaml.SafeLoader):

@@ -102,7 +102,7 @@ def test_nothing_of_the_weights_size_is_saved_or_differentiated_needlessly() -> 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         y = MaskedLinear.apply(t["x"], t["weight"], None, t["A"], t["B"], SCALING, pack_mask(t["mask"]), False)
     full = [s for s in saved if s.numel() == t["weight"].numel()]
-    assert [s.data_ptr() for s in full] == [t["weight"].data_ptr()]
+    assert not full
     (grad,) = torch.autograd.grad(y.sum(), [t["A"]])
     assert grad.shape == t["A"].shape
 

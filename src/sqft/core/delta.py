@@ -1,10 +1,13 @@
 """The weight that an adapter makes of its base, W', and the linear that trains through it.
 
-    W' = W + scaling · (B A) ⊙ M        SparsePEFT, equations 1 and 2; M is absent for a dense adapter
+    W' = W + scaling · (B A) ⊙ M                          SparsePEFT, equations 1 and 2; M is absent if dense
+    Ŵ' = s · clamp(round((W_start + scaling · (B A) ⊙ M) / s), −z, 2ⁿ − 1 − z)     QA-SparsePEFT, equations 3 and 4
 
 Shapes: T tokens, O out features, I in features, R rank. Training's forward, evaluation, search and merge all call
-:func:`effective_weight`, and nothing else computes W': that is what makes the merge exact. It works in float32 with
-autocast off and rounds once, to the base's dtype.
+:func:`effective_weight`, and nothing else computes W' or Ŵ': that is what makes the merge exact. It works in float32
+with autocast off and rounds once, to the base's dtype. A base that is a tensor gives W'; a base that is a
+:class:`~sqft.core.grid.QuantizedWeight` gives Ŵ', with the base's own scales and zero points. The rounding's gradient
+is taken as the identity inside the grid and as zero where the sum is clamped (straight-through).
 
 Cost, in matmuls of 2·T·O·I operations: plain LoRA 2 (its base forward and its input gradient), this 3 (the third is
 G = dYᵀX), the reference's form 5. Building W' takes another 2·O·I·R twice, so few tokens a step make it dear. The
@@ -18,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
+
+from sqft.core.grid import QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,39 +59,105 @@ def _mask_rows(mask_packed: torch.Tensor, rows: slice, columns: int, dtype: torc
 
 
 def effective_weight(
-    weight_OI: torch.Tensor,
+    weight_OI: torch.Tensor | QuantizedWeight,
+    lora_A_RI: torch.Tensor,
+    lora_B_OR: torch.Tensor,
+    scaling: float,
+    mask_packed: torch.Tensor | None = None,
+    *,
+    inside_OI: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return W' = W + scaling · (B A) ⊙ M, or Ŵ' on a quantised base; see the module. Rounded once to the base's dtype.
+
+    Args:
+        weight_OI: the base's weight [O, I], any float dtype (a transposed view is fine: Conv1D), or a quantised one.
+        lora_A_RI: [R, I], any float dtype.
+        lora_B_OR: [O, R], any float dtype.
+        scaling: lora_alpha / r_max.
+        mask_packed: uint8 [O, ceil(I / 8)] from :func:`sqft.core.mask.pack_mask`, or None for a dense delta.
+        inside_OI: bool [O, I], filled with where the sum was not clamped; for a quantised base alone.
+
+    Returns:
+        [O, I] in the base's dtype and memory layout. Entries outside the mask equal the base's bit for bit.
+    """
+    if isinstance(weight_OI, QuantizedWeight):
+        result = torch.empty(weight_OI.shape, dtype=weight_OI.dtype, device=weight_OI.device)
+        for chunk, steps, scale in _adapted_steps(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed, inside_OI):
+            result[chunk] = steps.mul_(scale).flatten(1)
+        return result
+    result = torch.empty_like(weight_OI)
+    with torch.no_grad(), torch.autocast(weight_OI.device.type, enabled=False):
+        for chunk, delta, mask in _delta_chunks(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed):
+            # A copy even of a float32 weight, which the update must not touch.
+            effective = weight_OI[chunk].to(torch.float32, copy=True)
+            if mask is None:
+                effective += delta
+            else:
+                effective.addcmul_(delta, mask)
+            result[chunk] = effective
+    return result
+
+
+def effective_codes(
+    weight: QuantizedWeight,
     lora_A_RI: torch.Tensor,
     lora_B_OR: torch.Tensor,
     scaling: float,
     mask_packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return W' = W + scaling · (B A) ⊙ M (SQFT equations 1 and 2), rounded once to the base's dtype.
+    """Return the codes of Ŵ', uint8 [O, I]: those that :func:`effective_weight` dequantises.
 
     Args:
-        weight_OI: the base's weight [O, I], any float dtype; a transposed view is fine (Conv1D).
-        lora_A_RI: [R, I], any float dtype.
-        lora_B_OR: [O, R], any float dtype.
+        weight: the quantised base.
+        lora_A_RI: [R, I].
+        lora_B_OR: [O, R].
         scaling: lora_alpha / r_max.
-        mask_packed: uint8 [O, ceil(I / 8)] from :func:`sqft.core.mask.pack_mask`, or None for a dense delta.
-
-    Returns:
-        [O, I] in the base's dtype and memory layout. Entries outside the mask equal the base's bit for bit.
+        mask_packed: as in :func:`effective_weight`.
     """
-    result = torch.empty_like(weight_OI)
-    rows, columns = weight_OI.shape
-    with torch.no_grad(), torch.autocast(weight_OI.device.type, enabled=False):
-        scaled_A = lora_A_RI.float() * scaling
-        lora_B = lora_B_OR.float()
-        for chunk in _row_chunks(rows, columns, weight_OI.device, _CHUNK_BYTES, itemsize=4):
-            delta = lora_B[chunk] @ scaled_A
-            # A copy even of a float32 weight, which the update must not touch.
-            effective = weight_OI[chunk].to(torch.float32, copy=True)
-            if mask_packed is None:
-                effective += delta
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for chunk, steps, _ in _adapted_steps(weight, lora_A_RI, lora_B_OR, scaling, mask_packed, None):
+        codes[chunk] = steps.add_(weight.grid.zero_OG[chunk].float().unsqueeze(-1)).flatten(1)
+    return codes
+
+
+def _delta_chunks(
+    weight: torch.Tensor | QuantizedWeight,
+    lora_A_RI: torch.Tensor,
+    lora_B_OR: torch.Tensor,
+    scaling: float,
+    mask_packed: torch.Tensor | None,
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+    """Yield (rows, scaling · B A, mask or None) in float32, chunk by chunk of rows."""
+    rows, columns = weight.shape
+    scaled_A = lora_A_RI.float() * scaling
+    lora_B = lora_B_OR.float()
+    for chunk in _row_chunks(rows, columns, weight.device, _CHUNK_BYTES, itemsize=4):
+        mask = None if mask_packed is None else _mask_rows(mask_packed, chunk, columns, torch.float32)
+        yield chunk, lora_B[chunk] @ scaled_A, mask
+
+
+def _adapted_steps(
+    weight: QuantizedWeight,
+    lora_A_RI: torch.Tensor,
+    lora_B_OR: torch.Tensor,
+    scaling: float,
+    mask_packed: torch.Tensor | None,
+    inside_OI: torch.Tensor | None,
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield (rows, q − z of the adapted weight, scale), the last two float32 [rows, G, I / G] and [rows, G, 1]."""
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        for chunk, delta, mask in _delta_chunks(weight, lora_A_RI, lora_B_OR, scaling, mask_packed):
+            scale, low, high = weight.grid.steps(chunk)
+            if mask is not None:
+                delta.mul_(mask)
+            steps = weight.start_steps(chunk).addcdiv_(delta.unflatten(1, (scale.shape[1], -1)), scale).round_()
+            if inside_OI is None:
+                torch.minimum(torch.maximum(steps, low, out=steps), high, out=steps)
             else:
-                effective.addcmul_(delta, _mask_rows(mask_packed, chunk, columns, torch.float32))
-            result[chunk] = effective
-    return result
+                clamped = torch.minimum(torch.maximum(steps, low), high)
+                torch.eq(steps, clamped, out=inside_OI[chunk].unflatten(1, (scale.shape[1], -1)))
+                steps = clamped
+            yield chunk, steps, scale
 
 
 def adapter_gradients(
@@ -95,6 +166,7 @@ def adapter_gradients(
     lora_B_OR: torch.Tensor,
     scaling: float,
     mask_packed: torch.Tensor | None,
+    inside_OI: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dA, dB) from the gradient G = dYᵀX of the loss by W'.
 
@@ -106,6 +178,7 @@ def adapter_gradients(
         lora_B_OR: [O, R].
         scaling: lora_alpha / r_max.
         mask_packed: as in :func:`effective_weight`.
+        inside_OI: bool [O, I]; G counts where it is True. None is everywhere.
 
     Returns:
         float32 [R, I] and [O, R].
@@ -118,6 +191,8 @@ def adapter_gradients(
         masked = grad_OI[chunk]
         if mask_packed is not None:
             masked = masked * _mask_rows(mask_packed, chunk, columns, grad_OI.dtype)
+        if inside_OI is not None:
+            masked = masked * inside_OI[chunk]
         grad_A += factor_B[chunk].T @ masked
         grad_B[chunk] = masked @ factor_A.T
     return grad_A.mul_(scaling), grad_B.mul_(scaling)
@@ -126,16 +201,17 @@ def adapter_gradients(
 class MaskedLinear(torch.autograd.Function):
     """y = x W'ᵀ + bias, saving no tensor of the weight's size.
 
-    The arguments of :meth:`apply` are (x, weight, bias, lora_A, lora_B, scaling, mask_packed, transposed). With
-    `transposed` the weight is stored [I, O] (Conv1D) and the same matmul runs as in the merged layer, so that live and
-    merged outputs are equal to the bit.
+    The arguments of :meth:`apply` are (x, weight, bias, lora_A, lora_B, scaling, mask_packed, transposed). The weight
+    is a tensor or a :class:`~sqft.core.grid.QuantizedWeight`, frozen either way. With `transposed` a tensor is stored
+    [I, O] (Conv1D) and the same matmul runs as in the merged layer, so that live and merged outputs are equal to the
+    bit.
     """
 
     @staticmethod
     def forward(  # noqa: D102
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | QuantizedWeight,
         bias: torch.Tensor | None,
         lora_A_RI: torch.Tensor,
         lora_B_OR: torch.Tensor,
@@ -145,11 +221,12 @@ class MaskedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         device = x.device.type
         input_dtype = x.dtype
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input_dtype
+        compute = _compute_dtype(x)
         x = x.to(compute)
-        ctx.save_for_backward(x, weight, bias, lora_A_RI, lora_B_OR, mask_packed)
-        ctx.scaling, ctx.transposed, ctx.input_dtype = scaling, transposed, input_dtype
-        weight_OI = weight.T if transposed else weight
+        weight_OI = weight.T if transposed and isinstance(weight, torch.Tensor) else weight
+        ctx.save_for_backward(x, bias, lora_A_RI, lora_B_OR, mask_packed)
+        # The base is frozen and lives with its module: it is referred to, not saved.
+        ctx.weight_OI, ctx.scaling, ctx.input_dtype = weight_OI, scaling, input_dtype
         effective = effective_weight(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed).to(compute)
         bias = None if bias is None else bias.to(compute)
         with torch.autocast(device, enabled=False):
@@ -161,26 +238,70 @@ class MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
-        x, weight, bias, lora_A_RI, lora_B_OR, mask_packed = ctx.saved_tensors
-        weight_OI = weight.T if ctx.transposed else weight
+        x, bias, lora_A_RI, lora_B_OR, mask_packed = ctx.saved_tensors
+        weight_OI, quantized = ctx.weight_OI, isinstance(ctx.weight_OI, QuantizedWeight)
         grad_x = grad_bias = grad_A = grad_B = None
+        train_adapter = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         with torch.autocast(grad_y.device.type, enabled=False):
             grad_TO = grad_y.to(x.dtype).reshape(-1, grad_y.shape[-1])
-            buffer = None
-            if ctx.needs_input_grad[0]:
-                buffer = effective_weight(weight_OI, lora_A_RI, lora_B_OR, ctx.scaling, mask_packed).to(x.dtype)
+            buffer: torch.Tensor | None = None
+            inside: torch.Tensor | None = None
+            if quantized and train_adapter:
+                inside = torch.empty(weight_OI.shape, dtype=torch.bool, device=x.device)
+            if ctx.needs_input_grad[0] or inside is not None:
+                buffer = effective_weight(
+                    weight_OI, lora_A_RI, lora_B_OR, ctx.scaling, mask_packed, inside_OI=inside
+                ).to(x.dtype)
+            if ctx.needs_input_grad[0] and buffer is not None:
                 grad_x = (grad_TO @ buffer).view(x.shape).to(ctx.input_dtype)
             if bias is not None and ctx.needs_input_grad[2]:
                 grad_bias = grad_TO.sum(dim=0).to(bias.dtype)
-            if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            if train_adapter:
                 x_TI = x.reshape(-1, x.shape[-1])
                 grad_OT = grad_TO.T
-                if weight.numel() >= _LARGE and weight.device.type == "cpu":
+                if weight_OI.shape.numel() >= _LARGE and x.device.type == "cpu":
                     grad_OT = grad_OT.contiguous()
                 if buffer is None or not buffer.is_contiguous():
                     gradient = grad_OT @ x_TI
                 else:
                     gradient = torch.mm(grad_OT, x_TI, out=buffer)
-                grad_A, grad_B = adapter_gradients(gradient, lora_A_RI, lora_B_OR, ctx.scaling, mask_packed)
+                grad_A, grad_B = adapter_gradients(gradient, lora_A_RI, lora_B_OR, ctx.scaling, mask_packed, inside)
                 grad_A, grad_B = grad_A.to(lora_A_RI.dtype), grad_B.to(lora_B_OR.dtype)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype that a linear of x computes in: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class FrozenLinear(torch.autograd.Function):
+    """y = x Ŵᵀ + bias of a frozen quantised weight, dequantised in forward and again in backward, never saved.
+
+    The arguments of :meth:`apply` are (x, weight, bias).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: D102
+        compute = _compute_dtype(x)
+        ctx.weight, ctx.compute, ctx.input_dtype = weight, compute, x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if bias is None else bias.to(compute)
+            return functional.linear(x.to(compute), dequantized(weight).to(compute), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+        with torch.autocast(grad_y.device.type, enabled=False):
+            grad_x = grad_y.to(ctx.compute) @ dequantized(ctx.weight).to(ctx.compute)
+        return grad_x.to(ctx.input_dtype), None, None
+
+
+@torch.no_grad()
+def dequantized(weight: QuantizedWeight) -> torch.Tensor:
+    """Return Ŵ [O, I] in the weight's dtype, made in chunks that fit the cache."""
+    result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    rows, columns = weight.shape
+    for chunk in _row_chunks(rows, columns, weight.device, _CHUNK_BYTES, itemsize=4):
+        result[chunk] = weight.dequantize_rows(chunk)
+    return result

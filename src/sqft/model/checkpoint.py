@@ -11,10 +11,13 @@ then the data.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +42,10 @@ _DTYPES = {
 }
 
 
+Layout = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and shape."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where one tensor lies: `file` within the folder, byte range `start:stop` of that file."""
@@ -57,11 +64,12 @@ class Checkpoint:
         InputError: no safetensors, a shard that the index names is missing, or a file is cut short; all at once.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, files: list[str] | None = None) -> None:
+        """Read the headers of the model's files, or of the `files` given."""
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
         with Problems(f"model {self.folder}") as problems:
-            for file in self._files(problems):
+            for file in self._files(problems) if files is None else files:
                 self._read_header(file, problems)
 
     def _files(self, problems: Problems) -> list[str]:
@@ -130,7 +138,8 @@ class Checkpoint:
             raise ValueError(
                 f"{name}: stored as {entry.dtype} {list(entry.shape)}, given {tensor.dtype} {list(tensor.shape)}"
             )
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        # A copy: a view of one element may count as contiguous with a stride that bytes cannot be viewed through.
+        data = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy()
         with open(self.folder / entry.file, "r+b") as stream:
             stream.seek(entry.start)
             stream.write(data.data)
@@ -156,11 +165,76 @@ class Checkpoint:
 
 def copy_model(source: Path, target: Path) -> Checkpoint:
     """Copy a model folder's own files (not `sqft/`, not other formats' weights) and open the copy for writing."""
-    checkpoint = Checkpoint(source)
-    shards = {entry.file for entry in checkpoint.entries.values()}
+    for file in sorted({entry.file for entry in Checkpoint(source).entries.values()}):
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, target / file)
+    copy_side_files(source, target, index=True)
+    return Checkpoint(target)
+
+
+def copy_side_files(source: Path, target: Path, *, index: bool) -> None:
+    """Copy what lies beside a model's weights: config, tokenizer, licence; `index` says whether the shard index too."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         is_weight = path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
-        if path.is_file() and (path.name in shards or not is_weight) and not path.name.startswith("."):
+        if path.is_file() and not is_weight and not path.name.startswith(".") and (index or path.name != INDEX):
             shutil.copyfile(path, target / path.name)
-    return Checkpoint(target)
+
+
+def allocate(folder: Path, layout: Mapping[str, Layout], *, shard_bytes: int = 4_000_000_000) -> Checkpoint:
+    """Make a folder's safetensors files with these tensors, all zero, to be written in place one by one.
+
+    A stage whose tensors have other names or shapes than its input's can so write them as they come, in any order,
+    with no more than one in memory.
+
+    Args:
+        folder: an existing folder.
+        layout: {name: (dtype, shape)}.
+        shard_bytes: largest size of a file's data, unless one tensor is larger.
+    """
+    shards: list[dict[str, Layout]] = [{}]
+    size = 0
+    for name, (dtype, shape) in layout.items():
+        needed = math.prod(shape) * dtype.itemsize
+        if size + needed > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, shape)
+        size += needed
+    total = len(shards)
+    files = (
+        ["model.safetensors"] if total == 1 else [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
+    )
+    for file, part in zip(files, shards, strict=True):
+        allocate_file(folder / file, part)
+    if total > 1:
+        sizes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+        index = {name: file for file, part in zip(files, shards, strict=True) for name in part}
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": sizes}, "weight_map": index}, indent=2) + "\n"
+        )
+    return Checkpoint(folder)
+
+
+def allocate_file(path: Path, layout: Mapping[str, Layout], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file with these tensors, all zero; the file system stores no zeros that are not written.
+
+    Args:
+        path: the file.
+        layout: {name: (dtype, shape)}.
+        metadata: text beside the tensors.
+    """
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    # Wide dtypes first keeps every tensor aligned to its own width, as safetensors' own writer does.
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        stop = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + offset)

@@ -2,8 +2,9 @@
 
 :class:`SqftConfig` is a `LoraConfig` that registers :class:`SqftLinear` for the linears it targets, so that
 `get_peft_model`, `Trainer`, TRL's `SFTTrainer`, `save_pretrained`, `merge_and_unload` and `disable_adapter` work
-unpatched. A masked adapter is saved with the peft_type `SQFT`, which stock PEFT does not know: loaded as plain LoRA it
-would be another model, silently. `import sqft` makes it load. A dense adapter is saved as plain LORA.
+unpatched. A masked or quantisation-aware adapter is saved with the peft_type `SQFT`, which stock PEFT does not know:
+loaded as plain LoRA it would be another model, silently. `import sqft` makes it load. A dense adapter is saved as plain
+LORA.
 
 Private hooks used: `LoraConfig._custom_modules`, the constructor of `peft.tuners.lora.layer.Linear`, and
 `PEFT_TYPE_TO_CONFIG_MAPPING`.
@@ -11,8 +12,7 @@ Private hooks used: `LoraConfig._custom_modules`, the constructor of `peft.tuner
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,22 +21,25 @@ from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from sqft.artifact import MANIFEST, Artifact, digest_input
-from sqft.core.delta import MaskedLinear, effective_weight
+from sqft.artifact import MANIFEST, Artifact
+from sqft.core.delta import MaskedLinear, effective_codes, effective_weight
+from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.errors import InputError
+from sqft.model.packed import PackedLinear
+from sqft.model.stored import identity, load_mask, load_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PEFT_TYPE = "SQFT"
-MASK_FILE = Path("sqft") / "mask.safetensors"
-_OWN_FIELDS = ("kind", "ranks", "rank_groups")
+KINDS = ("dense", "sparse", "quantized")
+STARTS = ("compensated", "dequantized", "float")
+_OWN_FIELDS = ("kind", "ranks", "rank_groups", "start", "derive_mask")
 
 
 @dataclass
@@ -50,18 +53,30 @@ class SqftConfig(LoraConfig):
         InputError: r contradicts ranks, or an option of PEFT that changes the weights in a way masks cannot follow.
     """
 
-    kind: str = field(default="sparse", metadata={"help": "dense (plain LoRA) or sparse (masked by the base's zeros)"})
+    kind: str = field(
+        default="sparse",
+        metadata={"help": "dense (plain LoRA), sparse (masked by the base's zeros) or quantized (on its grid as well)"},
+    )
     ranks: list[int] | None = field(default=None, metadata={"help": "ranks an elastic adapter may take"})
     rank_groups: list[list[str]] = field(
         default_factory=lambda: [["q_proj", "k_proj", "v_proj"]],
         metadata={"help": "target modules of one layer that share a rank"},
     )
+    start: str = field(
+        default="compensated",
+        metadata={"help": "where kind quantized starts: compensated, dequantized or float; see FinetuneConfig"},
+    )
+    derive_mask: bool = field(
+        default=False, metadata={"help": "mask the codes of a quantised base that equal its zero point"}
+    )
 
     def __post_init__(self) -> None:
         """Check what the masks cannot follow, and register the layers."""
         super().__post_init__()
-        if self.kind not in ("dense", "sparse"):
-            raise InputError(f"SqftConfig: kind is {self.kind!r}; use 'dense' or 'sparse'")
+        if self.kind not in KINDS:
+            raise InputError(f"SqftConfig: kind is {self.kind!r}; use {', '.join(KINDS)}")
+        if self.start not in STARTS:
+            raise InputError(f"SqftConfig: start is {self.start!r}; use {', '.join(STARTS)}")
         if self.ranks is not None:
             if not self.ranks or min(self.ranks) < 1:
                 raise InputError(f"SqftConfig: ranks are {self.ranks}; each must be 1 or more")
@@ -114,18 +129,21 @@ PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # type: ignore[index]
 class SqftLinear(LoraLinear):
     """A linear with a dense or masked, fixed or elastic low-rank delta.
 
-    dense: y = base(x) + scaling · B A x. sparse: y = x W'ᵀ + bias with W' from :func:`effective_weight`, in one matmul.
+    dense: y = base(x) + scaling · B A x. sparse: y = x W'ᵀ + bias with W' from :func:`effective_weight`, in one matmul;
+    quantized: the same with Ŵ', on the base's own scales and zero points.
 
-    Dropout of kind sparse drops input columns of A, one draw a micro-batch: dropping single tokens' inputs would need
-    a second matmul. Differs from LoRA in this alone; the expectation is the same.
+    Dropout of kinds sparse and quantized drops input columns of A, one draw a micro-batch: dropping single tokens'
+    inputs would need a second matmul. Differs from LoRA in this alone; the expectation is the same.
 
     Attributes:
-        mask_packed: bits of the base's mask; taken from the base's mask file, else once from its exact zeros.
+        mask_packed: bits of the base's mask; from the base's mask file, else once from a float base's exact zeros.
+        start: where quantisation-aware training starts; see :class:`sqft.core.grid.QuantizedWeight`.
         drawn_rank: what training uses when elastic; set for every optimiser step by a callback.
         fixed_rank: what evaluation, saving and merging use; None is the maximal rank.
     """
 
     mask_packed: torch.Tensor | None
+    start: torch.Tensor | None
 
     def __init__(
         self,
@@ -153,19 +171,37 @@ class SqftLinear(LoraLinear):
         self.drawn_rank: int | None = None
         self.fixed_rank: int | None = None
         self._base_weight: torch.Tensor | None = None
-        mask = None if self.kind == "dense" else self._find_mask(config, kwargs.get("target_name", ""))
+        name = kwargs.get("target_name", "")
+        packed = isinstance(base_layer, PackedLinear)
+        if self.kind != "dense" and packed != (self.kind == "quantized"):
+            raise InputError(
+                f"{name}: kind {self.kind} needs a {'float' if packed else 'quantised'} base, and this one is "
+                f"{'quantised; use kind quantized, or dense' if packed else 'float; quantise it first, or use sparse'}"
+            )
+        start = None
+        if self.kind == "quantized":
+            start = load_start(config.base_model_name_or_path, f"{name}.weight", config.start)
+        self.register_buffer("start", start, persistent=False)
+        mask = None if self.kind == "dense" else self._find_mask(config, name)
         self.register_buffer("mask_packed", mask, persistent=False)
 
     @property
-    def weight_OI(self) -> torch.Tensor:
-        """The base's weight as [O, I]."""
-        weight = cast(torch.Tensor, self.get_base_layer().weight)
+    def weight_OI(self) -> torch.Tensor | QuantizedWeight:
+        """The base's weight as [O, I]; a quantised one with its starting point."""
+        base = self.get_base_layer()
+        if isinstance(base, PackedLinear):
+            return replace(base.quantized, start=self.start)
+        weight = cast(torch.Tensor, base.weight)
         return weight.T if self.fan_in_fan_out else weight
 
-    def _find_mask(self, config: SqftConfig, name: str) -> torch.Tensor:
+    def _find_mask(self, config: SqftConfig, name: str) -> torch.Tensor | None:
         stored = load_mask(config.base_model_name_or_path, f"{name}.weight")
+        base = self.get_base_layer()
+        if stored is None and isinstance(base, PackedLinear):
+            codes, zeros = base.quantized.codes(), base.quantized.grid.zero_codes()
+            return pack_mask(codes != zeros) if config.derive_mask else None
         if stored is None:
-            return pack_mask(self.weight_OI != 0)
+            return pack_mask(cast(torch.Tensor, self.weight_OI) != 0)
         if self.fan_in_fan_out:
             stored = stored.T.contiguous()
         if stored.shape != self.weight_OI.shape:
@@ -219,8 +255,9 @@ class SqftLinear(LoraLinear):
         if self.training and isinstance(dropout, nn.Dropout):
             lora_A = lora_A * dropout(lora_A.new_ones(1, lora_A.shape[1]))
         base = self.get_base_layer()
+        weight = self.weight_OI if isinstance(base, PackedLinear) else base.weight
         result = MaskedLinear.apply(
-            x, base.weight, base.bias, lora_A, lora_B, self.scaling[adapter], self.mask_packed, self.fan_in_fan_out
+            x, weight, base.bias, lora_A, lora_B, self.scaling[adapter], self.mask_packed, self.fan_in_fan_out
         )
         return cast("torch.Tensor", result)
 
@@ -249,54 +286,52 @@ class SqftLinear(LoraLinear):
             lora_A, lora_B = self._full_factors(adapter)
             if self.fixed_rank is not None:
                 lora_A, lora_B = lora_A[: self.fixed_rank], lora_B[:, : self.fixed_rank]
-            merged = effective_weight(self.weight_OI, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"the merged weight is not finite; the adapter {adapter} seems to be broken")
-            if self._base_weight is None:
-                self._base_weight = cast(torch.Tensor, base.weight).data
-            base.weight.data = merged.T if self.fan_in_fan_out else merged
+            if safe_merge and not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+                raise ValueError(f"the adapter {adapter} has NaN or Inf and seems to be broken")
+            if isinstance(base, PackedLinear):
+                self._merge_codes(base, lora_A, lora_B, self.scaling[adapter])
+            else:
+                weight = cast(torch.Tensor, self.weight_OI)
+                merged = effective_weight(weight, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
+                if self._base_weight is None:
+                    self._base_weight = cast(torch.Tensor, base.weight).data
+                base.weight.data = merged.T if self.fan_in_fan_out else merged
             self.merged_adapters.append(adapter)
+
+    def _merge_codes(self, base: PackedLinear, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> None:
+        if self.kind == "dense":
+            raise InputError(
+                "a dense adapter cannot be merged into a quantised base without loss: the sum is not on the base's "
+                "grid. Train with kind quantized, serve the adapter unmerged, or use sqft merge with "
+                "merge.allow_precision_loss"
+            )
+        weight = cast(QuantizedWeight, self.weight_OI)
+        codes = effective_codes(weight, lora_A, lora_B, scaling, self.mask_packed)
+        if self._base_weight is None:
+            self._base_weight = base.packed
+        base.packed = pack_codes(codes, base.bits)
 
     def unmerge(self) -> None:
         """Put the base's own tensor back, bit for bit."""
         if self._base_weight is not None:
-            self.get_base_layer().weight.data = self._base_weight
+            base = self.get_base_layer()
+            if isinstance(base, PackedLinear):
+                base.packed = self._base_weight
+            else:
+                base.weight.data = self._base_weight
             self._base_weight = None
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return W' - W in float32, in the base's own layout."""
         lora_A, lora_B = self._full_factors(adapter)
-        zero = torch.zeros_like(self.weight_OI, dtype=torch.float32)
+        base = self.weight_OI
+        if isinstance(base, QuantizedWeight) and self.kind == "quantized":
+            after = effective_weight(base, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
+            return after.float() - cast(torch.Tensor, self.get_base_layer().weight).float()
+        zero = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
         delta = effective_weight(zero, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
         return delta.T if self.fan_in_fan_out else delta
-
-
-@lru_cache(maxsize=4)
-def _open_masks(file: str, mtime_ns: int) -> dict[str, tuple[int, ...]]:
-    with safe_open(file, framework="pt") as masks:
-        metadata = masks.metadata() or {}
-        return {name: tuple(int(n) for n in metadata[name].split(",")) for name in masks.keys()}
-
-
-def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
-    """Return the stored mask of a weight in its on-disk layout, or None where the base has none for it.
-
-    Args:
-        base: the base model's folder.
-        name: the weight's name; a prefix that the checkpoint lacks or adds ('model.', 'transformer.') is tolerated.
-    """
-    from sqft.core.mask import unpack_mask
-
-    file = Path(base or "") / MASK_FILE
-    if not base or not file.is_file():
-        return None
-    shapes = _open_masks(str(file), file.stat().st_mtime_ns)
-    found = next((key for key in (name, name.partition(".")[2]) if key in shapes), None)
-    if found is None:
-        return None
-    with safe_open(str(file), framework="pt") as masks:
-        return unpack_mask(masks.get_tensor(found), shapes[found][-1])
 
 
 def sqft_layers(model: nn.Module) -> dict[str, SqftLinear]:
@@ -331,9 +366,16 @@ def check_base(base: str | Path, adapter: str | Path) -> None:
         raise InputError(f"adapter {adapter}: the folder has no adapter_config.json; give a PEFT adapter folder")
     if not (Path(adapter) / MANIFEST).is_file():
         return
-    trained_on = Artifact.open(adapter).manifest["result"].get("base_digest")
-    if trained_on is not None and trained_on != digest_input(base):
-        raise InputError(
-            f"adapter {adapter}: was trained on another base (digest {trained_on[:12]}) than {base} "
-            f"(digest {digest_input(base)[:12]}); give the base that its manifest names"
-        )
+    result = Artifact.open(adapter).manifest["result"]
+    trained_on = result.get("base_identity")
+    if trained_on is None:
+        return
+    found = identity(base, result.get("start"))
+    if found["base"] == trained_on["base"] and found.get("start") == trained_on.get("start"):
+        return
+    differing = [part for part in trained_on if part != "base" and found.get(part) != trained_on[part]]
+    raise InputError(
+        f"adapter {adapter}: was trained on another base (digest {trained_on['base'][:12]}) than {base} "
+        f"(digest {found['base'][:12]}){'; what differs: ' + ', '.join(differing) if differing else ''}; give the base "
+        "that its manifest names"
+    )

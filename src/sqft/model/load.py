@@ -155,14 +155,20 @@ def load_model(
     folder: str | Path,
     adapter: str | Path | None = None,
     *,
+    packed: bool = False,
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Return a model folder's causal language model in evaluation mode, in the dtype it is stored in.
 
+    A quantised folder is opened by transformers, which decompresses it: what any user of the folder gets. With an
+    adapter or `packed`, its weights stay packed in memory; so do those of GPTQ folders, which transformers cannot open
+    on its own.
+
     Args:
         folder: model folder.
         adapter: adapter folder to attach, unmerged, or None.
+        packed: keep quantised weights packed.
         attention: attention implementation; None leaves transformers' choice.
         trust_remote_code: passed to transformers.
 
@@ -171,13 +177,23 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    options = {} if attention is None else {"attn_implementation": attention}
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=trust_remote_code, **options
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {folder}: does not load: {error}") from error
+    from sqft.model.formats import parse_scheme, quantization_config
+
+    config = quantization_config(folder)
+    gptq = config is not None and parse_scheme(config, f"model {folder}").format == "gptq"
+    model: PreTrainedModel
+    if config is not None and (packed or adapter is not None or gptq):
+        from sqft.model.packed import load_packed_model
+
+        model = load_packed_model(folder, attention=attention, trust_remote_code=trust_remote_code)
+    else:
+        options = {} if attention is None else {"attn_implementation": attention}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", trust_remote_code=trust_remote_code, **options
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"model {folder}: does not load: {error}") from error
     if adapter is not None:
         from sqft.model.layers import attach_saved
 

@@ -2,62 +2,145 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqft.core.delta import effective_weight
+import torch
+
+from sqft.core.delta import effective_codes, effective_weight
+from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.errors import Problems
 from sqft.model.checkpoint import Checkpoint
-from sqft.model.layers import load_mask
+from sqft.model.formats import PackedCheckpoint, quantization_config
+from sqft.model.stored import load_mask, load_start
 from sqft.model.targets import DiskNames, skeleton
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
     from sqft.model.adapter import LowRank, SavedAdapter
 
 
+@dataclass(frozen=True)
+class Merged:
+    """One merged weight.
+
+    Attributes:
+        name: the tensor on disk that merging overwrites.
+        tensor: what it becomes.
+        before: the base's weight; of a quantised base its codes minus the zero points, so that 0 is a zero.
+        after: the same of the merged weight.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+
+
 class BaseWeights:
-    """The adapted weights of a base on disk, by module name: on-disk name, layout and mask.
+    """The adapted weights of a base on disk, by module name.
+
+    Attributes:
+        packed: the base's quantised weights, None for a float base.
+        names: {module: the weight's name on disk, 'X.weight' for a quantised one too}.
 
     Raises:
-        InputError: a module of the adapter is no plain linear of the base, or has another shape; all at once.
+        InputError: a module of the adapter is no plain linear of the base, has another shape, or the adapter's kind
+            does not go with the base's precision; all at once.
     """
 
     def __init__(self, base: Path, adapter: SavedAdapter, *, trust_remote_code: bool = False) -> None:
-        self.base = base
+        self.base, self.adapter = base, adapter
+        self.packed = PackedCheckpoint(base) if quantization_config(base) is not None else None
         self.checkpoint = Checkpoint(base)
         model = skeleton(base, trust_remote_code=trust_remote_code)
+        self._dtype = model.dtype
+        stored = {} if self.packed is None else self.packed.stored_names()
+        names = DiskNames(model, self.checkpoint, skip=stored)
+        shapes = {name: self.checkpoint.entries[name].shape for name in names.parameter_of}
         disk_names: dict[str, list[str]] = {}
-        for name, parameter in DiskNames(model, self.checkpoint).parameter_of.items():
+        for name, parameter in names.parameter_of.items():
             disk_names.setdefault(parameter, []).append(name)
+        for name in () if self.packed is None else self.packed.shapes:
+            disk_names.setdefault(names.parameter(name), []).append(name)
+        if self.packed is not None:
+            shapes |= self.packed.shapes
         self.names: dict[str, str] = {}
         self.transposed: dict[str, bool] = {}
         with Problems(f"adapter {adapter.path} on base {base}") as problems:
+            if adapter.kind == "quantized" and self.packed is None:
+                problems.add("the adapter is quantisation-aware and the base is float; give the quantised base")
+            if adapter.kind == "sparse" and self.packed is not None:
+                problems.add("the adapter was trained on a float base and this one is quantised; give the float base")
             for module, low in adapter.modules.items():
-                stored = disk_names.get(f"{module}.weight", [])
-                if len(stored) != 1:
-                    problems.add(f"{module} is not one weight of the base ({len(stored)} tensors on disk)")
+                found = disk_names.get(f"{module}.weight", [])
+                if len(found) != 1:
+                    problems.add(f"{module} is not one weight of the base ({len(found)} tensors on disk)")
                     continue
-                self.names[module] = stored[0]
-                shape = self.checkpoint.entries[stored[0]].shape
+                self.names[module] = found[0]
+                shape = shapes[found[0]]
                 wanted = (low.lora_B.shape[0], low.lora_A.shape[1])
                 self.transposed[module] = type(model.get_submodule(module)).__name__ == "Conv1D"
                 if (shape[::-1] if self.transposed[module] else shape) != wanted:
                     problems.add(f"{module}: the adapter is for {list(wanted)}, the base has {list(shape)}")
 
-    def merged(self, module: str, low: LowRank, *, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (base weight, W'), both in their on-disk layout."""
-        weight = self.checkpoint.read(self.names[module])
-        weight_OI = weight.T if self.transposed[module] else weight
-        packed = pack_mask(self.mask(module, weight)) if masked else None
-        merged = effective_weight(weight_OI, low.lora_A, low.lora_B, low.scaling, packed)
-        return weight, merged.T if self.transposed[module] else merged
+    def is_packed(self, module: str) -> bool:
+        """Return whether a module's weight is quantised."""
+        return self.packed is not None and self.names[module] in self.packed.shapes
 
-    def mask(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return the mask [O, I]: the base's stored one, else its exact zeros."""
-        stored = load_mask(self.base, self.names[module])
-        mask = weight != 0 if stored is None else stored
-        return mask.T.contiguous() if self.transposed[module] else mask
+    def stored_name(self, module: str) -> str:
+        """Return the tensor on disk that merging overwrites."""
+        name = self.names[module]
+        return self.packed.codes_name(name) if self.packed is not None and self.is_packed(module) else name
+
+    def merged(self, module: str, low: LowRank) -> Merged:
+        """Return the merged weight; a dense adapter on a quantised base is rounded onto the base's grid."""
+        name, kind = self.names[module], self.adapter.kind
+        if self.packed is not None and self.is_packed(module):
+            weight, mask = self.quantized(module), self.mask(module)
+            packed_mask = None if mask is None or kind == "dense" else pack_mask(mask)
+            codes = effective_codes(weight, low.lora_A, low.lora_B, low.scaling, packed_mask)
+            zeros = weight.grid.zero_codes().to(torch.int16)
+            return Merged(
+                self.stored_name(module),
+                self.packed.scheme.encode_codes(codes),
+                weight.codes().to(torch.int16) - zeros,
+                codes.to(torch.int16) - zeros,
+            )
+        before = self.checkpoint.read(name)
+        mask = None if kind == "dense" else self.mask(module)
+        merged = effective_weight(
+            before.T if self.transposed[module] else before,
+            low.lora_A,
+            low.lora_B,
+            low.scaling,
+            None if mask is None else pack_mask(mask),
+        )
+        after = merged.T if self.transposed[module] else merged
+        return Merged(name, after, before, after)
+
+    def quantized(self, module: str) -> QuantizedWeight:
+        """Return a module's quantised weight with the adapter's starting point."""
+        assert self.packed is not None
+        name = self.names[module]
+        codes, grid = self.packed.read(name)
+        start = str(self.adapter.config["start"]) if self.adapter.kind == "quantized" else "dequantized"
+        return QuantizedWeight(pack_codes(codes, grid.bits), grid, self._dtype, load_start(self.base, name, start))
+
+    def mask(self, module: str, *, transpose: bool = True) -> torch.Tensor | None:
+        """Return the mask: the base's stored one, else a float base's exact zeros, else what the adapter says.
+
+        Args:
+            module: an adapted module.
+            transpose: as [O, I] for a Conv1D too; False is the layout on disk.
+        """
+        name = self.names[module]
+        mask = load_mask(self.base, name)
+        if mask is None and self.packed is not None and self.is_packed(module):
+            codes, grid = self.packed.read(name)
+            return codes != grid.zero_codes() if self.adapter.config.get("derive_mask") else None
+        if mask is None:
+            mask = self.checkpoint.read(name) != 0
+        return mask.T.contiguous() if transpose and self.transposed[module] else mask

@@ -23,7 +23,7 @@ from sqft.model.checkpoint import Checkpoint
 from sqft.model.load import load_config, quiet_transformers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
 
@@ -57,18 +57,29 @@ class Target:
         return tensor.T if self.transposed else tensor
 
 
-def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the model of a folder with its parameters on the meta device and its buffers real (rotary tables)."""
+def skeleton(folder: str | Path, *, attention: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model of a folder with its parameters on the meta device and its buffers real (rotary tables).
+
+    Args:
+        folder: the model folder; of a quantised one, the float model that it stands for is returned.
+        attention: attention implementation; None leaves transformers' choice.
+        trust_remote_code: passed to transformers.
+    """
     from accelerate import init_empty_weights
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    entries = Checkpoint(folder).entries.values()
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    entries = [e for e in Checkpoint(folder).entries.values() if e.dtype.is_floating_point]
     dtype = max(entries, key=lambda entry: entry.stop - entry.start).dtype
+    options = {} if attention is None else {"attn_implementation": attention}
     # One forward per expert, so that each expert's matmul can be seen.
     config._experts_implementation = "eager"
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
     except (ValueError, KeyError) as error:
         raise InputError(f"model {folder}: transformers has no causal language model for it: {error}") from error
     model.tie_weights()
@@ -149,27 +160,29 @@ class DiskNames:
     Args:
         model: the skeleton.
         checkpoint: its folder's tensors.
-
-    Raises:
-        InputError: a parameter of the model is not in the checkpoint.
+        skip: tensors that are no parameters: the parts of quantised weights.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, skip: Collection[str] = ()) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.model = model
         self.checkpoint = checkpoint
         self.conversions = get_model_conversion_mapping(model)
-        renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
-        state = model.state_dict()
-        self.parameter_of: dict[str, str] = {}
-        for name in checkpoint.entries:
-            renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-            if renamed not in state and name in state:
-                renamed = name
-            self.parameter_of[name] = renamed
+        self._renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
+        self._state = model.state_dict()
+        self.parameter_of = {name: self.parameter(name) for name in checkpoint.entries if name not in skip}
+
+    def parameter(self, name: str) -> str:
+        """Return the parameter that a tensor of this name on disk belongs to."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, _ = rename_source_key(
+            name, self._renamings, self._converters, self.model.base_model_prefix, self._state
+        )
+        return name if renamed not in self._state and name in self._state else str(renamed)
 
     def load(self, prefix: str, *, exclude: tuple[str, ...] = ()) -> None:
         """Read the parameters whose names start with `prefix` into the skeleton."""

@@ -23,13 +23,15 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
-from sqft.artifact import Artifact, check_space, describe, digest_input, finished, write_json, writing
+from sqft.artifact import Artifact, check_space, describe, finished, write_json, writing
 from sqft.data.encode import encode
-from sqft.errors import InputError, Problems
+from sqft.errors import Problems
 from sqft.model.adapter import RANK_SPACE
 from sqft.model.elastic import ElasticRanks, rank_space
+from sqft.model.formats import quantization_config
 from sqft.model.layers import SqftConfig, sqft_layers
 from sqft.model.load import load_model, load_tokenizer
+from sqft.model.stored import START_FILE, float_source, identity
 from sqft.model.training import PackedTrainer, check_isolation, collate, label_examples, pack_rows
 
 if TYPE_CHECKING:
@@ -70,8 +72,9 @@ def run(
     description = describe("finetune", settings, {"model": model}, seed)
     if done := finished(out, description):
         return done
+    check_base(config, model, quantised_first=False)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    network = load_model(model, attention=_attention(config), trust_remote_code=trust_remote_code)
+    network = load_model(model, packed=True, attention=_attention(config), trust_remote_code=trust_remote_code)
     rows = pack_rows(label(config, tokenizer, train, network.config), config.length, packing=config.packing)
     held_out = label(config, tokenizer, validation, network.config) if validation else []
     if config.packing:
@@ -96,10 +99,12 @@ def run(
         write_json(draft.path / "sqft" / "training_log.json", _split_log(log))
         tokens = sum(len(row["input_ids"]) for row in rows)
         layers = sqft_layers(adapted)
+        start = config.start if config.kind == "quantized" else None
         draft.result = {
             "coverage": f"adapted {len(layers)} linears in {len(space.groups)} rank groups",
             "kind": config.kind,
-            "base_digest": digest_input(model),
+            "base_identity": identity(model, start),
+            "start": start,
             "trainable_parameters": trainable,
             "steps": trainer.state.global_step,
             "resumed_at_step": resumed_at,
@@ -131,10 +136,8 @@ def check(config: FinetuneConfig, network: PreTrainedModel) -> None:
     """Refuse adapters that the model cannot take.
 
     Raises:
-        InputError: a target module is not in the model, or the kind is not available.
+        InputError: a target module is not in the model, or a tracker is not installed.
     """
-    if config.kind == "quantized":
-        raise InputError("finetune.kind 'quantized' needs a quantised base, which this version does not make yet")
     linears = {name for name, m in network.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     with Problems("finetune") as problems:
         for tracker in config.trackers:
@@ -144,6 +147,33 @@ def check(config: FinetuneConfig, network: PreTrainedModel) -> None:
             if not any(name == target or name.endswith(f".{target}") for name in linears):
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
                 problems.add(f"target module {target!r} matches no linear of the model; it has {known}")
+
+
+def check_base(config: FinetuneConfig, base: Path, *, quantised_first: bool) -> None:
+    """Refuse a kind of adapter that the base's precision does not take, or a start that the base does not have.
+
+    Args:
+        config: the adapters.
+        base: the base's folder, or the float model's that is quantised before.
+        quantised_first: whether the base is yet to be quantised.
+
+    Raises:
+        InputError: says which, and what to use.
+    """
+    quantised = quantised_first or quantization_config(base) is not None
+    with Problems("finetune") as problems:
+        if config.kind == "quantized" and not quantised:
+            problems.add("kind quantized needs a quantised base, and the model is float: add quantize, or use sparse")
+        if config.kind == "sparse" and quantised:
+            problems.add("kind sparse needs a float base, and this one is quantised; use kind quantized, or dense")
+        if config.kind == "quantized" and quantised and not quantised_first:
+            if config.start == "compensated" and not (base / START_FILE).is_file():
+                problems.add(
+                    f"base {base} has no {START_FILE}, the weights before rounding; use start: dequantized, or quantise "
+                    "the float model with sqft quantize"
+                )
+            if config.start == "float":
+                float_source(base)
 
 
 def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
@@ -159,6 +189,8 @@ def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, and documents int
             lora_dropout=config.lora_dropout,
             target_modules=list(config.target_modules),
+            start=config.start,
+            derive_mask=config.derive_mask,
         ),
     )
 

@@ -1,8 +1,9 @@
 """Merge: one model out of a base and an adapter, tensor by tensor on disk.
 
-Each adapted weight is read, W' is computed by the very function that training uses, and it is written over the copy of
-the base; nothing else changes. Memory stays at one weight. A dense adapter would fill the zeros of a sparse base: that
-is refused with what would be lost, unless it is allowed, and then recorded.
+Each adapted weight is read, W' (on a quantised base the codes of Ŵ') is computed by the very function that training
+uses, and it is written over the copy of the base; nothing else changes. Memory stays at one weight. A dense adapter
+would fill the zeros of a sparse base and leave the grid of a quantised one: that is refused with what would be lost,
+unless it is allowed, and then recorded.
 """
 
 from __future__ import annotations
@@ -14,23 +15,19 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from sqft.artifact import Artifact, check_space, describe, finished, writing
-from sqft.errors import InputError
+from sqft.errors import Problems
 from sqft.model.adapter import SavedAdapter
 from sqft.model.checkpoint import copy_model
-from sqft.model.layers import MASK_FILE, check_base
-from sqft.model.merged import BaseWeights
+from sqft.model.layers import check_base
+from sqft.model.merged import BaseWeights, Merged
+from sqft.model.stored import MASK_FILE, SPARSE_FROM
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
     from sqft.recipe import MergeConfig
 
 logger = logging.getLogger(__name__)
-
-SPARSE_FROM = 0.25
-"""Share of exact zeros from which a base without a stored mask counts as sparse."""
 
 
 def run(
@@ -39,7 +36,7 @@ def run(
     """Merge an adapter into its base.
 
     Args:
-        config: whether sparsity may be lost.
+        config: whether sparsity or precision may be lost.
         base: the base model's folder.
         adapter: the (sub-)adapter's folder.
         out: the folder to make: a standard model folder.
@@ -47,32 +44,34 @@ def run(
         trust_remote_code: passed to transformers.
 
     Raises:
-        InputError: the adapter is another base's, does not fit, or would fill the zeros of a sparse base.
+        InputError: the adapter is another base's, does not fit, or would lose zeros or precision of the base.
     """
     check_base(base, adapter)
     description = describe("merge", config.model_dump(mode="json"), {"base": base, "adapter": adapter}, seed)
     if done := finished(out, description):
         return done
     saved = SavedAdapter.open(adapter)
-    masked = saved.kind != "dense"
     weights = BaseWeights(base, saved, trust_remote_code=trust_remote_code)
-    if not masked and not config.allow_sparsity_loss:
-        _refuse_filling_zeros(weights, saved)
+    if saved.kind == "dense":
+        _refuse_losses(config, weights, saved)
     check_space(out, int(weights.checkpoint.size_bytes * 1.05), "the merged model")
     with writing(out, description) as draft:
         output = copy_model(base, draft.path)
         layers = []
         for module, low in tqdm(saved.modules.items(), desc="merging", unit="linear", disable=None, leave=False):
-            before, after = weights.merged(module, low, masked=masked)
-            output.write(weights.names[module], after)
-            layers.append(_describe_change(module, before, after))
-        if masked and (base / MASK_FILE).is_file():
+            merged = weights.merged(module, low)
+            output.write(merged.name, merged.tensor)
+            layers.append(_describe_change(module, merged))
+        if saved.kind != "dense" and (base / MASK_FILE).is_file():
+            (draft.path / MASK_FILE).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / MASK_FILE, draft.path / MASK_FILE)
         total = sum(layer["weights"] for layer in layers)
         filled = sum(layer["filled_zeros"] for layer in layers)
         draft.result = {
             "coverage": f"merged {len(layers)} linears",
             "kind": saved.kind,
+            "precision": "float" if weights.packed is None else f"int{weights.packed.scheme.bits}",
+            "lossy": saved.kind == "dense" and weights.packed is not None,
             "changed": sum(layer["changed"] for layer in layers),
             "weights": total,
             "filled_zeros": filled,
@@ -82,25 +81,46 @@ def run(
     return Artifact.open(out)
 
 
-def _describe_change(module: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
+def _describe_change(module: str, merged: Merged) -> dict[str, Any]:
     return {
         "name": module,
-        "weights": before.numel(),
-        "changed": int((before != after).sum()),
-        "filled_zeros": int(((before == 0) & (after != 0)).sum()),
+        "weights": merged.before.numel(),
+        "changed": int((merged.before != merged.after).sum()),
+        "filled_zeros": int(((merged.before == 0) & (merged.after != 0)).sum()),
     }
 
 
-def _refuse_filling_zeros(weights: BaseWeights, adapter: SavedAdapter) -> None:
-    """Refuse a dense adapter on a sparse base, with what the merge would cost."""
+def _refuse_losses(config: MergeConfig, weights: BaseWeights, adapter: SavedAdapter) -> None:
+    """Refuse a dense adapter where merging it would lose something, with what that is and the ways out."""
+    where = f"adapter {adapter.path} is dense and base {weights.base}"
+    with Problems(f"{where} is compressed: merging would not give the model that was trained") as problems:
+        if weights.packed is not None and not config.allow_precision_loss:
+            bits = weights.packed.scheme.bits
+            problems.add(
+                f"the base has {bits}-bit weights, and W + BA is not on their grid: rounding it back changes every "
+                "answer a little. Train with finetune.kind: quantized, which merges exactly, serve the adapter "
+                "unmerged, or allow the loss with merge.allow_precision_loss; sqft verify then reports it"
+            )
+        if not config.allow_sparsity_loss:
+            zeros, total = _zeros(weights, adapter)
+            if (weights.base / MASK_FILE).is_file() or (weights.packed is None and zeros >= SPARSE_FROM * total):
+                kind = "sparse" if weights.packed is None else "quantized"
+                problems.add(
+                    f"the base is sparse: up to {zeros} of the {total} adapted weights that are zero would be filled "
+                    f"({100 * zeros / total:.1f} % sparsity lost). Train with finetune.kind: {kind} instead, serve the "
+                    "adapter unmerged, or allow it with merge.allow_sparsity_loss"
+                )
+
+
+def _zeros(weights: BaseWeights, adapter: SavedAdapter) -> tuple[int, int]:
+    """Return (zeros, weights) of the adapted linears."""
     zeros = total = 0
     for module in adapter.modules:
-        weight = weights.checkpoint.read(weights.names[module])
-        zeros += int((weight == 0).sum())
-        total += weight.numel()
-    if (weights.base / MASK_FILE).is_file() or zeros >= SPARSE_FROM * total:
-        raise InputError(
-            f"adapter {adapter.path} is dense and base {weights.base} is sparse: merging would fill up to {zeros} of "
-            f"the {total} adapted weights that are zero ({100 * zeros / total:.1f} % sparsity lost). Train with "
-            "finetune.kind: sparse instead, serve the adapter unmerged, or allow it with merge.allow_sparsity_loss"
-        )
+        if weights.packed is not None and weights.is_packed(module):
+            codes, grid = weights.packed.read(weights.names[module])
+            zero = codes == grid.zero_codes()
+        else:
+            zero = weights.checkpoint.read(weights.names[module]) == 0
+        zeros += int(zero.count_nonzero())
+        total += zero.numel()
+    return zeros, total

@@ -58,10 +58,11 @@ def run(config: SearchConfig, adapter: Path, out: Path, *, seed: int = 0) -> Art
             "groups": {group: list(modules) for group, modules in space.groups.items()},
         }
         write_json(draft.path / "sqft" / "ranks.json", values)
-        base = Artifact.open(adapter).manifest["result"].get("base_digest") if _is_ours(adapter) else None
+        trained = Artifact.open(adapter).manifest["result"] if _is_ours(adapter) else {}
         counts = Counter(ranks.values())
         draft.result = {
-            "base_digest": base,
+            "base_identity": trained.get("base_identity"),
+            "start": trained.get("start"),
             "kind": saved.kind,
             "groups_per_rank": {str(r): counts[r] for r in sorted(counts)},
         }

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sqft.artifact import Artifact, check_space, describe, finished, writing
-from sqft.core.mask import mask_from_score, pack_mask, unpack_mask
-from sqft.core.pruners import Method, Pattern, Statistics, magnitude, resolve_method
-from sqft.errors import InputError, Problems
+from sqft.core.pruners import Pattern, resolve_method
+from sqft.errors import Problems
 from sqft.model.calibrate import Block, visit_blocks
 from sqft.model.checkpoint import Checkpoint, copy_model
-from sqft.model.layers import MASK_FILE
+from sqft.model.prune import BlockPruner, mask_view, packed_disk_masks
+from sqft.model.stored import MASK_FILE, read_masks
 from sqft.model.targets import Target, find_targets, skeleton
 from sqft.recipe import SparsifyConfig, parse_pattern
 
@@ -32,76 +32,28 @@ logger = logging.getLogger(__name__)
 class _Pruning:
     """The visitor's state: what to do with a block, and what was done so far."""
 
-    config: SparsifyConfig
-    method: Method
+    prune: BlockPruner
     output: Checkpoint
-    given: dict[str, torch.Tensor] | None
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, block: Block) -> None:
         """Prune one block in memory and on disk."""
-        parameters = block.parameters()
-        masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in parameters.items()}
-        if self.given is not None:
-            self._spread_given(block, masks)
+        masks = self.prune(block, block.targets)
         for target in block.targets:
-            weight_OI = target.view(block.model)
-            mask_OI = _mask_view(target, masks)
-            if self.given is None:
-                pruned, mask = self._prune(target, weight_OI, block.statistics[target])
-                mask_OI.copy_(mask)
-                weight_OI.copy_(pruned)
-            else:
-                weight_OI.masked_fill_(~mask_OI, 0)
+            mask_OI = mask_view(target, masks)
             kept = int(mask_OI.count_nonzero())
             self.layers.append(
                 {"name": target.name, "weights": mask_OI.numel(), "sparsity": round(1 - kept / mask_OI.numel(), 6)}
             )
         touched = {f"{t.module}.{t.parameter}" for t in block.targets}
-        for name, tensor in block.names.to_disk(parameters).items():
+        for name, tensor in block.names.to_disk(block.parameters()).items():
             if block.names.parameter_of[name] in touched:
                 self.output.write(name, tensor.to(self.output.entries[name].dtype))
-        for name, mask in block.names.to_disk(_bytes(masks)).items():
-            if block.names.parameter_of[name] in touched:
-                self.masks[name] = pack_mask(mask.view(torch.bool))
-                self.shapes[name] = ",".join(str(n) for n in mask.shape)
-
-    def _prune(
-        self, target: Target, weight_OI: torch.Tensor, statistics: Statistics
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        pattern = Pattern(self.config.sparsity, parse_pattern(self.config.pattern))
-        if statistics.tokens:
-            return self.method.prune(weight_OI, statistics, pattern)
-        if self.config.unreached_experts == "magnitude":
-            logger.warning("%s: no calibration token reached it; pruned by magnitude", target.name)
-            mask = mask_from_score(magnitude(weight_OI, statistics), pattern.sparsity, pattern.structure)
-            return torch.where(mask, weight_OI, 0.0), mask
-        raise InputError(
-            f"{target.name}: no calibration token reached it, so its inputs are unknown; use more or other calibration "
-            "samples (sparsify.calibration), or allow sparsify.unreached_experts: magnitude"
-        )
-
-    def _spread_given(self, block: Block, masks: dict[str, torch.Tensor]) -> None:
-        """Fill the in-memory masks of a block from a file of on-disk masks, one disk tensor at a time."""
-        assert self.given is not None
-        disk = block.names.to_disk(_bytes(masks))
-        for name in disk:
-            if name in self.given:
-                masks[block.names.parameter_of[name]].copy_(self.given[name])
-
-
-def _bytes(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return bool masks as uint8, which transformers' conversions take, over the same memory."""
-    return {name: mask.view(torch.uint8) for name, mask in masks.items()}
-
-
-def _mask_view(target: Target, masks: dict[str, torch.Tensor]) -> torch.Tensor:
-    mask = masks[f"{target.module}.{target.parameter}"]
-    if target.index is not None:
-        mask = mask[target.index]
-    return mask.T if target.transposed else mask
+        packed, shapes = packed_disk_masks(block, masks, block.targets)
+        self.masks |= packed
+        self.shapes |= shapes
 
 
 def run(
@@ -137,12 +89,18 @@ def run(
     network = skeleton(model, trust_remote_code=trust_remote_code)
     targets, skipped = find_targets(network, config.targets, config.ignore)
     method = resolve_method(config.method)
-    given = _read_masks(Path(config.mask), source) if config.mask else None
+    given = read_masks(Path(config.mask), source) if config.mask else None
+    pruner = BlockPruner(
+        method,
+        Pattern(config.sparsity, parse_pattern(config.pattern)),
+        given,
+        unreached_by_magnitude=config.unreached_experts == "magnitude",
+    )
     check(config, network, targets, tokens)
     check_space(out, int(source.size_bytes * 1.1), "the sparse model")
     source.check_finite()
     with writing(out, description) as draft:
-        pruning = _Pruning(config, method, copy_model(model, draft.path), given)
+        pruning = _Pruning(pruner, copy_model(model, draft.path))
         if tokens is None:
             tokens = torch.zeros(1, 1, dtype=torch.long)
         visit_blocks(
@@ -194,31 +152,3 @@ def check(config: SparsifyConfig, network: Any, targets: list[Target], tokens: t
                 problems.add(
                     f"calibration.length is {tokens.shape[1]} tokens, more than the {limit} that the model allows"
                 )
-
-
-def _read_masks(file: Path, source: Checkpoint) -> dict[str, torch.Tensor]:
-    """Read masks made elsewhere: packed ones of ours, or plain bool or 0/1 tensors; keys are on-disk weight names."""
-    from safetensors import safe_open
-
-    try:
-        tensors = load_file(file)
-        with safe_open(str(file), framework="pt") as stream:
-            metadata = stream.metadata() or {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"sparsify.mask {file}: cannot be read as safetensors ({error})") from error
-    masks = {}
-    with Problems(f"sparsify.mask {file}") as problems:
-        for key, tensor in tensors.items():
-            name = key if key in source.entries else f"{key}.weight"
-            if name not in source.entries:
-                problems.add(f"{key} is no weight of the model")
-                continue
-            shape = source.entries[name].shape
-            mask = unpack_mask(tensor, shape[-1]) if key in metadata else tensor
-            if tuple(mask.shape) != shape:
-                problems.add(f"{key} has shape {list(mask.shape)}, the weight {list(shape)}")
-            elif not bool(((mask == 0) | (mask == 1)).all()):
-                problems.add(f"{key} has values other than 0 and 1")
-            else:
-                masks[name] = mask.bool()
-    return masks

@@ -108,8 +108,14 @@ class Facts:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """The sparsity of each linear, from the manifest of `sparse`."""
-        return list(self.manifests.get("sparse", {}).get("result", {}).get("layers", []))
+        """The sparsity of each linear of the compressed model."""
+        return list(self.compressed[1].get("layers", []))
+
+    @property
+    def compressed(self) -> tuple[str, dict[str, Any]]:
+        """(folder, result) of the compressed base: `quantized`, else `sparse`, else ('', {})."""
+        name = next((n for n in ("quantized", "sparse") if n in self.manifests), "")
+        return name, self.manifests.get(name, {}).get("result", {})
 
     def row(self, key: str) -> Row | None:
         """Return the row of a model, None if it was not evaluated."""
@@ -145,7 +151,8 @@ def _optional(path: Path) -> dict[str, Any] | None:
 
 def _missing(out: Path, recipe: Recipe, manifests: dict[str, dict[str, Any]]) -> list[str]:
     wanted = {
-        "sparse": recipe.sparsify is not None,
+        "sparse": recipe.sparsify is not None and not recipe.joint,
+        "quantized": recipe.quantize is not None,
         "adapter": recipe.finetune is not None,
         "sub_adapter": recipe.finetune is not None,
         "merged": recipe.finetune is not None and recipe.merge is not None,
@@ -156,7 +163,8 @@ def _missing(out: Path, recipe: Recipe, manifests: dict[str, dict[str, Any]]) ->
     if recipe.verify is not None and wanted["merged"] and not (out / "verify.json").is_file():
         missing.append("verify.json (verify has not run, so the merge is unproven)")
     off = {
-        "sparse": recipe.sparsify is None,
+        "sparse": recipe.sparsify is None or recipe.joint,
+        "quantized": recipe.quantize is None,
         "tuned": recipe.finetune is None,
         "merged": not wanted["merged"],
     }
@@ -174,8 +182,8 @@ def _rows(out: Path, recipe: Recipe, manifests: dict[str, dict[str, Any]]) -> li
     labels = {
         "dense": "Dense, untuned",
         "sparse": "Sparse, untuned",
-        "quantized": "Quantized, untuned",
-        "tuned": f"{base.capitalize()} + adapter, unmerged",
+        "quantized": f"{_compression(recipe)}, untuned",
+        "tuned": f"{_compression(recipe)} + adapter, unmerged",
         "merged": "Tuned and merged",
     }
     rows = []
@@ -202,6 +210,14 @@ def _rows(out: Path, recipe: Recipe, manifests: dict[str, dict[str, Any]]) -> li
         )
     after_dense = 1 if rows and rows[0].key == "dense" else 0
     return [*rows[:after_dense], *_baselines(recipe), *rows[after_dense:]]
+
+
+def _compression(recipe: Recipe) -> str:
+    """Return what was done to the base, as a reader says it: 'Sparse INT4'."""
+    parts = ["sparse"] if recipe.sparsify is not None else []
+    parts += [f"INT{recipe.quantize.bits}"] if recipe.quantize is not None else []
+    text = " ".join(parts) or "dense"
+    return text[0].upper() + text[1:]
 
 
 def check_baselines(recipe: Recipe) -> None:
@@ -288,9 +304,10 @@ def _size(folders: list[Path | None]) -> int | None:
 
 
 def _zeros(part: str, base: str, manifests: dict[str, dict[str, Any]]) -> float | None:
-    if part == "dense" or "sparse" not in manifests:
+    compressed = part if part in ("sparse", "quantized") else base
+    if part == "dense" or compressed not in ("sparse", "quantized"):
         return None
-    result = manifests["sparse"].get("result", {})
+    result = manifests[compressed].get("result", {})
     sparsity: float | None = result.get("sparsity")
     if part != "merged" or sparsity is None or base == "dense":
         return sparsity

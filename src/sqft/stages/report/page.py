@@ -82,10 +82,10 @@ def _tiles(facts: Facts) -> str:
         if final.key == "merged" and tuned is not None and task in tuned.scores:
             value, unit = words.change_text(score, tuned.scores[task])
             tiles.append(("changed by merging", value, unit, "merged.json − tuned.json"))
-    sparse = facts.manifests.get("sparse", {}).get("result", {})
-    if "sparsity" in sparse:
-        share = words.percent_text(sparse["sparsity"])
-        tiles.append(("targeted weights that are zero", share, "", "sparse/sqft/manifest.json"))
+    folder, compressed = facts.compressed
+    if "sparsity" in compressed:
+        share = words.percent_text(compressed["sparsity"])
+        tiles.append(("targeted weights that are zero", share, "", f"{folder}/sqft/manifest.json"))
     costs = [m for m in facts.manifests.values() if "seconds" in m]
     if costs:
         peak = words.bytes_text(max(m.get("peak_memory_bytes") or 0 for m in costs))
@@ -177,10 +177,11 @@ def _sparsity(facts: Facts) -> str:
     if not facts.layers:
         return "" if facts.recipe.sparsify else '<p class="empty">This recipe prunes nothing.</p>'
     chart, summary = figures.sparsity(facts.layers)
-    coverage = facts.manifests["sparse"].get("result", {}).get("coverage", "")
+    folder, compressed = facts.compressed
+    coverage = compressed.get("coverage", "")
     rows = [_row(escape(name), [*map(words.percent_text, values), f"{weights:,}"]) for name, values, weights in summary]
     heads = [("Linear", ""), ("Lowest", "num"), ("Mean", "num"), ("Highest", "num"), ("Weights", "num")]
-    source = "Source: sparse/sqft/manifest.json; the mask itself is sparse/sqft/mask.safetensors."
+    source = f"Source: {folder}/sqft/manifest.json; the mask itself is {folder}/sqft/mask.safetensors."
     text = f"{coverage}. {source}" if coverage else source
     shown = table(heads, rows, "Over the layers.")
     return f'{chart}<p class="source-line">{escape(text)}</p>{_details("Sparsity by kind of linear", shown)}'

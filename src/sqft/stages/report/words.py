@@ -117,9 +117,13 @@ def headline(facts: Facts) -> str:
     if "merged" in facts.manifests:
         done.append("merged into one model")
     subject = model_name(recipe.model)
-    if "sparse" in facts.manifests:
-        zeros = percent_text(facts.manifests["sparse"].get("result", {}).get("sparsity"))
-        subject += f" with {zeros} of its targeted weights set to zero"
+    done_to = []
+    sparsity = facts.compressed[1].get("sparsity")
+    if sparsity and recipe.sparsify is not None:
+        done_to.append(f"{percent_text(sparsity)} of its targeted weights set to zero")
+    if "quantized" in facts.manifests and recipe.quantize is not None:
+        done_to.append(f"{'those left' if done_to else 'its targeted weights'} in {recipe.quantize.bits} bits")
+    subject += f" with {' and '.join(done_to)}" if done_to else ""
     subject += f", {' and '.join(done)}," if done else ""
     if final is None:
         return f"{subject.rstrip(',')}: no model of this run was evaluated."
@@ -200,7 +204,7 @@ def _baseline_notes(facts: Facts) -> list[str]:
 
 def _sparsity_notes(facts: Facts) -> list[str]:
     sparsify = facts.recipe.sparsify
-    if sparsify is None or "sparse" not in facts.manifests:
+    if sparsify is None or not facts.compressed[0]:
         return []
     if parse_pattern(sparsify.pattern) is None:
         found = [

@@ -1,0 +1,317 @@
+"""Quantised weights on disk: compressed-tensors `pack-quantized` and GPTQ, both read and written.
+
+A linear `X` whose weight is [O, I] is stored as
+
+    pack-quantized   X.weight_packed int32 [O, I·n/32], X.weight_scale [O, G], X.weight_shape [2],
+                     X.weight_zero_point int32 [O·n/32, G] where asymmetric; codes count from −2ⁿ⁻¹
+    GPTQ             X.qweight int32 [I·n/32, O], X.scales float16 [G, O], X.qzeros int32 [G, O·n/32],
+                     X.g_idx int32 [I]; version 1 stores zero points minus one, so it cannot hold a zero point of 0
+
+compressed-tensors' own functions pack and unpack the integers of both: GPTQ's bit order is the same. What a file cannot
+hold, and what we cannot read, is refused by name before any work.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from sqft.core.grid import BITS, Grid
+from sqft.errors import InputError, Problems
+from sqft.model.checkpoint import Checkpoint, Layout
+from sqft.model.load import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FormatName = Literal["compressed-tensors", "gptq"]
+
+
+def quantization_config(folder: str | Path) -> dict[str, Any] | None:
+    """Return what a model folder says of its quantisation, None for a float model."""
+    value = read_json(Path(folder) / "config.json").get("quantization_config")
+    return cast("dict[str, Any] | None", value)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the quantised linears of one model are stored.
+
+    Attributes:
+        format: which of the two.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; None is the whole row.
+        symmetric: all zero points are 2ⁿ⁻¹.
+        gptq_version: 1 stores zero points minus one.
+    """
+
+    format: FormatName
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    gptq_version: int = 1
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The names of a linear's stored tensors; the first holds the codes."""
+        if self.format == "gptq":
+            return "qweight", "scales", "qzeros", "g_idx"
+        symmetric: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
+        return symmetric if self.symmetric else (*symmetric, "weight_zero_point")
+
+    def to_config(self, ignore: list[str]) -> dict[str, Any]:
+        """Return the `quantization_config` of config.json.
+
+        Args:
+            ignore: names of the linears that stay float.
+        """
+        if self.format == "gptq":
+            return {
+                "quant_method": "gptq",
+                "bits": self.bits,
+                "group_size": -1 if self.group_size is None else self.group_size,
+                "sym": self.symmetric,
+                "desc_act": False,
+                "checkpoint_format": "gptq",
+                "lm_head": False,
+                **({"dynamic": {f"-:^{re.escape(name)}$": {} for name in ignore}} if ignore else {}),
+            }
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+        weights = QuantizationArgs(
+            num_bits=self.bits,
+            type="int",
+            symmetric=self.symmetric,
+            strategy="channel" if self.group_size is None else "group",
+            group_size=self.group_size,
+        )
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
+        config = QuantizationConfig(
+            config_groups={"group_0": scheme},
+            format="pack-quantized",
+            quantization_status="compressed",
+            ignore=ignore,
+        )
+        return cast("dict[str, Any]", config.model_dump(mode="json"))
+
+    def layout(self, shape: tuple[int, ...], scale_dtype: torch.dtype) -> dict[str, Layout]:
+        """Return {suffix: (dtype, shape)} of the stored tensors of a weight [O, I]."""
+        rows, columns = shape
+        groups = 1 if self.group_size is None else columns // self.group_size
+        word = torch.int32
+        if self.format == "gptq":
+            return {
+                "qweight": (word, (self._words(columns), rows)),
+                "scales": (torch.float16, (groups, rows)),
+                "qzeros": (word, (groups, self._words(rows))),
+                "g_idx": (word, (columns,)),
+            }
+        stored = {
+            "weight_packed": (word, (rows, self._words(columns))),
+            "weight_scale": (scale_dtype, (rows, groups)),
+            "weight_shape": (torch.int64, (2,)),
+            "weight_zero_point": (word, (self._words(rows), groups)),
+        }
+        return {suffix: stored[suffix] for suffix in self.suffixes}
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """Return what scales are stored in."""
+        return torch.float16 if self.format == "gptq" else model_dtype
+
+    def _words(self, values: int) -> int:
+        return math.ceil(values * self.bits / 32)
+
+    def encode_codes(self, codes_OI: torch.Tensor) -> torch.Tensor:
+        """Return the stored form of codes, uint8 [O, I]: `weight_packed` or `qweight`."""
+        return self._pack(codes_OI.T, 0) if self.format == "gptq" else self._pack(codes_OI, 1)
+
+    def encode(self, codes_OI: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
+        """Return {suffix: tensor} of a quantised weight.
+
+        Raises:
+            InputError: a zero point that the format cannot hold.
+        """
+        stored = {self.suffixes[0]: self.encode_codes(codes_OI)}
+        if self.format == "gptq":
+            if self.gptq_version == 1 and int(grid.zero_OG.min()) == 0:
+                count = int((grid.zero_OG == 0).sum())
+                raise InputError(
+                    f"{count} of {grid.zero_OG.numel()} zero points are 0, which GPTQ's version 1 cannot store; "
+                    "use quantize.symmetric: true, or quantize.format: compressed-tensors"
+                )
+            zero = grid.zero_OG.T.contiguous() - (1 if self.gptq_version == 1 else 0)
+            groups = torch.arange(grid.columns, dtype=torch.int32) // grid.group_size
+            return {
+                **stored,
+                "scales": grid.scale_OG.T.contiguous(),
+                "qzeros": self._pack(zero, 1),
+                "g_idx": groups,
+            }
+        stored["weight_scale"] = grid.scale_OG.contiguous()
+        stored["weight_shape"] = torch.tensor(codes_OI.shape)
+        if not self.symmetric:
+            stored["weight_zero_point"] = self._pack(grid.zero_OG, 0)
+        return stored
+
+    def decode(self, read: Callable[[str], torch.Tensor], shape: tuple[int, int]) -> tuple[torch.Tensor, Grid]:
+        """Return (codes uint8 [O, I], grid).
+
+        Args:
+            read: returns the stored tensor of a suffix.
+            shape: (O, I).
+        """
+        rows, columns = shape
+        groups = 1 if self.group_size is None else columns // self.group_size
+        if self.format == "gptq":
+            codes = self._unpack(read("qweight"), (columns, rows), 0).T.contiguous()
+            zero = self._unpack(read("qzeros"), (groups, rows), 1).T.contiguous()
+            if self.gptq_version == 1:
+                zero = zero + 1
+            return codes, Grid(read("scales").T.contiguous(), zero, self.bits, columns, self.symmetric)
+        codes = self._unpack(read("weight_packed"), shape, 1)
+        scale = read("weight_scale")
+        if self.symmetric:
+            zero = torch.full(scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8)
+        else:
+            zero = self._unpack(read("weight_zero_point"), (rows, groups), 0)
+        return codes, Grid(scale, zero, self.bits, columns, self.symmetric)
+
+    def _pack(self, codes: torch.Tensor, dim: Literal[0, 1]) -> torch.Tensor:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        signed = (codes.to(torch.int16) - 2 ** (self.bits - 1)).to(torch.int8)
+        words: torch.Tensor = pack_to_int32(signed, self.bits, packed_dim=dim)
+        return words.contiguous()
+
+    def _unpack(self, words: torch.Tensor, shape: tuple[int, int], dim: Literal[0, 1]) -> torch.Tensor:
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        signed = unpack_from_int32(words, self.bits, torch.Size(shape), packed_dim=dim)
+        codes: torch.Tensor = (signed.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
+        return codes.contiguous()
+
+
+def parse_scheme(config: dict[str, Any], where: str) -> Scheme:
+    """Return the scheme of a `quantization_config`.
+
+    Raises:
+        InputError: a way of quantising that we do not read; says which, and what can be read.
+    """
+    method = config.get("quant_method")
+    if method == "gptq":
+        group = config.get("group_size", 128)
+        scheme = Scheme(
+            "gptq",
+            int(config.get("bits", 4)),
+            None if group in (-1, None) else int(group),
+            bool(config.get("sym", True)),
+            2 if config.get("checkpoint_format") == "gptq_v2" else 1,
+        )
+    elif method == "compressed-tensors":
+        scheme = _parse_compressed_tensors(config, where)
+    else:
+        raise InputError(
+            f"{where}: is quantised by {method!r}, which sqft does not read; it reads compressed-tensors "
+            "pack-quantized and GPTQ. Quantise the float model with sqft quantize, or convert it"
+        )
+    if scheme.bits not in BITS:
+        raise InputError(f"{where}: has {scheme.bits}-bit weights; sqft reads {', '.join(map(str, BITS))}")
+    return scheme
+
+
+def _parse_compressed_tensors(config: dict[str, Any], where: str) -> Scheme:
+    groups = list(config.get("config_groups", {}).values())
+    weights = (groups[0].get("weights") or {}) if groups and isinstance(groups[0], dict) else {}
+    formats = {config.get("format"), *(group.get("format") for group in groups if isinstance(group, dict))} - {None}
+    with Problems(f"{where}: its compressed-tensors weights cannot be read") as problems:
+        if formats != {"pack-quantized"}:
+            problems.add(f"the format is {', '.join(sorted(map(str, formats)))}; sqft reads pack-quantized")
+        if len(groups) != 1:
+            problems.add(f"it has {len(groups)} config groups; sqft reads models with one")
+        if weights.get("type", "int") != "int":
+            problems.add(f"the weights are of type {weights['type']}; sqft reads int")
+        if weights.get("strategy") not in ("group", "channel"):
+            problems.add(f"the strategy is {weights.get('strategy')!r}; sqft reads group and channel")
+        if weights.get("actorder") in ("group", "dynamic"):
+            problems.add("columns are regrouped by activity (actorder group); sqft reads static or no order")
+        if any(group.get("input_activations") for group in groups if isinstance(group, dict)):
+            problems.add("activations are quantised too; sqft reads weight-only models")
+        if config.get("sparsity_config"):
+            problems.add("it has a sparsity_config, a format that was dropped; decompress it first")
+    group_size = weights.get("group_size") if weights["strategy"] == "group" else None
+    return Scheme("compressed-tensors", int(weights["num_bits"]), group_size, bool(weights.get("symmetric", True)))
+
+
+class PackedCheckpoint:
+    """The quantised weights of a model folder, under the names (`X.weight`) that they had as floats.
+
+    Raises:
+        InputError: not quantised, or the stored tensors contradict the config (bits, group size, a missing zero
+            point); every problem.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoint = Checkpoint(folder)
+        config = quantization_config(folder)
+        if config is None:
+            raise InputError(f"model {folder}: is not quantised; make it so with sqft quantize")
+        self.scheme = parse_scheme(config, f"model {folder}")
+        self.shapes: dict[str, tuple[int, int]] = {}
+        codes = self.scheme.suffixes[0]
+        found = [n.removesuffix(f".{codes}") for n in self.checkpoint.entries if n.endswith(f".{codes}")]
+        with Problems(f"model {folder}") as problems:
+            if not found:
+                problems.add(f"its config says {self.scheme.format}, but no tensor is named *.{codes}")
+            for prefix in found:
+                self._check(prefix, problems)
+
+    def _check(self, prefix: str, problems: Problems) -> None:
+        """Compare a linear's stored tensors with what bits and group size demand."""
+        scheme, entries = self.scheme, self.checkpoint.entries
+        missing = [s for s in scheme.suffixes if f"{prefix}.{s}" not in entries]
+        if missing:
+            problems.add(f"{prefix} has no {', '.join(missing)}, which {scheme.format} needs")
+            return
+        scales = entries[f"{prefix}.{scheme.suffixes[1]}"]
+        if scheme.format == "gptq":
+            rows, columns = scales.shape[1], entries[f"{prefix}.g_idx"].shape[0]
+        else:
+            rows, columns = (int(n) for n in self.checkpoint.read(f"{prefix}.weight_shape"))
+        wanted = scheme.layout((rows, columns), scales.dtype)
+        for suffix, (_, shape) in wanted.items():
+            stored = entries[f"{prefix}.{suffix}"].shape
+            if stored != shape:
+                problems.add(
+                    f"{prefix}.{suffix} has shape {list(stored)}; a weight [{rows}, {columns}] with {scheme.bits} bits "
+                    f"and groups of {scheme.group_size or columns} needs {list(shape)}"
+                )
+                return
+        if scheme.format == "gptq":
+            group = scheme.group_size or columns
+            if not torch.equal(self.checkpoint.read(f"{prefix}.g_idx").long(), torch.arange(columns) // group):
+                problems.add(f"{prefix}: columns are regrouped by activity (desc_act); sqft reads contiguous groups")
+                return
+        self.shapes[f"{prefix}.weight"] = (rows, columns)
+
+    def read(self, weight: str) -> tuple[torch.Tensor, Grid]:
+        """Return (codes uint8 [O, I], grid) of a weight."""
+        prefix = weight.removesuffix(".weight")
+        return self.scheme.decode(lambda suffix: self.checkpoint.read(f"{prefix}.{suffix}"), self.shapes[weight])
+
+    def codes_name(self, weight: str) -> str:
+        """Return the name of the tensor that holds a weight's codes."""
+        return f"{weight.removesuffix('.weight')}.{self.scheme.suffixes[0]}"
+
+    def stored_names(self) -> dict[str, str]:
+        """Return {stored tensor: weight} for every tensor that is part of a quantised weight."""
+        return {
+            f"{weight.removesuffix('.weight')}.{suffix}": weight
+            for weight in self.shapes
+            for suffix in self.scheme.suffixes
+        }

@@ -1,0 +1,102 @@
+"""Quantised models in memory: linears whose weights stay packed, in forward and in backward.
+
+transformers opens the same folders, but decompresses the whole model on its first forward; training on that would take
+the memory of the float model. Here a weight is dequantised when its layer runs, and again in its backward.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from sqft.core.delta import FrozenLinear, dequantized
+from sqft.core.grid import Grid, QuantizedWeight, pack_codes
+from sqft.errors import InputError
+from sqft.model.formats import PackedCheckpoint
+from sqft.model.targets import DiskNames, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PackedLinear(nn.Linear):
+    """A frozen linear over a packed weight.
+
+    Attributes:
+        packed: codes, uint8; see :func:`sqft.core.grid.pack_codes`.
+        scale: [O, G], in the dtype it is stored in.
+        zero_point: uint8 [O, G].
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+        """Take a weight; `bias` is [O] or None."""
+        nn.Module.__init__(self)  # nn.Linear's own would make a float weight
+        self.out_features, self.in_features = weight.shape
+        self.bits, self.symmetric, self.dtype = weight.grid.bits, weight.grid.symmetric, weight.dtype
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("scale", weight.grid.scale_OG)
+        self.register_buffer("zero_point", weight.grid.zero_OG)
+        self.bias = cast("nn.Parameter", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The packed weight."""
+        grid = Grid(self.scale, self.zero_point, self.bits, self.in_features, self.symmetric)
+        return QuantizedWeight(self.packed, grid, self.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The dequantised weight [O, I], made anew."""
+        return dequantized(self.quantized)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Ŵᵀ + bias."""
+        return cast("torch.Tensor", FrozenLinear.apply(x, self.quantized, self.bias))
+
+
+def load_packed_model(
+    folder: str | Path, *, attention: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Return a quantised folder's model with packed linears, in evaluation mode.
+
+    Args:
+        folder: in a format of :mod:`sqft.model.formats`.
+        attention: attention implementation; None leaves transformers' choice.
+        trust_remote_code: passed to transformers.
+
+    Raises:
+        InputError: the folder cannot be read, or lacks weights of the model.
+    """
+    packed = PackedCheckpoint(folder)
+    model = skeleton(folder, attention=attention, trust_remote_code=trust_remote_code)
+    names = DiskNames(model, packed.checkpoint, skip=packed.stored_names())
+    dtype = model.dtype
+    modules = dict(model.named_modules())
+    for weight in packed.shapes:
+        module = names.parameter(weight).removesuffix(".weight")
+        linear = modules.get(module)
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"model {folder}: {weight} is quantised, but the model has no linear {module}")
+        codes, grid = packed.read(weight)
+        replacement = PackedLinear(QuantizedWeight(pack_codes(codes, grid.bits), grid, dtype))
+        replacement.bias = linear.bias
+        model.set_submodule(module, replacement)
+    names.load("")
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise InputError(f"model {folder}: lacks {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}")
+    model.requires_grad_(False)
+    if (Path(folder) / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.eval()
+    return model

@@ -1,0 +1,111 @@
+"""Prune one block of a model in memory, whatever stage walks over the blocks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sqft.core.mask import mask_from_score, pack_mask
+from sqft.core.pruners import Method, Pattern, Statistics, magnitude
+from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from sqft.model.calibrate import Block
+    from sqft.model.targets import Target
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BlockPruner:
+    """Zeroes weights of a block by a method's choice or by given masks.
+
+    Attributes:
+        method: how weights are chosen.
+        pattern: how many, and where.
+        given: masks by on-disk weight name that are used instead, or None.
+        unreached_by_magnitude: what to do with an expert that no calibration token reached; False is an error.
+    """
+
+    method: Method
+    pattern: Pattern
+    given: dict[str, torch.Tensor] | None = None
+    unreached_by_magnitude: bool = False
+
+    def __call__(self, block: Block, targets: Collection[Target]) -> dict[str, torch.Tensor]:
+        """Prune the targets in memory.
+
+        Returns:
+            Bool masks of all the block's parameters, by parameter name, True = kept.
+
+        Raises:
+            InputError: an expert that no calibration token reached, by name.
+        """
+        masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in block.parameters().items()}
+        if self.given is not None:
+            self._spread_given(block, masks)
+        for target in targets:
+            weight_OI = target.view(block.model)
+            mask_OI = mask_view(target, masks)
+            if self.given is None:
+                pruned, mask = self._prune(target, weight_OI, block.statistics[target])
+                mask_OI.copy_(mask)
+                weight_OI.copy_(pruned)
+            else:
+                weight_OI.masked_fill_(~mask_OI, 0)
+        return masks
+
+    def _prune(
+        self, target: Target, weight_OI: torch.Tensor, statistics: Statistics
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if statistics.tokens:
+            return self.method.prune(weight_OI, statistics, self.pattern)
+        if self.unreached_by_magnitude:
+            logger.warning("%s: no calibration token reached it; pruned by magnitude", target.name)
+            score = magnitude(weight_OI, statistics)
+            mask = mask_from_score(score, self.pattern.sparsity, self.pattern.structure)
+            return torch.where(mask, weight_OI, 0.0), mask
+        raise InputError(
+            f"{target.name}: no calibration token reached it, so its inputs are unknown; use more or other calibration "
+            "samples (sparsify.calibration), or allow sparsify.unreached_experts: magnitude"
+        )
+
+    def _spread_given(self, block: Block, masks: dict[str, torch.Tensor]) -> None:
+        """Fill the in-memory masks of a block from on-disk masks, one disk tensor at a time."""
+        assert self.given is not None
+        disk = block.names.to_disk(_bytes(masks))
+        for name in disk:
+            if name in self.given:
+                masks[block.names.parameter_of[name]].copy_(self.given[name])
+
+
+def mask_view(target: Target, masks: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a target's mask [O, I] as a view of its parameter's."""
+    mask = masks[f"{target.module}.{target.parameter}"]
+    if target.index is not None:
+        mask = mask[target.index]
+    return mask.T if target.transposed else mask
+
+
+def packed_disk_masks(
+    block: Block, masks: dict[str, torch.Tensor], targets: Collection[Target]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the targets' masks as they are stored: ({on-disk name: packed mask}, {name: unpacked shape})."""
+    touched = {f"{t.module}.{t.parameter}" for t in targets}
+    packed: dict[str, torch.Tensor] = {}
+    shapes: dict[str, str] = {}
+    for name, mask in block.names.to_disk(_bytes(masks)).items():
+        if block.names.parameter_of[name] in touched:
+            packed[name] = pack_mask(mask.view(torch.bool))
+            shapes[name] = ",".join(str(n) for n in mask.shape)
+    return packed, shapes
+
+
+def _bytes(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return bool masks as uint8, which transformers' conversions take, over the same memory."""
+    return {name: mask.view(torch.uint8) for name, mask in masks.items()}

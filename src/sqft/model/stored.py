@@ -1,0 +1,177 @@
+"""What a base folder keeps beside its weights, and what identifies them: masks, starting weights, digests.
+
+`sqft/mask.safetensors` holds the packed mask of each pruned weight, `sqft/start.safetensors` the int8 offset of each
+quantised weight inside its code's bin (the float weight just before rounding). Keys are on-disk weight names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sqft.artifact import MANIFEST, Artifact, digest_file, digest_input
+from sqft.core.mask import unpack_mask
+from sqft.errors import InputError, Problems
+from sqft.model.checkpoint import Checkpoint
+from sqft.model.formats import PackedCheckpoint, quantization_config
+
+if TYPE_CHECKING:
+    import torch
+
+MASK_FILE = Path("sqft") / "mask.safetensors"
+START_FILE = Path("sqft") / "start.safetensors"
+SPARSE_FROM = 0.25
+"""Share of exact zeros from which a float base without a stored mask counts as sparse."""
+
+
+@lru_cache(maxsize=4)
+def _open_masks(file: str, mtime_ns: int) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, framework="pt") as masks:
+        metadata = masks.metadata() or {}
+        return {name: tuple(int(n) for n in metadata[name].split(",")) for name in masks.keys()}
+
+
+def _matching(name: str, known: object) -> str | None:
+    """Return `name`, or it without its first part ('model.', 'transformer.'), whichever is known."""
+    return next((key for key in (name, name.partition(".")[2]) if key in known), None)  # type: ignore[operator]
+
+
+def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
+    """Return the stored mask of a weight in its on-disk layout, or None where the base has none for it.
+
+    Args:
+        base: the base model's folder.
+        name: the weight's name; a prefix that the checkpoint lacks or adds ('model.', 'transformer.') is tolerated.
+    """
+    file = Path(base or "") / MASK_FILE
+    if not base or not file.is_file():
+        return None
+    shapes = _open_masks(str(file), file.stat().st_mtime_ns)
+    found = _matching(name, shapes)
+    if found is None:
+        return None
+    with safe_open(str(file), framework="pt") as masks:
+        return unpack_mask(masks.get_tensor(found), shapes[found][-1])
+
+
+def read_masks(file: Path, source: Checkpoint) -> dict[str, torch.Tensor]:
+    """Read masks made elsewhere: packed ones of ours, or plain bool or 0/1 tensors; keys are on-disk weight names."""
+    try:
+        tensors = load_file(file)
+        with safe_open(str(file), framework="pt") as stream:
+            metadata = stream.metadata() or {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"sparsify.mask {file}: cannot be read as safetensors ({error})") from error
+    masks = {}
+    with Problems(f"sparsify.mask {file}") as problems:
+        for key, tensor in tensors.items():
+            name = key if key in source.entries else f"{key}.weight"
+            if name not in source.entries:
+                problems.add(f"{key} is no weight of the model")
+                continue
+            shape = source.entries[name].shape
+            mask = unpack_mask(tensor, shape[-1]) if key in metadata else tensor
+            if tuple(mask.shape) != shape:
+                problems.add(f"{key} has shape {list(mask.shape)}, the weight {list(shape)}")
+            elif not bool(((mask == 0) | (mask == 1)).all()):
+                problems.add(f"{key} has values other than 0 and 1")
+            else:
+                masks[name] = mask.bool()
+    return masks
+
+
+def load_start(base: str | Path | None, name: str, start: str) -> torch.Tensor | None:
+    """Return the starting weight of quantisation-aware training, in the form that QuantizedWeight takes.
+
+    Args:
+        base: the quantised base's folder.
+        name: the weight's name, as in :func:`load_mask`.
+        start: `dequantized` (None is returned), `compensated` (int8 offsets), or `float` (the weight that was
+            quantised, found through the base's manifest; zeros where the mask is).
+
+    Raises:
+        InputError: the base has no such starting weight, or the float model has moved or changed.
+    """
+    if start == "dequantized":
+        return None
+    if start == "float":
+        return _float_start(Path(base or ""), name)
+    file = Path(base or "") / START_FILE
+    if not base or not file.is_file():
+        raise InputError(
+            f"base {base}: has no {START_FILE}, the weights before rounding; quantise with sqft quantize, or use "
+            "finetune.start: dequantized"
+        )
+    with safe_open(str(file), framework="pt") as offsets:
+        found = _matching(name, set(offsets.keys()))
+        if found is None:
+            raise InputError(f"base {base}: {START_FILE} has no {name}; the base is incomplete, quantise it again")
+        tensor: torch.Tensor = offsets.get_tensor(found)
+    return tensor
+
+
+def _float_start(base: Path, name: str) -> torch.Tensor:
+    source = Path(float_source(base))
+    checkpoint = Checkpoint(source)
+    found = _matching(name, checkpoint.entries)
+    if found is None:
+        raise InputError(f"model {source}: has no {name}, from which training was to start")
+    weight = checkpoint.read(found)
+    mask = load_mask(base, name)
+    return weight if mask is None else weight * mask
+
+
+@lru_cache(maxsize=4)
+def float_source(base: Path) -> str:
+    """Return the folder of the float model that a base was quantised from.
+
+    Raises:
+        InputError: the base names none, or it is gone or has changed.
+    """
+    if not (base / MANIFEST).is_file():
+        raise InputError(
+            f"base {base}: was not quantised by sqft, so the float weights are unknown; use finetune.start: dequantized"
+        )
+    recorded = Artifact.open(base).manifest["inputs"]["model"]
+    path = Path(recorded["path"])
+    if not path.exists():
+        raise InputError(f"base {base}: was quantised from {path}, which is gone; bring it back or use another start")
+    if digest_input(path) != recorded["digest"]:
+        raise InputError(f"base {base}: was quantised from {path}, which has changed since; use another start")
+    return str(path)
+
+
+def identity(base: str | Path, start: str | None = None) -> dict[str, str]:
+    """Return the digests by which an adapter remembers its base: of codes, grid, mask and start, or of all of it.
+
+    Args:
+        base: the base's folder.
+        start: the starting weight that training uses, for a quantised base.
+    """
+    digests = {"base": digest_input(base)}
+    if quantization_config(base) is None:
+        return digests
+    packed = PackedCheckpoint(base)
+    codes, grid = hashlib.sha256(), hashlib.sha256()
+    for name, weight in sorted(packed.stored_names().items()):
+        part = codes if name == packed.codes_name(weight) else grid
+        part.update(name.encode())
+        part.update(packed.checkpoint.read(name).contiguous().flatten().view(_bytes()).numpy().tobytes())
+    digests |= {"codes": codes.hexdigest(), "scales and zero points": grid.hexdigest()}
+    for what, file in (("mask", MASK_FILE), ("start", START_FILE)):
+        if (Path(base) / file).is_file():
+            digests[what] = digest_file(Path(base) / file)
+    if start == "float":
+        digests["start"] = digest_input(float_source(Path(base)))
+    return digests
+
+
+def _bytes() -> torch.dtype:
+    import torch
+
+    return torch.uint8

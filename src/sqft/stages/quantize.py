@@ -1,0 +1,342 @@
+"""Quantize: a float model folder in, the same model on an integer grid out, its zeros kept; streamed block by block.
+
+Optionally sparsifies in the same pass: a block is pruned and then quantised on the same calibration activations, and
+later blocks see both. What is written:
+
+- the model in compressed-tensors `pack-quantized` or GPTQ format; other tools open it;
+- `sqft/mask.safetensors`, where the model is sparse: the mask that was given, chosen, or already stored with the model;
+- `sqft/start.safetensors`: the weight just before rounding, as an int8 offset inside each code's bin.
+
+Memory: a block, the hidden states of all sequences twice, and about 12 · I² bytes for the widest linear's hessian and
+its inverse. Every output file is laid out first and written in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from sqft.artifact import Artifact, check_space, describe, finished, write_json, writing
+from sqft.core.gptq import Quantized, gptq, round_to_nearest
+from sqft.core.mask import pack_mask
+from sqft.core.pruners import Pattern, resolve_method
+from sqft.errors import NumericalError, Problems
+from sqft.model.calibrate import Block, visit_blocks
+from sqft.model.checkpoint import Checkpoint, Layout, allocate, allocate_file, copy_side_files
+from sqft.model.formats import Scheme, quantization_config
+from sqft.model.load import read_json
+from sqft.model.prune import BlockPruner, mask_view, packed_disk_masks
+from sqft.model.stored import MASK_FILE, SPARSE_FROM, START_FILE, load_mask, read_masks
+from sqft.model.targets import DiskNames, Target, decoder_blocks, find_targets, skeleton
+from sqft.recipe import CalibrationConfig, parse_pattern
+
+if TYPE_CHECKING:
+    from sqft.recipe import QuantizeConfig, SparsifyConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Quantizing:
+    """The visitor's state: what to do with a block, and what was done so far."""
+
+    config: QuantizeConfig
+    scheme: Scheme
+    source: Path
+    targets: set[Target]
+    pruner: BlockPruner | None
+    pruned: set[Target]
+    output: Checkpoint
+    start: Checkpoint
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    shapes: dict[str, str] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(self, block: Block) -> None:
+        """Prune and quantise one block in memory, and write it."""
+        disk_name = {parameter: name for name, parameter in block.names.parameter_of.items()}
+        masks: dict[str, torch.Tensor] = {}
+        if self.pruner is not None:
+            pruned = [t for t in block.targets if t in self.pruned]
+            masks = self.pruner(block, pruned)
+            packed, shapes = packed_disk_masks(block, masks, pruned)
+            self.masks |= packed
+            self.shapes |= shapes
+        done: set[str] = set()
+        for group in self._groups(block):
+            for target, result in self._quantize(block, group, masks, disk_name):
+                name = disk_name[f"{target.module}.weight"]
+                for suffix, tensor in self.scheme.encode(result.codes_OI, result.grid).items():
+                    self.output.write(f"{name.removesuffix('.weight')}.{suffix}", tensor)
+                self.start.write(name, result.offset_OI)
+                done.add(name)
+        for name, tensor in block.names.to_disk(block.parameters()).items():
+            if name not in done:
+                self.output.write(name, tensor.to(self.output.entries[name].dtype))
+
+    def _groups(self, block: Block) -> list[list[Target]]:
+        """Return the block's targets, those with the same input together: they have one hessian and one column loop."""
+        groups: dict[int, list[Target]] = {}
+        for target in block.targets:
+            if target in self.targets:
+                groups.setdefault(id(block.statistics[target]), []).append(target)
+        return list(groups.values())
+
+    def _quantize(
+        self, block: Block, group: list[Target], masks: dict[str, torch.Tensor], disk_name: dict[str, str]
+    ) -> list[tuple[Target, Quantized]]:
+        """Quantise linears that share an input; the model in memory gets the dequantised weights."""
+        views = [target.view(block.model) for target in group]
+        weight_OI = torch.cat([view.float() for view in views])
+        mask_OI = torch.cat([self._mask(t, v, masks, disk_name) for t, v in zip(group, views, strict=True)])
+        names = ", ".join(target.name for target in group)
+        hessian = block.statistics[group[0]].hessian_II
+        options: dict[str, Any] = {
+            "bits": self.config.bits,
+            "group_size": self.config.group_size,
+            "symmetric": self.config.symmetric,
+            "dtype": self.scheme.scale_dtype(views[0].dtype),
+        }
+        try:
+            if self.config.method == "rtn":
+                tall = round_to_nearest(weight_OI * mask_OI, **options)
+            else:
+                if hessian is None or block.statistics[group[0]].tokens == 0:
+                    raise NumericalError("no calibration token reached it; use more or other calibration samples")
+                tall = gptq(
+                    weight_OI, hessian, mask_OI, act_order=self.config.act_order, damping=self.config.damping, **options
+                )
+        except NumericalError as error:
+            raise NumericalError(f"{names}: {error} (quantize.calibration, quantize.damping)") from error
+        dequantised = tall.grid.dequantize(tall.codes_OI)
+        lost = _relative_error(weight_OI * mask_OI - dequantised, weight_OI * mask_OI, hessian)
+        parts = tall.split([view.shape[0] for view in views])
+        for target, view, part, kept in zip(
+            group, views, parts, mask_OI.split([v.shape[0] for v in views]), strict=True
+        ):
+            view.copy_(part.grid.dequantize(part.codes_OI, view.dtype))
+            self.layers.append(
+                {
+                    "name": target.name,
+                    "weights": view.numel(),
+                    "sparsity": round(1 - int(kept.count_nonzero()) / kept.numel(), 6),
+                    "relative_error": lost,
+                }
+            )
+        return list(zip(group, parts, strict=True))
+
+    def _mask(
+        self, target: Target, view: torch.Tensor, masks: dict[str, torch.Tensor], disk_name: dict[str, str]
+    ) -> torch.Tensor:
+        """Return what must stay zero: what was just pruned, the model's stored mask, and every weight that is 0."""
+        if target in self.pruned:
+            return mask_view(target, masks)
+        name = disk_name[f"{target.module}.weight"]
+        stored = load_mask(self.source, name)
+        if stored is not None:
+            self.masks[name], self.shapes[name] = _packed(stored)
+            return stored
+        kept = view != 0
+        if int(kept.count_nonzero()) <= (1 - SPARSE_FROM) * kept.numel():
+            self.masks[name], self.shapes[name] = _packed(kept)
+        return kept
+
+
+def _packed(mask: torch.Tensor) -> tuple[torch.Tensor, str]:
+    return pack_mask(mask), ",".join(str(n) for n in mask.shape)
+
+
+def _relative_error(
+    difference_OI: torch.Tensor, weight_OI: torch.Tensor, hessian_II: torch.Tensor | None
+) -> float | None:
+    """Return ‖ΔW X‖² / ‖W X‖² on the calibration inputs, None without a hessian."""
+    if hessian_II is None:
+        return None
+    lost = float((difference_OI @ hessian_II * difference_OI).sum())
+    whole = float((weight_OI @ hessian_II * weight_OI).sum())
+    return round(lost / whole, 6) if whole > 0 else 0.0
+
+
+def run(
+    config: QuantizeConfig,
+    model: Path,
+    tokens: torch.Tensor | None,
+    out: Path,
+    *,
+    seed: int,
+    sparsify: SparsifyConfig | None = None,
+    calibration: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Artifact:
+    """Quantise a model folder, and sparsify it in the same pass if asked to.
+
+    Args:
+        config: the grid and the method.
+        model: the float model's folder.
+        tokens: calibration tokens, int64 [samples, length]; None where neither method needs any.
+        out: the folder to make.
+        seed: recorded; nothing is drawn.
+        sparsify: what to prune in the same pass; None keeps the model's own zeros.
+        calibration: what the tokens were drawn from, recorded and part of the key.
+        trust_remote_code: passed to transformers.
+
+    Raises:
+        InputError: a model, targets or group size that cannot be quantised or stored; all at once, before any work.
+        NumericalError: NaN or Inf in the weights or activations, or a hessian that is not positive definite; names the
+            linear.
+    """
+    settings = {
+        **config.model_dump(mode="json", exclude={"joint", "calibration"}),
+        "sparsify": sparsify and sparsify.model_dump(mode="json"),
+        "calibrated_on": calibration,
+    }
+    description = describe("quantize", settings, {"model": model}, seed)
+    if done := finished(out, description):
+        return done
+    source = Checkpoint(model)
+    network = skeleton(model, trust_remote_code=trust_remote_code)
+    targets, skipped = find_targets(network, config.targets, config.ignore)
+    pruned = [] if sparsify is None else find_targets(network, sparsify.targets, sparsify.ignore)[0]
+    check(config, model, network, targets, tokens)
+    scheme = Scheme(config.format, config.bits, config.group_size, config.symmetric)
+    calibrated = config.calibration or (CalibrationConfig() if sparsify is None else sparsify.calibration)
+    names = DiskNames(network, source)
+    layout, start_layout = _layouts(scheme, source, names, targets)
+    check_space(out, int(source.size_bytes * 1.1), "the quantised model")
+    source.check_finite()
+    with writing(out, description) as draft:
+        copy_side_files(model, draft.path, index=False)
+        output = allocate(draft.path, layout)
+        allocate_file(draft.path / START_FILE, start_layout)
+        work = _Quantizing(
+            config=config,
+            scheme=scheme,
+            source=model,
+            targets=set(targets),
+            pruner=None if sparsify is None else _pruner(sparsify, source),
+            pruned=set(pruned),
+            output=output,
+            start=Checkpoint(draft.path, [str(START_FILE)]),
+        )
+        needs_hessian = config.method == "gptq" or (
+            sparsify is not None and sparsify.mask is None and resolve_method(sparsify.method).needs_hessian
+        )
+        visit_blocks(
+            model,
+            list(dict.fromkeys([*targets, *pruned])),
+            torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens,
+            work,
+            batch=calibrated.batch,
+            hessian=needs_hessian,
+            trust_remote_code=trust_remote_code,
+        )
+        _finish(work, source, names, draft.path)
+        weights = sum(layer["weights"] for layer in work.layers)
+        zeros = sum(layer["weights"] * layer["sparsity"] for layer in work.layers)
+        coverage = f"quantised {len(targets)}/{len(targets) + len(skipped)} linears to {config.bits} bits"
+        if skipped:
+            coverage += f"; skipped {', '.join(skipped[:4])}{', ...' if len(skipped) > 4 else ''} (ignored)"
+        draft.result = {
+            "coverage": coverage,
+            "sparsity": round(zeros / weights, 6),
+            "calibration_tokens": 0 if tokens is None else int(tokens.numel()),
+            "weights_bytes": output.size_bytes,
+            "layers": work.layers,
+        }
+        logger.info("%s, %.1f %% of their weights zero", coverage, 100 * zeros / weights)
+    return Artifact.open(out)
+
+
+def _pruner(config: SparsifyConfig, source: Checkpoint) -> BlockPruner:
+    return BlockPruner(
+        resolve_method(config.method),
+        Pattern(config.sparsity, parse_pattern(config.pattern)),
+        read_masks(Path(config.mask), source) if config.mask else None,
+        unreached_by_magnitude=config.unreached_experts == "magnitude",
+    )
+
+
+def _layouts(
+    scheme: Scheme, source: Checkpoint, names: DiskNames, targets: list[Target]
+) -> tuple[dict[str, Layout], dict[str, Layout]]:
+    """Return the layouts of the model's files and of the starting weights."""
+    quantised = {f"{target.module}.weight" for target in targets}
+    layout: dict[str, Layout] = {}
+    start: dict[str, Layout] = {}
+    for name, entry in source.entries.items():
+        if names.parameter_of[name] not in quantised:
+            layout[name] = (entry.dtype, entry.shape)
+            continue
+        stored = scheme.layout((entry.shape[0], entry.shape[1]), scheme.scale_dtype(entry.dtype))
+        layout |= {f"{name.removesuffix('.weight')}.{suffix}": value for suffix, value in stored.items()}
+        start[name] = (torch.int8, entry.shape)
+    return layout, start
+
+
+def _finish(work: _Quantizing, source: Checkpoint, names: DiskNames, folder: Path) -> None:
+    """Write what no block holds: the other tensors, the masks, and what config.json says of the quantisation."""
+    blocks = f"{decoder_blocks(names.model)[0]}."
+    for name, parameter in names.parameter_of.items():
+        if not parameter.startswith(blocks):
+            work.output.write(name, source.read(name))
+    if work.masks:
+        save_file(work.masks, folder / MASK_FILE, metadata=work.shapes)
+    quantised = {target.module for target in work.targets}
+    ignore = [n for n, m in names.model.named_modules() if isinstance(m, nn.Linear) and n not in quantised]
+    config = read_json(folder / "config.json")
+    config["quantization_config"] = work.scheme.to_config(ignore)
+    write_json(folder / "config.json", config)
+
+
+def check(
+    config: QuantizeConfig, folder: Path, network: Any, targets: list[Target], tokens: torch.Tensor | None
+) -> None:
+    """Refuse, all at once, what would only show in the middle of the work."""
+    with Problems("quantize") as problems:
+        if quantization_config(folder) is not None:
+            problems.add(f"model {folder} is quantised already; give the float model")
+        fused = [t for t in targets if t.index is not None]
+        if fused:
+            problems.add(
+                f"{fused[0].module}.{fused[0].parameter} holds all experts in one tensor, which {config.format} cannot "
+                f"express ({len(fused)} such matrices); leave them out with quantize.ignore: "
+                f"['*.{fused[0].module.rpartition('.')[2]}.*']"
+            )
+        transposed = [t for t in targets if t.transposed and t.index is None]
+        if transposed:
+            problems.add(
+                f"{transposed[0].name} is a Conv1D, stored [in, out], which {config.format} cannot express "
+                f"({len(transposed)} such linears); leave them out with quantize.ignore, or keep the model sparse float"
+            )
+        plain = [t for t in targets if t.index is None and not t.transposed]
+        shapes = {t: t.view(network).shape for t in plain}
+        wrong = [t for t in plain if config.group_size is not None and shapes[t][1] % config.group_size]
+        if wrong:
+            listed = ", ".join(f"{t.name} ({shapes[t][1]})" for t in wrong[:5])
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            problems.add(
+                f"group_size {config.group_size} does not divide the rows of {listed}{more}; choose one that does, "
+                "null for whole rows, or leave them out with quantize.ignore"
+            )
+        if config.format == "gptq":
+            for target in plain:
+                rows, columns = shapes[target]
+                if rows * config.bits % 32 or columns * config.bits % 32:
+                    problems.add(
+                        f"{target.name} [{rows}, {columns}] does not fill whole 32-bit words with {config.bits} bits, "
+                        "which GPTQ's format needs; use quantize.format: compressed-tensors"
+                    )
+                    break
+        if config.method == "gptq" and tokens is None:
+            problems.add("method gptq needs calibration tokens; use rtn without them")
+        if tokens is not None and tokens.numel() == 0:
+            problems.add("there are no calibration tokens; give data with text in it")
+        limit = getattr(network.config, "max_position_embeddings", None)
+        if tokens is not None and limit is not None and tokens.ndim == 2 and tokens.shape[1] > limit:
+            problems.add(f"calibration.length is {tokens.shape[1]} tokens, more than the {limit} that the model allows")

@@ -1,0 +1,313 @@
+"""From a float model to one merged INT4 model: grid, zeros, live codes, and what stock transformers reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from sqft.core.delta import effective_codes
+from sqft.core.grid import QuantizedWeight
+from sqft.errors import InputError, NumericalError
+from sqft.model.checkpoint import Checkpoint
+from sqft.model.formats import PackedCheckpoint
+from sqft.model.inspect import inspect_model
+from sqft.model.layers import SqftConfig, sqft_layers
+from sqft.model.load import load_model
+from sqft.model.stored import load_mask
+from sqft.recipe import MergeConfig, QuantizeConfig, SparsifyConfig, VerifyConfig
+from sqft.stages import merge, quantize, verify
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "opt"]
+PROMPT = torch.arange(40).view(2, 20)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+def quantized(base: Path, out: Path, *, sparsity: float | None = 0.5, **settings: Any) -> Path:
+    config = QuantizeConfig(**{"group_size": 16, **settings})
+    sparsify = None if sparsity is None else SparsifyConfig(sparsity=sparsity)
+    quantize.run(config, base, tokens(), out, seed=0, sparsify=sparsify)
+    return out
+
+
+def random_adapter(base: Path, out: Path, *, kind: str = "quantized", scale: float = 0.05, **settings: Any) -> Any:
+    """Attach and save an adapter with B ≠ 0, as large as trained ones get."""
+    torch.manual_seed(1)
+    model = load_model(base, packed=True)
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if type(m).__name__ == "PackedLinear"}
+    adapted = get_peft_model(
+        model, SqftConfig(kind=kind, r=4, lora_alpha=8, target_modules=sorted(names), task_type="CAUSAL_LM", **settings)
+    )
+    for layer in sqft_layers(adapted).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=scale)
+    adapted.save_pretrained(str(out))
+    return adapted.eval()
+
+
+def live_codes(adapted: Any) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, layer in sqft_layers(adapted).items():
+        weight = layer.weight_OI
+        assert isinstance(weight, QuantizedWeight)
+        lora_A, lora_B = layer.factors("default")
+        found[name] = effective_codes(weight, lora_A, lora_B, layer.scaling["default"], layer.mask_packed)
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_one_merged_model_on_every_architecture(arch: str, tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model(arch), tmp_path / "base")
+    live = random_adapter(base, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = live(input_ids=PROMPT).logits
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    packed, before = PackedCheckpoint(tmp_path / "merged"), PackedCheckpoint(base)
+    codes = live_codes(live)
+    assert len(codes) == len(packed.shapes)
+    changed = 0
+    for weight in packed.shapes:
+        merged, grid = packed.read(weight)
+        module = next(m for m in codes if weight.endswith(f"{m.removeprefix('model.')}.weight"))
+        assert torch.equal(merged, codes[module])
+        mask = load_mask(base, weight)
+        assert mask is not None
+        assert 0.49 < 1 - mask.float().mean() < 0.51
+        assert torch.equal(merged[~mask], grid.zero_codes()[~mask])
+        changed += int((merged != before.read(weight)[0]).sum())
+    assert changed > 0
+    # What a user without sqft gets: stock transformers, to the bit.
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "merged")(input_ids=PROMPT).logits, expected)
+    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json")
+    assert result["passed"], [c for c in result["checks"] if not c["passed"]]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group_size", "dtype"), [(16, torch.bfloat16), (None, torch.float32), (32, torch.float16)])
+def test_merged_codes_are_the_live_ones(
+    bits: int, symmetric: bool, group_size: int | None, dtype: torch.dtype, tiny_model: Any, tmp_path: Path
+) -> None:
+    base = quantized(
+        tiny_model("llama", dtype=dtype), tmp_path / "base", bits=bits, symmetric=symmetric, group_size=group_size
+    )
+    live = random_adapter(base, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = live(input_ids=PROMPT).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            live(input_ids=PROMPT)
+            inside = live_codes(live)
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    packed = PackedCheckpoint(tmp_path / "merged")
+    for name, codes in inside.items():
+        assert torch.equal(packed.read(f"{name}.weight")[0], codes)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "merged")(input_ids=PROMPT).logits, expected)
+        assert torch.equal(load_model(tmp_path / "merged", packed=True)(input_ids=PROMPT).logits, expected)
+
+
+@pytest.mark.parametrize("start", ["compensated", "dequantized", "float"])
+def test_every_start_merges_exactly_and_the_first_two_start_at_the_base(
+    start: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    adapted = random_adapter(base, tmp_path / "adapter", start=start)
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    packed = PackedCheckpoint(tmp_path / "merged")
+    for name, codes in live_codes(adapted).items():
+        assert torch.equal(packed.read(f"{name}.weight")[0], codes)
+    for layer in sqft_layers(adapted).values():
+        torch.nn.init.zeros_(layer.lora_B["default"].weight)
+    at_zero = live_codes(adapted)
+    same = all(torch.equal(PackedCheckpoint(base).read(f"{n}.weight")[0], c) for n, c in at_zero.items())
+    assert same == (start != "float")
+    reloaded = PeftModel.from_pretrained(load_model(base, packed=True), str(tmp_path / "adapter"))
+    assert next(iter(sqft_layers(reloaded).values())).kind == "quantized"
+
+
+def test_merge_and_unmerge_in_memory(tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    adapted = random_adapter(base, tmp_path / "adapter")
+    with torch.no_grad():
+        live = adapted(input_ids=PROMPT).logits
+        with adapted.disable_adapter():
+            plain = adapted(input_ids=PROMPT).logits
+        assert torch.equal(plain, load_model(base)(input_ids=PROMPT).logits)
+        assert not torch.equal(plain, live)
+        adapted.merge_adapter()
+        assert torch.equal(adapted(input_ids=PROMPT).logits, live)
+        adapted.unmerge_adapter()
+        assert torch.equal(adapted(input_ids=PROMPT).logits, live)
+        assert torch.equal(adapted.merge_and_unload()(input_ids=PROMPT).logits, live)
+
+
+def test_an_int4_model_without_zeros_works_as_well(tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base", sparsity=None)
+    assert not (base / "sqft" / "mask.safetensors").exists()
+    adapted = random_adapter(base, tmp_path / "adapter")
+    assert all(layer.mask_packed is None for layer in sqft_layers(adapted).values())
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json")
+    assert result["passed"], result["checks"]
+    derived = random_adapter(base, tmp_path / "derived", derive_mask=True)
+    packed = PackedCheckpoint(base)
+    for name, codes in live_codes(derived).items():
+        old, grid = packed.read(f"{name}.weight")
+        zero = old == grid.zero_codes()
+        assert zero.any()
+        assert torch.equal(codes[zero], old[zero])
+
+
+def test_gptq_keeps_every_zero_and_is_nearer_than_rounding(tiny_model: Any, tmp_path: Path) -> None:
+    dense = tiny_model("llama")
+    gptq = quantized(dense, tmp_path / "gptq")
+    rtn = quantized(dense, tmp_path / "rtn", method="rtn")
+    errors = {}
+    for name, folder in (("gptq", gptq), ("rtn", rtn)):
+        manifest = json.loads((folder / "sqft" / "manifest.json").read_text())
+        assert manifest["result"]["sparsity"] == 0.5
+        errors[name] = sum(layer["relative_error"] or 0 for layer in manifest["result"]["layers"])
+        facts = inspect_model(folder)
+        assert facts["sparsity"] >= 0.5
+        assert facts["precision"]["int4"] > 0.5
+    assert errors["gptq"] > 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_gptq_format_is_read_back(symmetric: bool, tiny_model: Any, tmp_path: Path) -> None:
+    # Weights in these groups have both signs, so no zero point is 0.
+    ours = quantized(tiny_model("llama"), tmp_path / "ct", symmetric=symmetric, sparsity=None)
+    theirs = quantized(tiny_model("llama"), tmp_path / "gptq", symmetric=symmetric, sparsity=None, format="gptq")
+    a, b = PackedCheckpoint(ours), PackedCheckpoint(theirs)
+    assert a.shapes == b.shapes
+    agree = [float((a.read(n)[0] == b.read(n)[0]).float().mean()) for n in a.shapes]
+    assert min(agree) > 0.9  # scales are rounded to another dtype
+    qweight = b.checkpoint.read("model.layers.0.mlp.up_proj.qweight")
+    qzeros = b.checkpoint.read("model.layers.0.mlp.up_proj.qzeros")
+    codes, grid = b.read("model.layers.0.mlp.up_proj.weight")
+    # By hand, as AutoGPTQ lays it out: eight codes a word along the inputs, zero points minus one along the outputs.
+    assert torch.equal((qweight[0] >> 8) & 15, codes[:, 2].int())
+    assert torch.equal(((qzeros[:, 0] >> 4) & 15) + 1, grid.zero_OG[1].int())
+    random_adapter(theirs, tmp_path / "adapter")
+    merge.run(MergeConfig(), theirs, tmp_path / "adapter", tmp_path / "merged")
+    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", theirs, tmp_path / "adapter", tmp_path / "v.json")
+    assert result["passed"], result["checks"]
+
+
+def test_a_dense_adapter_is_merged_only_knowingly(tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    random_adapter(base, tmp_path / "adapter", kind="dense")
+    with pytest.raises(
+        InputError, match=r"4-bit weights.*allow_precision_loss(?s:.*)zeros? would be|allow_sparsity_loss"
+    ):
+        merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    config = MergeConfig(allow_precision_loss=True, allow_sparsity_loss=True)
+    merge.run(config, base, tmp_path / "adapter", tmp_path / "merged")
+    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json")
+    lost = {check["name"]: check for check in result["checks"]}
+    assert lost["logits_equal"]["value"] > 0
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil"),
+    [
+        ("codes", lambda t: t.bitwise_xor(16)),
+        ("weight_scale", lambda t: t * 1.5),
+        ("weight_zero_point", lambda t: t.bitwise_xor(1)),
+    ],
+)
+def test_verify_sees_a_changed_grid_or_code(part: str, spoil: Any, tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    random_adapter(base, tmp_path / "adapter")
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    checkpoint = Checkpoint(tmp_path / "merged")
+    name = "model.layers.1.mlp.down_proj." + ("weight_packed" if part == "codes" else part)
+    tensor = checkpoint.read(name)
+    tensor[0, 0] = spoil(tensor[0, 0])
+    checkpoint.write(name, tensor)
+    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json")
+    failed = [check["name"] for check in result["checks"] if not check["passed"]]
+    assert ("codes_equal" if part == "codes" else "grid_untouched") in failed
+
+
+def test_what_cannot_be_quantised_is_refused_by_name_before_work(tiny_model: Any, tmp_path: Path) -> None:
+    llama = tiny_model("llama")
+    with pytest.raises(InputError, match=r"group_size 48 does not divide.*q_proj \(32\)"):
+        quantized(llama, tmp_path / "a", group_size=48)
+    with pytest.raises(InputError, match=r"attn.c_attn is a Conv1D"):
+        quantized(tiny_model("gpt2"), tmp_path / "a")
+    with pytest.raises(InputError, match=r"experts in one tensor"):
+        quantized(tiny_model("mixtral"), tmp_path / "a")
+    with pytest.raises(InputError, match="no calibration tokens"):
+        quantize.run(QuantizeConfig(group_size=16), llama, torch.zeros(0, 8).long(), tmp_path / "a", seed=0)
+    base = quantized(llama, tmp_path / "base")
+    with pytest.raises(InputError, match="quantised already"):
+        quantized(base, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_hessian_with_nan_names_the_linear_and_leaves_nothing(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqft.core.pruners import Statistics
+
+    add = Statistics.add
+
+    def poisoned(self: Statistics, x: torch.Tensor) -> None:
+        add(self, x)
+        if self.hessian_II is not None and x.shape[1] == 64:
+            self.hessian_II[0, 0] = float("nan")
+
+    monkeypatch.setattr(Statistics, "add", poisoned)
+    with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.down_proj.*NaN"):
+        quantized(tiny_model("llama"), tmp_path / "a", sparsity=None)
+    assert not list(tmp_path.iterdir())
+
+
+def edit_config(folder: Path, change: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(quant_method="awq"), "'awq', which sqft does not read"),
+        (lambda q: q.update(format="nvfp4-pack-quantized"), "nvfp4"),
+        (lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=8), r"needs \[32, 8\]"),
+        (lambda q: q["config_groups"]["group_0"]["weights"].update(group_size=32), "needs"),
+        (lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=5), "5-bit"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_refused(change: Any, message: str, tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    edit_config(base, change)
+    with pytest.raises(InputError, match=message):
+        load_model(base, packed=True)
+
+
+def test_a_missing_zero_point_is_named(tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_zero_point"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj has no weight_zero_point"):
+        load_model(base, packed=True)
+
+
+def test_another_base_is_refused_and_says_what_differs(tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    with pytest.raises(InputError, match="kind sparse needs a float base"):
+        random_adapter(base, tmp_path / "adapter", kind="sparse")
+    with pytest.raises(InputError, match="needs a quantised base"):
+        get_peft_model(load_model(tiny_model("llama")), SqftConfig(kind="quantized", target_modules=["q_proj"]))
