@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -72,9 +73,10 @@ def _free_port() -> int:
 
 def _log_tail(log: Path) -> str:
     """Return the lines of the server's log that say what went wrong."""
-    lines = log.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if "Error" in line or "error:" in line]
-    return "\n  ".join(dict.fromkeys(line[-400:] for line in (errors or lines)[-8:]))
+    text = log.read_text(errors="replace")
+    # The first error is the cause; each process repeats it, and the last only says that another one failed.
+    errors = list(dict.fromkeys(re.findall(r"\b\w*(?:Error|Exception): .{1,500}", text)))[:4]
+    return "\n  ".join(errors or text.splitlines()[-8:])
 
 
 def _wait(server: subprocess.Popen[bytes], url: str, log: Path, timeout: float) -> float:
