@@ -3,14 +3,15 @@
     e_j = (w_j − ŵ_j) / U_jj,   w_k ← w_k − e_j · U_jk   for k > j,   U the upper Cholesky factor of H⁻¹
                                                             (Frantar et al. 2022, algorithm 1; SQFT section 2.1)
 
-Shapes: O out features, I in features, G groups, B a block of columns.
+Shapes: O out features, I in features, G groups, B columns of a group.
 
 The error feedback moves pruned weights away from zero. Other tools quantise them where they land, which brings back a
 tenth of the pruned weights, or set them to zero and forget what they had received. Here ŵ_j = 0 is simply the value
 that a pruned weight must take: it gets the code z, and what it had received goes on, as an error, to the columns to
 come. That is the exact step of the method under the constraint "this weight is zero" (the step SparseGPT takes).
 
-Rows are independent, so linears that share an input are quantised as one tall weight: the column loop, whose cost is
+Columns are taken in recursive halves: when the first half is done, its errors go to the second half in one matrix
+product. Rows are independent, so linears that share an input are quantised as one tall weight: the column loop, whose cost is
 its number of small operations, runs once for them.
 """
 
@@ -22,6 +23,8 @@ import torch
 
 from sqft.core.grid import Grid
 from sqft.core.pruners import inverse_cholesky
+
+_LEAF = 8  # columns updated one by one; so few that an update stays in cache and on one thread
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,6 @@ def gptq(
     dtype: torch.dtype,
     act_order: bool = True,
     damping: float = 0.01,
-    block: int = 128,
 ) -> Quantized:
     """Quantise a weight with error feedback; see the module.
 
@@ -93,7 +95,6 @@ def gptq(
             weight, so groups stay contiguous columns and no index of columns is stored. Without it a group's grid is
             made when the loop reaches the group, from the weights as compensated so far.
         damping: added to the hessian's diagonal, as a fraction of its mean.
-        block: columns between updates of the whole rest.
 
     Returns:
         Codes, grid and offsets; every masked weight has exactly the zero point's code.
@@ -102,77 +103,108 @@ def gptq(
         NumericalError: the damped hessian is not positive definite, or a value is not finite.
         InputError: the group size does not divide the row.
     """
-    weight = weight_OI.float()
-    kept_IO = None if mask_OI is None else mask_OI.T.contiguous()
-    if mask_OI is not None:
-        weight = weight * mask_OI
+    weight = weight_OI.float() if mask_OI is None else weight_OI.float() * mask_OI
     columns = weight.shape[1]
     grid = Grid.fit(weight, bits=bits, group_size=group_size, symmetric=symmetric, dtype=dtype)
-    group = grid.group_size
     order = torch.arange(columns, device=weight.device)
     if act_order:
         order = hessian_II.diagonal().argsort(descending=True, stable=True)
         hessian_II = hessian_II[order][:, order]
-    factor = inverse_cholesky(hessian_II, damping)
-    # Columns are rows here, so that each is contiguous.
-    work_IO = weight.T[order].contiguous()
-    scale, low, high = (part.squeeze(-1).T.contiguous() for part in grid.steps())
-    position_IO = torch.empty_like(work_IO)
-    rounded_IO = torch.empty_like(work_IO)
-    columns_in_order = order.tolist()
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.empty_like(work_IO[start:stop])
-        for index in range(start, stop):
-            column = columns_in_order[index]
-            g = column // group
-            if not act_order and column % group == 0:
-                _refit(grid, g, _pending(work_IO, errors, factor, start, index, group), kept_IO, (scale, low, high))
-            position = torch.div(work_IO[index], scale[g], out=position_IO[column])
-            rounded = torch.round(position, out=rounded_IO[column])
-            torch.minimum(torch.maximum(rounded, low[g], out=rounded), high[g], out=rounded)
-            if kept_IO is not None:
-                rounded.mul_(kept_IO[column])
-            error = torch.addcmul(work_IO[index], rounded, scale[g], value=-1).div_(factor[index, index])
-            errors[index - start] = error
-            if index + 1 < stop:
-                work_IO[index + 1 : stop].addr_(factor[index, index + 1 : stop], error, alpha=-1)
-        if stop < columns:
-            work_IO[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    if kept_IO is not None:
-        position_IO.mul_(kept_IO)
-    zero_IO = (-low).repeat_interleave(group, dim=0)
-    codes = (rounded_IO + zero_IO).to(torch.uint8).T.contiguous()
-    offset = (position_IO - rounded_IO).mul_(256).round_().clamp_(-127, 127).to(torch.int8).T.contiguous()
-    if not act_order:
-        grid = Grid(scale.T.contiguous().to(dtype), (-low).T.contiguous().to(torch.uint8), bits, columns, symmetric)
-    return Quantized(codes, grid, offset)
-
-
-def _pending(
-    work_IO: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, start: int, index: int, group: int
-) -> torch.Tensor:
-    """Return a group's columns as compensated so far, also where it reaches beyond the block being worked on."""
-    stop = start + errors.shape[0]
-    columns = work_IO[index : index + group].clone()
-    if index + group > stop and index > start:
-        columns[stop - index :].addmm_(factor[start:index, stop : index + group].T, errors[: index - start], alpha=-1)
-    return columns
-
-
-def _refit(
-    grid: Grid,
-    g: int,
-    columns_BO: torch.Tensor,
-    kept_IO: torch.Tensor | None,
-    units: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> None:
-    """Replace group g's scale and bounds by those of its weights as compensated so far."""
-    group = columns_BO.shape[0]
-    if kept_IO is not None:
-        columns_BO = columns_BO * kept_IO[g * group : (g + 1) * group]
-    fitted = Grid.fit(
-        columns_BO.T, bits=grid.bits, group_size=None, symmetric=grid.symmetric, dtype=grid.scale_OG.dtype
+    loop = _ColumnLoop(
+        factor_II=inverse_cholesky(hessian_II, damping),
+        work_IO=weight.T[order].contiguous(),
+        kept_IO=None if mask_OI is None else mask_OI.T.contiguous(),
+        order=order.tolist(),
+        grid=grid,
+        refit=not act_order,
     )
-    for target, value in zip(units, fitted.steps(), strict=True):
-        target[g] = value.flatten()
+    loop.run(0, columns)
+    return loop.result()
+
+
+class _ColumnLoop:
+    """The state of one run; columns of the weight are rows here, so that each is contiguous.
+
+    Attributes:
+        work_IO: weights yet to come, compensated so far, in the loop's order; of columns that are done, their errors.
+        position_IO: each weight just before rounding, in steps of the grid, in the weight's own order of columns.
+        rounded_IO: q − z.
+    """
+
+    def __init__(
+        self,
+        factor_II: torch.Tensor,
+        work_IO: torch.Tensor,
+        kept_IO: torch.Tensor | None,
+        order: list[int],
+        grid: Grid,
+        *,
+        refit: bool,
+    ) -> None:
+        self.factor, self.work_IO, self.kept_IO, self.order = factor_II, work_IO, kept_IO, order
+        self.grid, self.refit = grid, refit
+        self.scale, self.low, self.high = (part.squeeze(-1).T.contiguous() for part in grid.steps())
+        self.position_IO, self.rounded_IO = torch.empty_like(work_IO), torch.empty_like(work_IO)
+
+    def run(self, start: int, stop: int) -> None:
+        """Quantise columns start to stop, which have received all errors of the columns before them.
+
+        Halving turns all but the last updates into matrix products; a split falls between groups while it can, so
+        that a group is whole, and fully compensated, when its grid is made.
+        """
+        group = self.grid.group_size
+        if self.refit and start % group == 0 and stop - start == group:
+            self._fit_group(start)
+        if stop - start <= _LEAF:
+            self._columns(start, stop)
+            return
+        half = (stop - start) // 2
+        middle = start + (half if stop - start <= group else max(group, half // group * group))
+        self.run(start, middle)
+        self.work_IO[middle:stop].addmm_(
+            self.factor[start:middle, middle:stop].T, self.work_IO[start:middle], alpha=-1
+        )
+        self.run(middle, stop)
+
+    def _columns(self, start: int, stop: int) -> None:
+        for index in range(start, stop):
+            weight, column = self.work_IO[index], self.order[index]
+            g = column // self.grid.group_size
+            position = torch.div(weight, self.scale[g], out=self.position_IO[column])
+            rounded = torch.round(position, out=self.rounded_IO[column])
+            rounded.clamp_(self.low[g], self.high[g])
+            if self.kept_IO is not None:
+                rounded.mul_(self.kept_IO[column])
+            # From here on the row holds the error.
+            weight.addcmul_(rounded, self.scale[g], value=-1).div_(self.factor[index, index])
+            if index + 1 < stop:
+                self.work_IO[index + 1 : stop].addr_(self.factor[index, index + 1 : stop], weight, alpha=-1)
+
+    def _fit_group(self, start: int) -> None:
+        """Replace a group's scale and bounds by those of its weights as compensated so far."""
+        group = self.grid.group_size
+        weight_BO = self.work_IO[start : start + group]
+        if self.kept_IO is not None:
+            weight_BO = weight_BO * self.kept_IO[start : start + group]
+        fitted = Grid.fit(
+            weight_BO.T,
+            bits=self.grid.bits,
+            group_size=None,
+            symmetric=self.grid.symmetric,
+            dtype=self.grid.scale_OG.dtype,
+        )
+        for target, value in zip((self.scale, self.low, self.high), fitted.steps(), strict=True):
+            target[start // group] = value.flatten()
+
+    def result(self) -> Quantized:
+        grid = self.grid
+        zero_IO = (-self.low).repeat_interleave(grid.group_size, dim=0)
+        codes = (self.rounded_IO + zero_IO).to(torch.uint8).T.contiguous()
+        offset = self.position_IO.sub_(self.rounded_IO).mul_(256).round_().clamp_(-127, 127)
+        if self.kept_IO is not None:
+            offset.mul_(self.kept_IO)
+        if self.refit:
+            scale = self.scale.T.contiguous().to(grid.scale_OG.dtype)
+            zero = (-self.low).T.contiguous().to(torch.uint8)
+            grid = Grid(scale, zero, grid.bits, grid.columns, grid.symmetric)
+        return Quantized(codes, grid, offset.to(torch.int8).T.contiguous())
