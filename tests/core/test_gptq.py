@@ -126,7 +126,10 @@ def test_quantising_is_what_compressed_tensors_does_with_the_same_grid(
     grid = Grid.fit(weight, bits=bits, group_size=16, symmetric=symmetric, dtype=dtype)
     arguments = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=16)
     theirs = fake_quantize(
-        weight.float(), grid.scale_OG.float(), (grid.zero_OG.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8), arguments
+        weight.float(),
+        grid.scale_OG.float(),
+        (grid.zero_OG.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8),
+        arguments,
     )
     # It adds the zero point before it rounds, so a weight half-way between two codes may fall to the other one.
     steps = weight.float() / grid.scale_OG.float().repeat_interleave(16, dim=1)

@@ -258,14 +258,14 @@ def test_what_cannot_be_quantised_is_refused_by_name_before_work(tiny_model: Any
 def test_a_hessian_with_nan_names_the_linear_and_leaves_nothing(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sqft.core.pruners import Statistics
+    from sqft.core.statistics import Statistics
 
     add = Statistics.add
 
     def poisoned(self: Statistics, x: torch.Tensor) -> None:
         add(self, x)
-        if self.hessian_II is not None and x.shape[1] == 64:
-            self.hessian_II[0, 0] = float("nan")
+        if self.upper_II is not None and x.shape[1] == 64:
+            self.upper_II[0, 0] = float("nan")
 
     monkeypatch.setattr(Statistics, "add", poisoned)
     with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.down_proj.*NaN"):

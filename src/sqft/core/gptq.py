@@ -11,8 +11,8 @@ that a pruned weight must take: it gets the code z, and what it had received goe
 come. That is the exact step of the method under the constraint "this weight is zero" (the step SparseGPT takes).
 
 Columns are taken in recursive halves: when the first half is done, its errors go to the second half in one matrix
-product. Rows are independent, so linears that share an input are quantised as one tall weight: the column loop, whose cost is
-its number of small operations, runs once for them.
+product. Rows are independent, so linears that share an input are quantised as one tall weight: the column loop, whose
+cost is its number of small operations, runs once for them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from sqft.core.grid import Grid
-from sqft.core.pruners import inverse_cholesky
+from sqft.core.statistics import inverse_cholesky
 
 _LEAF = 8  # columns updated one by one; so few that an update stays in cache and on one thread
 
@@ -109,9 +109,8 @@ def gptq(
     order = torch.arange(columns, device=weight.device)
     if act_order:
         order = hessian_II.diagonal().argsort(descending=True, stable=True)
-        hessian_II = hessian_II[order][:, order]
     loop = _ColumnLoop(
-        factor_II=inverse_cholesky(hessian_II, damping),
+        factor_II=inverse_cholesky(hessian_II, damping, order if act_order else None),
         work_IO=weight.T[order].contiguous(),
         kept_IO=None if mask_OI is None else mask_OI.T.contiguous(),
         order=order.tolist(),
@@ -161,9 +160,7 @@ class _ColumnLoop:
         half = (stop - start) // 2
         middle = start + (half if stop - start <= group else max(group, half // group * group))
         self.run(start, middle)
-        self.work_IO[middle:stop].addmm_(
-            self.factor[start:middle, middle:stop].T, self.work_IO[start:middle], alpha=-1
-        )
+        self.work_IO[middle:stop].addmm_(self.factor[start:middle, middle:stop].T, self.work_IO[start:middle], alpha=-1)
         self.run(middle, stop)
 
     def _columns(self, start: int, stop: int) -> None:

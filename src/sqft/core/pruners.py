@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from sqft.core.mask import mask_from_score
-from sqft.errors import InputError, NumericalError
+from sqft.core.statistics import Statistics, inverse_cholesky
+from sqft.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -27,34 +28,6 @@ class Pattern:
 
     sparsity: float
     structure: tuple[int, int] | None = None
-
-
-@dataclass
-class Statistics:
-    """What calibration saw of a linear's input x_TI.
-
-    Attributes:
-        squared_sum_I: sum of x² over tokens, float32 [I].
-        tokens: T, how many tokens were seen.
-        hessian_II: sum of x xᵀ over tokens, float32 [I, I]; None where no pruner asked for it.
-    """
-
-    squared_sum_I: torch.Tensor
-    tokens: int = 0
-    hessian_II: torch.Tensor | None = None
-
-    @classmethod
-    def empty(cls, in_features: int, *, hessian: bool) -> Statistics:
-        """Return statistics of no tokens."""
-        return cls(torch.zeros(in_features), 0, torch.zeros(in_features, in_features) if hessian else None)
-
-    def add(self, x_TI: torch.Tensor) -> None:
-        """Take in a batch of inputs, any float dtype, [T, I]."""
-        x_TI = x_TI.float()
-        self.tokens += x_TI.shape[0]
-        self.squared_sum_I += x_TI.square().sum(dim=0)
-        if self.hessian_II is not None:
-            self.hessian_II.addmm_(x_TI.T, x_TI)
 
 
 Score = Callable[[torch.Tensor, Statistics], torch.Tensor]
@@ -104,7 +77,9 @@ def sparsegpt(
     """
     weight = weight_OI.float().clone()
     columns = weight.shape[1]
-    inverse = inverse_cholesky(_hessian(statistics), damping)
+    if statistics.hessian_II is None:
+        raise InputError("this pruner needs second-order statistics, and none were collected")
+    inverse = inverse_cholesky(statistics.hessian_II, damping)
     if pattern.structure is not None:
         block = max(block // pattern.structure[1], 1) * pattern.structure[1]
     mask = torch.empty_like(weight, dtype=torch.bool)
@@ -128,42 +103,6 @@ def sparsegpt(
             errors[:, column] = error
         weight[:, stop:] -= errors @ inverse[start:stop, stop:]
     return weight.to(weight_OI.dtype) * mask, mask
-
-
-def _hessian(statistics: Statistics) -> torch.Tensor:
-    if statistics.hessian_II is None:
-        raise InputError("this pruner needs second-order statistics, and none were collected")
-    return statistics.hessian_II * (2.0 / max(statistics.tokens, 1))
-
-
-def inverse_cholesky(hessian_II: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse of a damped hessian (Frantar et al. 2022, section 3.3).
-
-    A channel that was never active gets a diagonal of 1, which leaves its weights alone.
-
-    Args:
-        hessian_II: symmetric float32 [I, I].
-        damping: fraction of the mean diagonal that is added to the diagonal.
-
-    Raises:
-        NumericalError: NaN or Inf in the hessian, or not positive definite after damping.
-    """
-    if not torch.isfinite(hessian_II).all():
-        raise NumericalError("the hessian has NaN or Inf; the calibration activations have too")
-    hessian = hessian_II.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean()
-    factor: torch.Tensor
-    factor, status = torch.linalg.cholesky_ex(hessian)
-    if status.item() == 0:
-        factor, status = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-    if status.item() != 0:
-        raise NumericalError(
-            f"the hessian ({hessian.shape[0]} channels) is not positive definite with damping {damping:g}; "
-            "use more calibration samples or a larger damping"
-        )
-    return factor
 
 
 _SCORES: dict[str, Score] = {"magnitude": magnitude, "wanda": wanda}

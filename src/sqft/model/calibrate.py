@@ -26,7 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from sqft.core.pruners import Statistics
+from sqft.core.statistics import Statistics
 from sqft.model.checkpoint import Checkpoint
 from sqft.model.targets import DiskNames, Target, decoder_blocks, skeleton
 

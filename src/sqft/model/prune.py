@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from sqft.core.mask import mask_from_score, pack_mask
-from sqft.core.pruners import Method, Pattern, Statistics, magnitude
+from sqft.core.pruners import Method, Pattern, magnitude
 from sqft.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from sqft.core.statistics import Statistics
     from sqft.model.calibrate import Block
     from sqft.model.targets import Target
 

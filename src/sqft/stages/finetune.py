@@ -169,8 +169,8 @@ def check_base(config: FinetuneConfig, base: Path, *, quantised_first: bool) -> 
         if config.kind == "quantized" and quantised and not quantised_first:
             if config.start == "compensated" and not (base / START_FILE).is_file():
                 problems.add(
-                    f"base {base} has no {START_FILE}, the weights before rounding; use start: dequantized, or quantise "
-                    "the float model with sqft quantize"
+                    f"base {base} has no {START_FILE}, the weights before rounding; use start: dequantized, or "
+                    "quantise the float model with sqft quantize"
                 )
             if config.start == "float":
                 float_source(base)
