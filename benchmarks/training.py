@@ -1,10 +1,12 @@
 """A whole training step on SmolLM2, and tokens per second against a plain loop with stock PEFT LoRA and padding.
 
-    python benchmarks/training.py MODEL_FOLDER [--data mawps] [--threads 2] [--rounds 3]
+    python benchmarks/training.py MODEL_FOLDER [--quantized FOLDER] [--data mawps] [--threads 2] [--rounds 3]
 
 Same examples for all: MAWPS (or seeded reasoning-gym problems with --data gym:chain_sum). `plain` is what a user
 writes first: stock LoRA, rows padded to the longest of a batch of 16, loss over all answer tokens, sdpa, bf16 autocast.
-`packed_lora` and `packed_reference` share our packed rows and head, so they isolate the adapters' own cost.
+`packed_lora` and `packed_reference` share our packed rows and head, so they isolate the adapters' own cost. With
+--quantized (the same model, quantised) two rows more: `int4_lora` (kind dense on the packed base, the paper's SQFT) and
+`int4_qa` (kind quantized). Memory is what the model holds plus the highest that a step adds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from sqft.data.encode import encode
 from sqft.data.load import load_examples
 from sqft.model.layers import SqftLinear
 from sqft.model.load import load_model, load_tokenizer
+from sqft.model.packed import PackedLinear
 from sqft.model.training import IGNORED, answer_loss, collate, label_examples, pack_rows
 from sqft.recipe import DataConfig, FinetuneConfig
 from sqft.stages.finetune import attach
@@ -52,9 +55,23 @@ def two_matmuls(layer: SqftLinear, x: torch.Tensor) -> torch.Tensor:
     return layer.base_layer(x) + functional.linear(x, delta.to(x.dtype)) * layer.scaling["default"]
 
 
+def resident(model: torch.nn.Module) -> int:
+    """Return the bytes of everything that a model holds, each tensor once."""
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def packed_share(model: torch.nn.Module) -> float:
+    """Return the bytes of the packed linears over what they would be in bfloat16."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    held = sum(b.numel() * b.element_size() for layer in layers for b in layer.buffers())
+    return round(held / sum(2 * layer.in_features * layer.out_features for layer in layers), 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--quantized", type=Path)
     parser.add_argument("--data", default="mawps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -72,9 +89,9 @@ def main() -> None:
     plain_used = sum(len(row["input_ids"]) for row in plain_rows)
     plain_batch = padded(plain_rows, tokenizer.pad_token_id)
 
-    def ours(kind: str, attention: str = "eager") -> Any:
-        model = attach(load_model(options.model, attention=attention), FinetuneConfig(kind=kind, ranks=[32]))  # type: ignore[arg-type]
-        return model.train()
+    def ours(kind: str, folder: Path = options.model) -> Any:
+        network = load_model(folder, packed=True, attention="eager")
+        return attach(network, FinetuneConfig(kind=kind, ranks=[32])).train()  # type: ignore[arg-type]
 
     stock = get_peft_model(
         load_model(options.model), LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -100,9 +117,18 @@ def main() -> None:
         "packed_reference": lambda: step(reference),
         "packed_sqft": lambda: step(sparse),
     }
+    models = {"plain_trainer_lora": stock, "packed_lora": dense, "packed_reference": reference, "packed_sqft": sparse}
+    if options.quantized:
+        models |= {"int4_lora": ours("dense", options.quantized), "int4_qa": ours("quantized", options.quantized)}
+        actions |= {name: lambda name=name: step(models[name]) for name in ("int4_lora", "int4_qa")}
     times = alternate(actions, options.rounds)
+    held = {name: resident(model) for name, model in models.items()}
     memory = {name: peak_memory(action) for name, action in actions.items()}
     tokens = {name: plain_used if name == "plain_trainer_lora" else used for name in actions}
+
+    def memory_ratio(name: str) -> float:
+        return round((held[name] + memory[name]) / (held["packed_lora"] + memory["packed_lora"]), 3)
+
     mean_length = sum(len(row["input_ids"]) for row in rows) / len(rows)
     speed = {name: statistics.median(tokens[name] / t for t in times[name]) for name in actions}
     result = {
@@ -122,9 +148,18 @@ def main() -> None:
         "masked_to_unmasked_speed": round(ratio(times, "packed_lora", "packed_sqft"), 3),
         "step_time_to_lora": round(ratio(times, "packed_sqft", "packed_lora"), 3),
         "step_time_to_reference": round(ratio(times, "packed_sqft", "packed_reference"), 3),
-        "peak_bytes": memory,
-        "peak_memory_to_lora": round(memory["packed_sqft"] / memory["packed_lora"], 3),
+        "step_bytes": memory,
+        "held_bytes": held,
+        "peak_memory_to_lora": memory_ratio("packed_sqft"),
     }
+    if options.quantized:
+        result |= {
+            "qa_step_time_to_sparse": round(ratio(times, "int4_qa", "packed_sqft"), 3),
+            "int4_lora_step_time_to_lora": round(ratio(times, "int4_lora", "packed_lora"), 3),
+            "qa_memory_to_lora": memory_ratio("int4_qa"),
+            "int4_lora_memory_to_lora": memory_ratio("int4_lora"),
+            "quantised_linears_to_bfloat16": packed_share(models["int4_lora"]),
+        }
     for name, value in result.items():
         print(name, value, flush=True)
     save("training", result)
