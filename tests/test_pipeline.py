@@ -80,6 +80,67 @@ def test_one_command_makes_everything_and_again_does_nothing(
     assert not list(out.glob(".partial*"))
 
 
+INT4 = ["--set", "quantize={group_size: 16}", "--set", "finetune.kind=quantized"]
+
+
+def test_the_quantised_story_from_one_command(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert cli.run(["run", str(recipe), "--out", str(out), *INT4]) == 0
+    made = {path.name for path in out.iterdir() if path.is_dir()}
+    assert made == {"quantized", "adapter", "sub_adapter", "merged", "evaluations"}
+    proof = json.loads((out / "verify.json").read_text())
+    assert proof["passed"]
+    assert {"codes_equal", "grid_untouched", "zeros_kept"} <= {check["name"] for check in proof["checks"]}
+    result = json.loads((out / "eval.json").read_text())
+    assert list(result["rows"]) == ["dense", "quantized", "tuned", "merged"]
+    assert result["rows"]["tuned"] == result["rows"]["merged"]
+    text = (out / "report.md").read_text()
+    assert "INT4" in text
+    assert "Sparse INT4, untuned" in text
+    assert "quantized/sqft/manifest.json" in (out / "report.html").read_text()
+    capsys.readouterr()
+    assert cli.run(["inspect", str(out / "merged"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["sparsity"] >= 0.5
+    assert facts["quantization"]["bits"] == 4
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert cli.run(["run", str(recipe), "--out", str(out), *INT4]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+
+def test_two_passes_write_the_sparse_model_too_and_lora_stays_beside_int4(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = ["quantize={group_size: 16, joint: false}", "finetune.kind=dense", "merge=null", "evaluate=null"]
+    result = run(load_recipe(recipe, settings), out)
+    assert result.verified is None
+    assert (out / "sparse" / "sqft" / "mask.safetensors").read_bytes() == (
+        out / "quantized" / "sqft" / "mask.safetensors"
+    ).read_bytes()
+    assert json.loads((out / "sub_adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["finetune.kind=quantized"], "kind quantized needs a quantised base"),
+        (["quantize={group_size: 24}", "finetune.kind=quantized"], "group_size 24 does not divide"),
+        (["quantize={bits: 5}"], "quantize.bits"),
+        (["quantize={}"], "finetune.kind sparse needs a float base"),
+        (
+            ["quantize={calibration: {samples: 2, length: 32}}", "finetune.kind=quantized"],
+            "have different calibrations",
+        ),
+    ],
+)
+def test_a_wrong_quantised_recipe_is_refused_before_work(
+    settings: list[str], message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [part for setting in settings for part in ("--set", setting)]
+    assert cli.run(["run", str(recipe), "--out", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "quantized").exists()
+
+
 def test_another_recipe_in_the_same_folder_is_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,8 +156,9 @@ def test_another_recipe_in_the_same_folder_is_refused(
 
 
 @pytest.mark.slow
-def test_killed_anywhere_the_same_command_ends_bit_identical(recipe: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sqft", "run", str(recipe), "--set", "evaluate=null", "--out"]
+@pytest.mark.parametrize("settings", [[], INT4], ids=["float", "int4"])
+def test_killed_anywhere_the_same_command_ends_bit_identical(settings: list[str], recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sqft", "run", str(recipe), "--set", "evaluate=null", *settings, "--out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     subprocess.run([*command, str(tmp_path / "straight")], check=True, env=environment, capture_output=True)
@@ -203,8 +265,39 @@ def test_the_stages_as_single_commands(recipe: Path, tmp_path: Path, capsys: pyt
     assert f"new non-zeros in {name}" in capsys.readouterr().out
 
 
+def test_the_quantised_stages_as_single_commands(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values: dict[str, Any] = yaml.safe_load(recipe.read_text())
+    model, task = values["model"], values["data"]["task"]
+    at = {name: str(tmp_path / name) for name in ("sparse", "int4", "two", "adapter", "merged")}
+
+    def sqft(*arguments: str) -> str:
+        assert cli.run(list(arguments)) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    calibration = ["--task", task, "--calibration.samples", "4", "--calibration.length", "32"]
+    joint = sqft("quantize", model, at["int4"], "--sparsity", "0.5", "--group-size", "16", *calibration)
+    assert "quantised 14/14 linears to 4 bits; sparsity 0.5" in joint
+    sqft("sparsify", model, at["sparse"], *calibration)
+    assert "to 3 bits; sparsity 0.5" in sqft("quantize", at["sparse"], at["two"], "--bits", "3", "--group-size", "null",
+                                             "--method", "rtn")  # fmt: skip
+    assert cli.run(["quantize", model, str(tmp_path / "none"), "--group-size", "16"]) == 2
+    assert "--task NAME or --calibration.data FILE is needed" in capsys.readouterr().err
+    training = ["--kind", "quantized", "--ranks", "4", "--max-steps", "2", "--length", "128", "--batch", "2"]
+    sqft("finetune", at["int4"], at["adapter"], "--task", task, *training)
+    assert "0 zeros filled" in sqft("merge", at["int4"], at["adapter"], at["merged"])
+    assert "verified: " in sqft("verify", at["merged"], "--base", at["int4"], "--adapter", at["adapter"])
+    assert "int4" in sqft("inspect", at["merged"])
+    # Another base, and what of it differs.
+    assert cli.run(["merge", at["two"], at["adapter"], str(tmp_path / "wrong")]) == 2
+    message = capsys.readouterr().err
+    assert "was trained on another base" in message
+    assert "what differs: codes, scales and zero points" in message
+
+
 @pytest.mark.parametrize(
-    "command", ["run", "sparsify", "finetune", "extract", "merge", "verify", "inspect", "evaluate"]
+    "command", ["run", "sparsify", "quantize", "finetune", "extract", "merge", "verify", "inspect", "evaluate"]
 )
 def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
