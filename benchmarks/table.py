@@ -47,7 +47,8 @@ def training(result: dict[str, Any]) -> str:
             "loop": name,
             "tokens/s": result["tokens_per_second"][name],
             "examples/s": result["examples_per_second"][name],
-            "peak GB above weights": round(result["peak_bytes"][name] / 1e9, 2),
+            "model holds, GB": round(result["held_bytes"][name] / 1e9, 2),
+            "a step adds, GB": round(result["step_bytes"][name] / 1e9, 2),
         }
         for name in result["tokens_per_second"]
     ]
@@ -56,7 +57,20 @@ def training(result: dict[str, Any]) -> str:
         f"median of {result['rounds']} alternating rounds; tokens are real ones, padding does not count.\n\n{table(rows)}\n\n"
         f"sqft against the plain padded loop: {result['sqft_to_plain_tokens_per_second']} × the tokens per second. Masked against "
         f"unmasked speed in the same loop: {result['masked_to_unmasked_speed']}. Step time against the reference's form: "
-        f"{result['step_time_to_reference']}. Peak memory against packed LoRA: {result['peak_memory_to_lora']}."
+        f"{result['step_time_to_reference']}. Memory against packed LoRA on the float base: "
+        f"{result['peak_memory_to_lora']}.{_int4(result)}"
+    )
+
+
+def _int4(result: dict[str, Any]) -> str:
+    if "int4_qa" not in result["tokens_per_second"]:
+        return ""
+    return (
+        f"\n\nOn the INT4 base the packed linears take {result['quantised_linears_to_bfloat16']} of their bfloat16 size. "
+        f"Quantisation-aware training: {result['qa_step_time_to_sparse']} × the step time of kind sparse, "
+        f"{result['qa_memory_to_lora']} × the memory of packed LoRA on the float base; LoRA on the INT4 base: "
+        f"{result['int4_lora_step_time_to_lora']} × the time and {result['int4_lora_memory_to_lora']} × the memory of LoRA on "
+        "the float base."
     )
 
 
@@ -69,27 +83,92 @@ def streaming(result: dict[str, Any]) -> str:
     )
 
 
-def perplexity(result: dict[str, Any]) -> str:
+def compression(result: dict[str, Any]) -> str:
     settings = result["settings"]
-    rows = [{"model": name, **row} for name, row in result["rows"].items() if "perplexity" in row]
-    equal = result["rows"].get("masks_equal")
-    note = f"\n\nThe two masks agree in {100 * equal['share']:.2f} % of the weights." if equal else ""
+    rows = [{"model": name, **row} for name, row in result["rows"].items()]
+    text = (
+        f"The same {settings['samples']} × {settings['length']} calibration tokens for all; WikiText-2 test text, "
+        f"{settings['test_windows']} windows of {settings['window']} tokens. Seconds are whole calls, folder to folder. "
+        "`mask ignored` and `feedback forgotten` are ours with one thing changed (see the script). Sparsity counts every "
+        f"zero, also weights that merely round to it.\n\n{table(rows)}"
+    )
+    equal = result.get("wanda_masks_equal")
+    if equal:
+        least = ", ".join(f"{name} {100 * value:.1f} %" for name, value in equal["least"].items())
+        text += f"\n\nThe two Wanda masks agree in {100 * equal['share']:.2f} % of the weights; least in {least}."
+        text += f" Our joint pass takes {result['joint_seconds_to_peer']} of the peer's time."
+    return text
+
+
+def starts(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+
+    def cell(value: dict[str, float]) -> str:
+        return f"{value['mean']:.3f} ± {value['stderr_over_seeds']:.3f}"
+
+    rows = [
+        {
+            "task": task,
+            "start": start,
+            "loss of step 1": cell(found["first_loss"]),
+            "loss, last 5 steps": cell(found["last_loss"]),
+            "accuracy merged": cell(found["accuracy"]),
+        }
+        for task, by_start in result["rows"].items()
+        for start, found in by_start.items()
+    ]
     return (
-        f"WikiText-2 test text, {settings['test_windows']} windows of {settings['window']} tokens; the same {settings['samples']} × "
-        f"{settings['length']} calibration tokens for both pruners.\n\n{table(rows)}{note}"
+        f"Quantisation-aware training from three starting weights: {settings['steps']} steps of 1,024 tokens, rank 32, "
+        f"{settings['seeds']} seeds, {settings['rows']} test rows; ± is the standard error over seeds.\n\n{table(rows)}"
+    )
+
+
+def costs(result: dict[str, Any]) -> str:
+    return (
+        "Storage, precision, memory and speed of the pipelines on SmolLM2-135M (the paper's tables 6 and 7). Training memory is "
+        "what the model holds plus what a step of about 1,000 packed tokens adds. Inference in transformers, one sequence; "
+        "merged INT4 folders are decompressed by transformers, so only their storage is small there. Medians of "
+        f"{result['rounds']} alternating rounds.\n\n{table(result['rows'])}"
+    )
+
+
+def serving(result: dict[str, Any]) -> str:
+    rows = [
+        {
+            "model": row["model"],
+            "prompts equal": row["equal"],
+            "near ties": row["near_tie"],
+            "mismatches": row["mismatch"],
+            "largest gap, logits": row["largest_gap"],
+            "first token, ms": row["first_token_ms"],
+            "tokens/s": row["tokens_per_second"],
+        }
+        for row in result["rows"]
+    ]
+    return (
+        "Greedy tokens of vLLM on the CPU against transformers on the same folder, 24 prompts of up to 32 tokens. A near tie is a "
+        "first difference at which transformers' own logits of the two tokens are less than 0.5 apart: two kernels rounding "
+        f"differently.\n\n{table(rows)}\n\n{result['note']}"
     )
 
 
 SECTIONS = {
     "layer_cpu": ("Masked layer", "python benchmarks/layer.py", layer),
     "layer_cuda": ("Masked layer on a GPU", "python benchmarks/layer.py", layer),
-    "training": ("Training step", "python benchmarks/training.py runs/quickstart/sparse", training),
-    "streaming": ("Pruning a model that does not fit", "python benchmarks/streaming.py", streaming),
-    "perplexity": (
-        "Wanda beside llm-compressor's",
-        "python benchmarks/perplexity.py runs/quickstart/dense --peer-python PEER/bin/python",
-        perplexity,
+    "training": (
+        "Training step",
+        "python benchmarks/training.py runs/quickstart-fp16/sparse --quantized runs/quickstart/quantized",
+        training,
     ),
+    "streaming": ("Pruning a model that does not fit", "python benchmarks/streaming.py", streaming),
+    "compression": (
+        "Pruning and quantising beside llm-compressor",
+        "python benchmarks/compression.py runs/quickstart/dense --peer-python PEER/bin/python --windows 40",
+        compression,
+    ),
+    "starts": ("Where quantisation-aware training starts", "python benchmarks/starts.py runs/quickstart/dense", starts),
+    "costs": ("What the pipelines cost", "python benchmarks/costs.py runs/quickstart/dense", costs),
+    "serving": ("Serving in vLLM", "make serving MODEL=FOLDER", serving),
 }
 
 
