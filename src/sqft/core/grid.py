@@ -140,7 +140,7 @@ def pack_codes(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
     width = storage_bits(bits)
     planes = 8 // width
     padded = torch.nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % planes)).unflatten(1, (planes, -1))
-    packed = padded[:, 0].clone()
+    packed: torch.Tensor = padded[:, 0].clone()
     for plane in range(1, planes):
         packed |= padded[:, plane] << (width * plane)
     return packed
@@ -150,7 +150,7 @@ def unpack_codes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Undo :func:`pack_codes`, as float32 [O, I] for arithmetic."""
     width = storage_bits(bits)
     rows, step = packed.shape
-    codes = torch.empty(rows, step * (8 // width), device=packed.device)
+    codes: torch.Tensor = torch.empty(rows, step * (8 // width), device=packed.device)
     for plane in range(8 // width):
         codes[:, plane * step : (plane + 1) * step] = (packed >> (width * plane)).bitwise_and_(2**width - 1)
     return codes[:, :columns]

@@ -31,12 +31,14 @@ class Merged:
         tensor: what it becomes.
         before: the base's weight; of a quantised base its codes minus the zero points, so that 0 is a zero.
         after: the same of the merged weight.
+        pruned: bool, what should stay zero: outside the base's mask, or where it has none every zero of it.
     """
 
     name: str
     tensor: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
+    pruned: torch.Tensor
 
 
 class BaseWeights:
@@ -103,23 +105,27 @@ class BaseWeights:
             packed_mask = None if mask is None or kind == "dense" else pack_mask(mask)
             codes = effective_codes(weight, low.lora_A, low.lora_B, low.scaling, packed_mask)
             zeros = weight.grid.zero_codes().to(torch.int16)
+            before = weight.codes().to(torch.int16) - zeros
             return Merged(
                 self.stored_name(module),
                 self.packed.scheme.encode_codes(codes),
-                weight.codes().to(torch.int16) - zeros,
+                before,
                 codes.to(torch.int16) - zeros,
+                before == 0 if mask is None else ~mask,
             )
         before = self.checkpoint.read(name)
-        mask = None if kind == "dense" else self.mask(module)
+        mask = self.mask(module)
+        assert mask is not None
         merged = effective_weight(
             before.T if self.transposed[module] else before,
             low.lora_A,
             low.lora_B,
             low.scaling,
-            None if mask is None else pack_mask(mask),
+            None if kind == "dense" else pack_mask(mask),
         )
-        after = merged.T if self.transposed[module] else merged
-        return Merged(name, after, before, after)
+        if self.transposed[module]:
+            merged, mask = merged.T, mask.T
+        return Merged(name, merged, before, merged, ~mask)
 
     def quantized(self, module: str) -> QuantizedWeight:
         """Return a module's quantised weight with the adapter's starting point."""

@@ -86,7 +86,7 @@ def _describe_change(module: str, merged: Merged) -> dict[str, Any]:
         "name": module,
         "weights": merged.before.numel(),
         "changed": int((merged.before != merged.after).sum()),
-        "filled_zeros": int(((merged.before == 0) & (merged.after != 0)).sum()),
+        "filled_zeros": int((merged.pruned & (merged.after != 0)).count_nonzero()),
     }
 
 

@@ -8,8 +8,8 @@ later blocks see both. What is written:
 - `sqft/start.safetensors`: the weight just before rounding, as an int8 offset inside each code's bin.
 
 Memory: a block, the hidden states of all sequences three times, the hessians of a block, of which the widest takes
-about 12 · I² bytes while it is inverted, and about six float32 copies of the widest group of linears that share an input.
-Every output file is laid out first and written in place.
+about 12 · I² bytes while it is inverted, and about six float32 copies of the widest group of linears that share an
+input. Every output file is laid out first and written in place.
 """
 
 from __future__ import annotations
