@@ -125,6 +125,12 @@ def test_two_passes_write_the_sparse_model_too_and_lora_stays_beside_int4(recipe
         (["finetune.kind=quantized"], "kind quantized needs a quantised base"),
         (["quantize={group_size: 24}", "finetune.kind=quantized"], "group_size 24 does not divide"),
         (["quantize={bits: 5}"], "quantize.bits"),
+        (["finetune.kind=dense", "quantize={group_size: 16}"], "set merge: null"),
+        (["finetune.kind=quantized", "quantize={group_size: 16, ignore: [up_proj]}"], "leaves 2 such linears float"),
+        (
+            ["sparsify.method=sparsegpt", "finetune={kind: quantized, start: float}", "quantize={group_size: 16}"],
+            "joint pass with sparsegpt",
+        ),
         (["quantize={}"], "finetune.kind sparse needs a float base"),
         (
             ["quantize={calibration: {samples: 2, length: 32}}", "finetune.kind=quantized"],
@@ -293,7 +299,7 @@ def test_the_quantised_stages_as_single_commands(
     assert cli.run(["merge", at["two"], at["adapter"], str(tmp_path / "wrong")]) == 2
     message = capsys.readouterr().err
     assert "was trained on another base" in message
-    assert "what differs: codes, scales and zero points" in message
+    assert "what differs: codes, mask, scales and zero points, start" in message
 
 
 @pytest.mark.parametrize(

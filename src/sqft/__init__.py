@@ -19,6 +19,7 @@ __all__ = [
     "SqftError",
     "__version__",
     "inspect_model",
+    "load_model",
     "load_recipe",
     "rank_space",
     "register_pruner",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from sqft.model.elastic import ElasticRanks, rank_space, set_ranks
     from sqft.model.inspect import inspect_model
     from sqft.model.layers import SqftConfig
+    from sqft.model.load import load_model
     from sqft.pipeline import run
     from sqft.recipe import Recipe, load_recipe
 
@@ -42,6 +44,7 @@ _HOME = {
     "Recipe": "sqft.recipe",
     "SqftConfig": "sqft.model.layers",
     "inspect_model": "sqft.model.inspect",
+    "load_model": "sqft.model.load",
     "load_recipe": "sqft.recipe",
     "rank_space": "sqft.model.elastic",
     "register_pruner": "sqft.core.pruners",

@@ -177,7 +177,9 @@ def describe(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | P
     return {
         "stage": stage,
         "config": dict(config),
-        "inputs": {name: {"path": str(path), "digest": digest_input(path)} for name, path in inputs.items()},
+        "inputs": {
+            name: {"path": os.path.abspath(path), "digest": digest_input(path)} for name, path in inputs.items()
+        },
         "seed": seed,
     }
 

@@ -31,6 +31,7 @@ from sqft.recipe import (
     SparsifyConfig,
     VerifyConfig,
     load_recipe,
+    parse_config,
 )
 
 Command = Callable[[argparse.Namespace], int]
@@ -144,7 +145,8 @@ def _quantize(options: argparse.Namespace) -> int:
     calibration = config.calibration or CalibrationConfig()
     sparsify = None
     if options.sparsity is not None:
-        sparsify = SparsifyConfig(sparsity=options.sparsity, method=options.pruner, calibration=calibration)
+        wanted = {"sparsity": options.sparsity, "method": options.pruner, "calibration": calibration}
+        sparsify = parse_config(SparsifyConfig, wanted, "command line")
     tokens = source = None
     if config.method == "gptq" or (sparsify is not None and sparsify.method != "magnitude"):
         tokens, source = _calibrate(options, calibration, model)

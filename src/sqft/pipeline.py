@@ -17,7 +17,7 @@ import torch
 from sqft.artifact import run_lock, write_json
 from sqft.data.calibration import calibration_tokens
 from sqft.data.load import load_examples, resolve_task
-from sqft.errors import Problems, SqftError
+from sqft.errors import InputError, Problems, SqftError
 from sqft.model.load import load_tokenizer, localize
 from sqft.model.targets import find_targets, skeleton
 from sqft.recipe import SparsifyConfig
@@ -26,7 +26,7 @@ from sqft.stages import evaluate, finetune, merge, quantize, report, search, spa
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sqft.data.tasks import Example
     from sqft.recipe import Recipe
@@ -180,22 +180,45 @@ def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
             if network is not None:
                 attempt(
                     lambda: quantize.check(
-                        grid, dense, network, find_targets(network, grid.targets, grid.ignore)[0], quantize_tokens
+                        grid,
+                        dense,
+                        network,
+                        find_targets(network, grid.targets, grid.ignore)[0],
+                        quantize_tokens,
+                        recipe.sparsify if recipe.joint else None,
                     )
                 )
         if recipe.finetune is not None and network is not None:
             tuned = recipe.finetune
             attempt(lambda: finetune.check(tuned, network))
             attempt(lambda: finetune.check_base(tuned, dense, quantised_first=recipe.quantize is not None))
+            if recipe.quantize is not None and tuned.kind == "quantized":
+                attempt(lambda: _check_quantised_targets(recipe, network))
             if train:
                 attempt(lambda: finetune.label(tuned, tokenizer, [(e.prompt, e.answer) for e in train], network.config))
     source = {"data": recipe.data.model_dump(mode="json"), "train_examples": len(train)}
     return _Inputs(tokens, quantize_tokens, train, validation, test, source)
 
 
+def _check_quantised_targets(recipe: Recipe, network: PreTrainedModel) -> None:
+    """Refuse quantisation-aware adapters on linears that the recipe leaves in floating point."""
+    assert recipe.quantize is not None
+    assert recipe.finetune is not None
+    left = find_targets(network, recipe.quantize.targets, recipe.quantize.ignore)[1]
+    for module in recipe.finetune.target_modules:
+        found = [name for name in left if name == module or name.endswith(f".{module}")]
+        if found:
+            raise InputError(
+                f"finetune.target_modules has {module}, but quantize leaves {len(found)} such linears float "
+                f"({found[0]}); quantise them too, or leave them out of target_modules"
+            )
+
+
 def _quantize_tokens(recipe: Recipe, tokens: torch.Tensor | None, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the calibration tokens of `quantize`: its own, else sparsify's; None where it needs none."""
     assert recipe.quantize is not None
+    if recipe.quantize.method == "rtn" and not recipe.joint:
+        return None
     if recipe.quantize.calibration is None and tokens is not None:
         return tokens
     if recipe.quantize.method == "rtn":

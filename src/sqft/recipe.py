@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sqft.errors import InputError, Problems
 
@@ -115,13 +115,18 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
+def _whole_number(value: Any) -> Any:
+    """Let a number that comes as a flag's text be one of a Literal's."""
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
 class QuantizeConfig(Config):
     """The integer grid that weights are rounded to (stage `quantize`)."""
 
     method: Literal["gptq", "rtn"] = Field(
         "gptq", description="gptq: rounding errors are made up for on calibration data; rtn: round to nearest"
     )
-    bits: Literal[2, 3, 4, 8] = Field(4, description="bits a weight")
+    bits: Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole_number)] = Field(4, description="bits a weight")
     group_size: PositiveInt | None = Field(64, description="weights of a row that share a scale; null is the whole row")
     symmetric: bool = Field(False, description="the code for zero is the middle one and is not stored")
     act_order: bool = Field(True, description="gptq takes columns by falling activity; groups stay contiguous")
@@ -255,6 +260,26 @@ class Recipe(Config):
                 "one quantised model) or dense (kept beside it)"
             )
         quantize, sparsify = self.quantize, self.sparsify
+        if self.finetune is not None and self.merge is not None and self.finetune.kind == "dense":
+            losses = [("sparsify", sparsify, "allow_sparsity_loss"), ("quantize", quantize, "allow_precision_loss")]
+            for stage, config, allowed in losses:
+                if config is not None and not getattr(self.merge, allowed):
+                    raise ValueError(
+                        f"a dense adapter cannot be merged into what {stage} makes without losing it; set merge: null "
+                        f"to keep the adapter beside it, or allow the loss with merge.{allowed}"
+                    )
+        if (
+            self.joint
+            and sparsify is not None
+            and sparsify.method == "sparsegpt"
+            and self.finetune is not None
+            and self.finetune.kind == "quantized"
+            and self.finetune.start == "float"
+        ):
+            raise ValueError(
+                "start: float needs the sparse float weights, which a joint pass with sparsegpt does not keep; set "
+                "quantize.joint: false, or use another start"
+            )
         if (
             self.joint
             and quantize is not None

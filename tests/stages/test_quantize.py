@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +308,97 @@ def test_a_missing_zero_point_is_named(tiny_model: Any, tmp_path: Path) -> None:
 
 def test_another_base_is_refused_and_says_what_differs(tiny_model: Any, tmp_path: Path) -> None:
     base = quantized(tiny_model("llama"), tmp_path / "base")
+    other = quantized(tiny_model("llama"), tmp_path / "other", sparsity=0.4)
+    random_adapter(base, tmp_path / "adapter")
+    wrong = "trained on another base.*what differs: codes, mask, scales and zero points, start"
+    with pytest.raises(InputError, match=wrong):
+        merge.run(MergeConfig(), other, tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(InputError, match=wrong):  # stock PEFT's own loading too
+        PeftModel.from_pretrained(load_model(other, packed=True), str(tmp_path / "adapter"))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_identity"] = None
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="does not say of which base"):
+        merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(InputError, match="kind sparse needs a float base"):
         random_adapter(base, tmp_path / "adapter", kind="sparse")
     with pytest.raises(InputError, match="needs a quantised base"):
         get_peft_model(load_model(tiny_model("llama")), SqftConfig(kind="quantized", target_modules=["q_proj"]))
+
+
+def test_a_run_that_was_moved_keeps_its_mask_and_start(tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    live = random_adapter(base, tmp_path / "adapter")
+    base.rename(tmp_path / "moved")
+    moved = load_model(tmp_path / "moved", tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(moved(input_ids=PROMPT).logits, live(input_ids=PROMPT).logits)
+    assert all(layer.mask_packed is not None for layer in sqft_layers(moved).values())
+
+
+def test_what_quantising_does_not_touch_is_copied_bit_for_bit(tiny_model: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model("llama", dtype=torch.bfloat16), source)
+    tensors = load_file(source / "model.safetensors")
+    # Two things that no parameter of the model in memory holds as they are: a norm in float32, and a buffer.
+    norm = "model.layers.0.input_layernorm.weight"
+    tensors[norm] = tensors[norm].float() + 1e-4
+    tensors["model.layers.0.mlp.some_buffer"] = torch.arange(5.0)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    base = quantized(source, tmp_path / "base", ignore=["down_proj"])
+    before, after = Checkpoint(source), Checkpoint(base)
+    for name in set(before.entries) & set(after.entries):
+        if "down_proj" not in name:  # pruned, not quantised
+            assert torch.equal(before.read(name), after.read(name)), name
+    assert load_mask(base, "model.layers.0.mlp.down_proj.weight") is not None
+    assert "model.layers.0.mlp.some_buffer" in after.entries
+
+
+def test_other_calibration_text_is_another_result(tiny_model: Any, tmp_path: Path) -> None:
+    quantized(tiny_model("llama"), tmp_path / "base")
+    with pytest.raises(InputError, match="calibration_digest"):
+        quantize.run(
+            QuantizeConfig(group_size=16), tiny_model("llama"), tokens() + 1, tmp_path / "base", seed=0,
+            sparsify=SparsifyConfig(sparsity=0.5),
+        )  # fmt: skip
+
+
+def test_stock_peft_cannot_merge_or_save_packed_weights_silently(tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    random_adapter(base, tmp_path / "adapter", kind="dense")
+    model = load_model(base, tmp_path / "adapter")
+    with pytest.raises(InputError, match="cannot be merged into a quantised base without loss"):
+        model.merge_and_unload()
+    with pytest.raises(InputError, match="not saved from memory"):
+        load_model(base, packed=True).save_pretrained(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_masked_adapters_merge_one_at_a_time(tiny_model: Any, tmp_path: Path) -> None:
+    adapted = random_adapter(quantized(tiny_model("llama"), tmp_path / "base"), tmp_path / "adapter")
+    adapted.load_adapter(str(tmp_path / "adapter"), "second")
+    with pytest.raises(InputError, match="merge one at a time, and default, second"):
+        adapted.merge_adapter(["default", "second"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_changing_the_models_dtype_leaves_the_grid_alone(dtype: torch.dtype, tiny_model: Any, tmp_path: Path) -> None:
+    base = quantized(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "base")
+    adapted = random_adapter(base, tmp_path / "adapter")
+    before = live_codes(adapted)
+    after = live_codes(adapted.to(dtype).to(torch.bfloat16))
+    linear = next(m for m in adapted.modules() if type(m).__name__ == "PackedLinear")
+    assert linear.quantized.grid.scale_OG.dtype == torch.bfloat16
+    assert before.keys() == after.keys()
+
+
+def test_gptq_names_the_linear_whose_zero_point_it_cannot_store(tiny_model: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].abs()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj: .* zero points are 0.*symmetric: true"):
+        quantized(source, tmp_path / "base", sparsity=None, format="gptq")
+    assert not (tmp_path / "base").exists()

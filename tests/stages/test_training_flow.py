@@ -340,7 +340,7 @@ def test_unfinished_training_of_another_recipe_is_refused(chain: Callable[..., P
     shutil.copytree(out / "adapter", partial)
     description = {k: Artifact.open(out / "adapter").manifest[k] for k in ("stage", "config", "inputs", "seed")}
     (partial / "sqft" / "description.json").write_text(json.dumps(description))
-    with pytest.raises(InputError, match=r"belongs to another recipe.*learning_rate was 0\.02, is now 0\.5"):
+    with pytest.raises(InputError, match=r"(?s)belongs to another recipe.*learning_rate was 0\.02, is now 0\.5"):
         finetune.run(
             training(max_steps=1, learning_rate=0.5), out / "sparse", PAIRS, [], out / "other", seed=0, data={}
         )

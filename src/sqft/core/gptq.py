@@ -100,7 +100,7 @@ def gptq(
         Codes, grid and offsets; every masked weight has exactly the zero point's code.
 
     Raises:
-        NumericalError: the damped hessian is not positive definite, or a value is not finite.
+        NumericalError: the damped hessian is not positive definite, or it or the weight is not finite.
         InputError: the group size does not divide the row.
     """
     weight = weight_OI.float() if mask_OI is None else weight_OI.float() * mask_OI
@@ -154,7 +154,7 @@ class _ColumnLoop:
         group = self.grid.group_size
         if self.refit and start % group == 0 and stop - start == group:
             self._fit_group(start)
-        if stop - start <= _LEAF:
+        if stop - start <= min(_LEAF, group):
             self._columns(start, stop)
             return
         half = (stop - start) // 2

@@ -244,7 +244,7 @@ def visit_blocks(
         hessian: whether the statistics hold second-order information.
         trust_remote_code: passed to transformers.
     """
-    model = skeleton(folder, trust_remote_code=trust_remote_code)
+    model = skeleton(folder, experts_one_by_one=True, trust_remote_code=trust_remote_code)
     names = DiskNames(model, Checkpoint(folder))
     prefix, blocks = decoder_blocks(model)
     head = model.get_output_embeddings()

@@ -243,6 +243,10 @@ def _parse_compressed_tensors(config: dict[str, Any], where: str) -> Scheme:
             problems.add("activations are quantised too; sqft reads weight-only models")
         if config.get("sparsity_config"):
             problems.add("it has a sparsity_config, a format that was dropped; decompress it first")
+        if config.get("transform_config"):
+            problems.add("its weights are rotated (transform_config); sqft reads plain ones")
+        if config.get("kv_cache_scheme"):
+            problems.add("its key-value cache is quantised too (kv_cache_scheme); sqft reads weight-only models")
     group_size = weights.get("group_size") if weights["strategy"] == "group" else None
     return Scheme("compressed-tensors", int(weights["num_bits"]), group_size, bool(weights.get("symmetric", True)))
 

@@ -12,12 +12,12 @@ Private hooks used: `LoraConfig._custom_modules`, the constructor of `peft.tuner
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -30,6 +30,7 @@ from sqft.core.delta import MaskedLinear, effective_codes, effective_weight
 from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.errors import InputError
+from sqft.model.load import read_json
 from sqft.model.packed import PackedLinear
 from sqft.model.stored import identity, load_mask, load_start
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 PEFT_TYPE = "SQFT"
 KINDS = ("dense", "sparse", "quantized")
 STARTS = ("compensated", "dequantized", "float")
-_OWN_FIELDS = ("kind", "ranks", "rank_groups", "start", "derive_mask")
+_OWN_FIELDS = ("kind", "ranks", "rank_groups", "start", "derive_mask", "base_identity")
 
 
 @dataclass
@@ -68,6 +69,9 @@ class SqftConfig(LoraConfig):
     )
     derive_mask: bool = field(
         default=False, metadata={"help": "mask the codes of a quantised base that equal its zero point"}
+    )
+    base_identity: dict[str, str] | None = field(
+        default=None, metadata={"help": "digests of the quantised base; written when the adapter is saved"}
     )
 
     def __post_init__(self) -> None:
@@ -105,7 +109,10 @@ class SqftConfig(LoraConfig):
         self._register_custom_module({nn.Linear: SqftLinear, Conv1D: SqftLinear})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as plain LORA when dense, as SQFT otherwise."""
+        """Save as plain LORA when dense, as SQFT otherwise; a quantisation-aware one with its base's digests."""
+        base = Path(self.base_model_name_or_path or "")
+        if self.kind == "quantized" and self.base_identity is None and (base / "config.json").is_file():
+            self.base_identity = identity(base, self.start)
         saved = _SavedConfig(self)
         LoraConfig.save_pretrained(cast("LoraConfig", saved), save_directory, **kwargs)
 
@@ -173,16 +180,27 @@ class SqftLinear(LoraLinear):
         self._base_weight: torch.Tensor | None = None
         name = kwargs.get("target_name", "")
         packed = isinstance(base_layer, PackedLinear)
-        if self.kind != "dense" and packed != (self.kind == "quantized"):
+        if self.kind == "sparse" and packed:
             raise InputError(
-                f"{name}: kind {self.kind} needs a {'float' if packed else 'quantised'} base, and this one is "
-                f"{'quantised; use kind quantized, or dense' if packed else 'float; quantise it first, or use sparse'}"
+                f"{name}: kind sparse needs a float base, and this one is quantised; use kind quantized, or dense"
             )
+        if self.kind == "quantized" and not packed:
+            raise InputError(
+                f"{name}: kind quantized needs a quantised base, and this linear is float; quantise it with sqft "
+                "quantize, load it with sqft.load_model(FOLDER, packed=True), or use kind sparse"
+            )
+        # The folder that the linear was read from, where it knows it: the one in the config may have moved.
+        base = base_layer.folder if isinstance(base_layer, PackedLinear) else config.base_model_name_or_path
         start = None
         if self.kind == "quantized":
-            start = load_start(config.base_model_name_or_path, f"{name}.weight", config.start)
-        self.register_buffer("start", start, persistent=False)
-        mask = None if self.kind == "dense" else self._find_mask(config, name)
+            if config.base_identity is not None and base is not None:
+                check_identity(base, config.base_identity, config.start)
+            start = load_start(base, f"{name}.weight", config.start)
+        if start is not None and start.shape != self.weight_shape:
+            raise InputError(f"{name}: its starting weight has shape {list(start.shape)}, not {self.weight_shape}")
+        device = next(base_layer.buffers(), torch.empty(0)).device
+        self.register_buffer("start", None if start is None else start.to(device), persistent=False)
+        mask = None if self.kind == "dense" else self._find_mask(config, base, name)
         self.register_buffer("mask_packed", mask, persistent=False)
 
     @property
@@ -194,8 +212,13 @@ class SqftLinear(LoraLinear):
         weight = cast(torch.Tensor, base.weight)
         return weight.T if self.fan_in_fan_out else weight
 
-    def _find_mask(self, config: SqftConfig, name: str) -> torch.Tensor | None:
-        stored = load_mask(config.base_model_name_or_path, f"{name}.weight")
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return cast("int", self.out_features), cast("int", self.in_features)
+
+    def _find_mask(self, config: SqftConfig, folder: str | Path | None, name: str) -> torch.Tensor | None:
+        stored = load_mask(folder, f"{name}.weight")
         base = self.get_base_layer()
         if stored is None and isinstance(base, PackedLinear):
             codes, zeros = base.quantized.codes(), base.quantized.grid.zero_codes()
@@ -279,9 +302,13 @@ class SqftLinear(LoraLinear):
             safe_merge: refuse a weight that is not finite.
             adapter_names: which adapters; None is the active ones.
         """
-        for adapter in check_adapters_to_merge(self, adapter_names) or []:
-            if adapter not in self.lora_A:
-                continue
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_A]
+        if self.kind != "dense" and len(names) + len(self.merged_adapters) > 1:
+            raise InputError(
+                f"masked adapters merge one at a time, and {', '.join([*self.merged_adapters, *names])} are asked for; "
+                "each was trained on the base alone"
+            )
+        for adapter in names:
             base = self.get_base_layer()
             lora_A, lora_B = self._full_factors(adapter)
             if self.fixed_rank is not None:
@@ -351,31 +378,64 @@ def attach_saved(model: PreTrainedModel, base: str | Path, adapter: str | Path) 
     """
     check_base(base, adapter)
     try:
-        return cast("PreTrainedModel", PeftModel.from_pretrained(model, str(adapter)))
+        config = PeftConfig.from_pretrained(str(adapter))
+        if config.peft_type == "LORA" and not isinstance(config, SqftConfig) and _is_packed(model):
+            # PEFT's own LoRA layer would add its delta to a weight that it only sees dequantised.
+            config = SqftConfig(**{**_plain(config), "kind": "dense"})
+        config.base_model_name_or_path = str(base)
+        return cast("PreTrainedModel", PeftModel.from_pretrained(model, str(adapter), config=config))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"adapter {adapter}: does not load on {base}: {error}") from error
 
 
+def _is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def _plain(config: PeftConfig) -> dict[str, Any]:
+    """Return the settings that a LoraConfig's constructor takes."""
+    values: dict[str, Any] = config.to_dict()
+    return {f.name: values[f.name] for f in fields(LoraConfig) if f.init and f.name in values}
+
+
 def check_base(base: str | Path, adapter: str | Path) -> None:
-    """Refuse an adapter on a base that it was not trained on; an adapter made elsewhere names none and passes.
+    """Refuse an adapter on a base that it was not trained on; a float adapter made elsewhere names none and passes.
 
     Raises:
-        InputError: the digests differ.
+        InputError: the digests differ, or a quantisation-aware adapter has none.
     """
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise InputError(f"adapter {adapter}: the folder has no adapter_config.json; give a PEFT adapter folder")
+    config = read_json(Path(adapter) / "adapter_config.json")
+    if config.get("kind") == "quantized":
+        if config.get("base_identity") is None:
+            raise InputError(
+                f"adapter {adapter}: is quantisation-aware and does not say of which base; save it again with the "
+                "base's folder in place"
+            )
+        check_identity(base, config["base_identity"], config["start"], f"adapter {adapter}: ")
+        return
     if not (Path(adapter) / MANIFEST).is_file():
         return
-    result = Artifact.open(adapter).manifest["result"]
-    trained_on = result.get("base_identity")
-    if trained_on is None:
-        return
-    found = identity(base, result.get("start"))
-    if found["base"] == trained_on["base"] and found.get("start") == trained_on.get("start"):
-        return
-    differing = [part for part in trained_on if part != "base" and found.get(part) != trained_on[part]]
-    raise InputError(
-        f"adapter {adapter}: was trained on another base (digest {trained_on['base'][:12]}) than {base} "
-        f"(digest {found['base'][:12]}){'; what differs: ' + ', '.join(differing) if differing else ''}; give the base "
-        "that its manifest names"
-    )
+    trained_on = Artifact.open(adapter).manifest["result"].get("base_identity")
+    if trained_on is not None:
+        check_identity(base, trained_on, None, f"adapter {adapter}: ")
+
+
+def check_identity(
+    base: str | Path, trained_on: dict[str, str], start: str | None, where: str = "the adapter "
+) -> None:
+    """Refuse a base whose digests are not those that an adapter remembers; see :func:`sqft.model.stored.identity`.
+
+    Raises:
+        InputError: names the parts that differ.
+    """
+    found = identity(base, start)
+    parts = [part for part in trained_on if part != "base"] or ["base"]
+    differing = [part for part in parts if found.get(part) != trained_on[part]]
+    if differing:
+        what = f"; what differs: {', '.join(differing)}" if differing != ["base"] else ""
+        raise InputError(
+            f"{where}was trained on another base (digest {trained_on['base'][:12]}) than {base} "
+            f"(digest {found['base'][:12]}){what}; give the base that its manifest names"
+        )

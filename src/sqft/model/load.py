@@ -177,10 +177,10 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from sqft.model.formats import parse_scheme, quantization_config
+    from sqft.model.formats import quantization_config
 
     config = quantization_config(folder)
-    gptq = config is not None and parse_scheme(config, f"model {folder}").format == "gptq"
+    gptq = config is not None and config.get("quant_method") == "gptq"
     model: PreTrainedModel
     if config is not None and (packed or adapter is not None or gptq):
         from sqft.model.packed import load_packed_model

@@ -87,6 +87,13 @@ class BaseWeights:
                 self.transposed[module] = type(model.get_submodule(module)).__name__ == "Conv1D"
                 if (shape[::-1] if self.transposed[module] else shape) != wanted:
                     problems.add(f"{module}: the adapter is for {list(wanted)}, the base has {list(shape)}")
+                if adapter.kind == "quantized" and not self.is_packed(module):
+                    problems.add(f"{module}: the adapter is quantisation-aware and this linear of the base is float")
+
+    @property
+    def any_packed(self) -> bool:
+        """Whether any adapted weight is quantised."""
+        return any(self.is_packed(module) for module in self.names)
 
     def is_packed(self, module: str) -> bool:
         """Return whether a module's weight is quantised."""

@@ -7,7 +7,7 @@ the memory of the float model. Here a weight is dequantised when its layer runs,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -27,28 +27,35 @@ class PackedLinear(nn.Linear):
 
     Attributes:
         packed: codes, uint8; see :func:`sqft.core.grid.pack_codes`.
-        scale: [O, G], in the dtype it is stored in.
+        scale_bits: the scales [O, G] as integers of their width, which `model.to(dtype)` leaves alone: rounded to
+            another dtype they would be another grid.
         zero_point: uint8 [O, G].
+        folder: the model folder that the weight was read from.
     """
 
     packed: torch.Tensor
-    scale: torch.Tensor
+    scale_bits: torch.Tensor
     zero_point: torch.Tensor
 
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: torch.Tensor | None = None, folder: str | Path | None = None
+    ) -> None:
         """Take a weight; `bias` is [O] or None."""
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.out_features, self.in_features = weight.shape
         self.bits, self.symmetric, self.dtype = weight.grid.bits, weight.grid.symmetric, weight.dtype
+        self.folder, self.scale_dtype = folder, weight.grid.scale_OG.dtype
+        integers = {2: torch.int16, 4: torch.int32}[self.scale_dtype.itemsize]
         self.register_buffer("packed", weight.packed)
-        self.register_buffer("scale", weight.grid.scale_OG)
+        self.register_buffer("scale_bits", weight.grid.scale_OG.contiguous().view(integers))
         self.register_buffer("zero_point", weight.grid.zero_OG)
         self.bias = cast("nn.Parameter", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @property
     def quantized(self) -> QuantizedWeight:
         """The packed weight."""
-        grid = Grid(self.scale, self.zero_point, self.bits, self.in_features, self.symmetric)
+        scale = self.scale_bits.view(self.scale_dtype)
+        grid = Grid(scale, self.zero_point, self.bits, self.in_features, self.symmetric)
         return QuantizedWeight(self.packed, grid, self.dtype)
 
     @property
@@ -85,7 +92,7 @@ def load_packed_model(
         if not isinstance(linear, nn.Linear):
             raise InputError(f"model {folder}: {weight} is quantised, but the model has no linear {module}")
         codes, grid = packed.read(weight)
-        replacement = PackedLinear(QuantizedWeight(pack_codes(codes, grid.bits), grid, dtype))
+        replacement = PackedLinear(QuantizedWeight(pack_codes(codes, grid.bits), grid, dtype), folder=folder)
         replacement.bias = linear.bias
         model.set_submodule(module, replacement)
     names.load("")
@@ -98,5 +105,13 @@ def load_packed_model(
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.save_pretrained = _refuse_saving  # type: ignore[method-assign]
     model.eval()
     return model
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    raise InputError(
+        "a model with packed linears is not saved from memory: its tensors are in an order of ours that no other tool "
+        "reads. Save the adapter and merge it on disk with sqft merge, which writes a standard folder"
+    )

@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sqft.artifact import MANIFEST, Artifact, digest_file, digest_input
@@ -21,7 +22,7 @@ from sqft.model.checkpoint import Checkpoint
 from sqft.model.formats import PackedCheckpoint, quantization_config
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Collection
 
 MASK_FILE = Path("sqft") / "mask.safetensors"
 START_FILE = Path("sqft") / "start.safetensors"
@@ -36,9 +37,9 @@ def _open_masks(file: str, mtime_ns: int) -> dict[str, tuple[int, ...]]:
         return {name: tuple(int(n) for n in metadata[name].split(",")) for name in masks.keys()}
 
 
-def _matching(name: str, known: object) -> str | None:
+def _matching(name: str, known: Collection[str]) -> str | None:
     """Return `name`, or it without its first part ('model.', 'transformer.'), whichever is known."""
-    return next((key for key in (name, name.partition(".")[2]) if key in known), None)  # type: ignore[operator]
+    return next((key for key in (name, name.partition(".")[2]) if key in known), None)
 
 
 def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
@@ -46,7 +47,7 @@ def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
 
     Args:
         base: the base model's folder.
-        name: the weight's name; a prefix that the checkpoint lacks or adds ('model.', 'transformer.') is tolerated.
+        name: the weight's name; a prefix that the checkpoint lacks ('model.', 'transformer.') is tolerated.
     """
     file = Path(base or "") / MASK_FILE
     if not base or not file.is_file():
@@ -65,7 +66,7 @@ def read_masks(file: Path, source: Checkpoint) -> dict[str, torch.Tensor]:
         tensors = load_file(file)
         with safe_open(str(file), framework="pt") as stream:
             metadata = stream.metadata() or {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"sparsify.mask {file}: cannot be read as safetensors ({error})") from error
     masks = {}
     with Problems(f"sparsify.mask {file}") as problems:
@@ -126,19 +127,26 @@ def _float_start(base: Path, name: str) -> torch.Tensor:
     return weight if mask is None else weight * mask
 
 
-@lru_cache(maxsize=4)
 def float_source(base: Path) -> str:
     """Return the folder of the float model that a base was quantised from.
 
     Raises:
         InputError: the base names none, or it is gone or has changed.
     """
+    manifest = base / MANIFEST
+    return _float_source(base.resolve(), manifest.stat().st_mtime_ns if manifest.is_file() else 0)
+
+
+@lru_cache(maxsize=4)
+def _float_source(base: Path, mtime_ns: int) -> str:
     if not (base / MANIFEST).is_file():
         raise InputError(
             f"base {base}: was not quantised by sqft, so the float weights are unknown; use finetune.start: dequantized"
         )
     recorded = Artifact.open(base).manifest["inputs"]["model"]
     path = Path(recorded["path"])
+    if not path.exists():
+        path = base.parent / path.name  # a run's folder that was renamed
     if not path.exists():
         raise InputError(f"base {base}: was quantised from {path}, which is gone; bring it back or use another start")
     if digest_input(path) != recorded["digest"]:
@@ -153,6 +161,12 @@ def identity(base: str | Path, start: str | None = None) -> dict[str, str]:
         base: the base's folder.
         start: the starting weight that training uses, for a quantised base.
     """
+    stamps = tuple(sorted((str(p), p.stat().st_mtime_ns) for p in Path(base).rglob("*") if p.is_file()))
+    return dict(_identity(str(base), start, stamps))
+
+
+@lru_cache(maxsize=4)
+def _identity(base: str, start: str | None, stamps: tuple[tuple[str, int], ...]) -> dict[str, str]:
     digests = {"base": digest_input(base)}
     if quantization_config(base) is None:
         return digests
@@ -161,17 +175,11 @@ def identity(base: str | Path, start: str | None = None) -> dict[str, str]:
     for name, weight in sorted(packed.stored_names().items()):
         part = codes if name == packed.codes_name(weight) else grid
         part.update(name.encode())
-        part.update(packed.checkpoint.read(name).contiguous().flatten().view(_bytes()).numpy().tobytes())
+        part.update(packed.checkpoint.read(name).contiguous().flatten().view(torch.uint8).numpy().tobytes())
     digests |= {"codes": codes.hexdigest(), "scales and zero points": grid.hexdigest()}
     for what, file in (("mask", MASK_FILE), ("start", START_FILE)):
-        if (Path(base) / file).is_file():
+        if (Path(base) / file).is_file() and (what == "mask" or start == "compensated"):
             digests[what] = digest_file(Path(base) / file)
     if start == "float":
         digests["start"] = digest_input(float_source(Path(base)))
     return digests
-
-
-def _bytes() -> torch.dtype:
-    import torch
-
-    return torch.uint8

@@ -57,12 +57,19 @@ class Target:
         return tensor.T if self.transposed else tensor
 
 
-def skeleton(folder: str | Path, *, attention: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(
+    folder: str | Path,
+    *,
+    attention: str | None = None,
+    experts_one_by_one: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """Return the model of a folder with its parameters on the meta device and its buffers real (rotary tables).
 
     Args:
         folder: the model folder; of a quantised one, the float model that it stands for is returned.
         attention: attention implementation; None leaves transformers' choice.
+        experts_one_by_one: one product per expert, so that each can be seen, in place of transformers' grouped one.
         trust_remote_code: passed to transformers.
     """
     from accelerate import init_empty_weights
@@ -70,11 +77,15 @@ def skeleton(folder: str | Path, *, attention: str | None = None, trust_remote_c
     config = load_config(folder, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    entries = [e for e in Checkpoint(folder).entries.values() if e.dtype.is_floating_point]
+    entries = [
+        entry
+        for name, entry in Checkpoint(folder).entries.items()
+        if entry.dtype.is_floating_point and not name.endswith((".scales", ".weight_scale"))
+    ]
     dtype = max(entries, key=lambda entry: entry.stop - entry.start).dtype
     options = {} if attention is None else {"attn_implementation": attention}
-    # One forward per expert, so that each expert's matmul can be seen.
-    config._experts_implementation = "eager"
+    if experts_one_by_one:
+        config._experts_implementation = "eager"
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(

@@ -9,6 +9,7 @@ ends with the same adapter to the bit, given equal threads, library versions and
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
-from sqft.artifact import Artifact, check_space, describe, finished, write_json, writing
+from sqft.artifact import Artifact, check_space, describe, digest_text, finished, write_json, writing
 from sqft.data.encode import encode
 from sqft.errors import Problems
 from sqft.model.adapter import RANK_SPACE
@@ -68,7 +69,11 @@ def run(
     Raises:
         InputError: targets that match nothing, examples that do not fit, or a model that cannot be packed.
     """
-    settings = {**config.model_dump(mode="json", exclude={"trackers"}), "data": data}
+    settings = {
+        **config.model_dump(mode="json", exclude={"trackers"}),
+        "data": data,
+        "data_digest": digest_text(json.dumps([train, validation])),
+    }
     description = describe("finetune", settings, {"model": model}, seed)
     if done := finished(out, description):
         return done
@@ -174,6 +179,10 @@ def check_base(config: FinetuneConfig, base: Path, *, quantised_first: bool) -> 
                 )
             if config.start == "float":
                 float_source(base)
+        if config.start == "float" and config.derive_mask:
+            problems.add(
+                "start: float and derive_mask do not go together: a float weight may lie where the derived mask is 0"
+            )
 
 
 def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:

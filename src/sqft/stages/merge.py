@@ -46,10 +46,10 @@ def run(
     Raises:
         InputError: the adapter is another base's, does not fit, or would lose zeros or precision of the base.
     """
-    check_base(base, adapter)
     description = describe("merge", config.model_dump(mode="json"), {"base": base, "adapter": adapter}, seed)
     if done := finished(out, description):
         return done
+    check_base(base, adapter)
     saved = SavedAdapter.open(adapter)
     weights = BaseWeights(base, saved, trust_remote_code=trust_remote_code)
     if saved.kind == "dense":
@@ -71,7 +71,7 @@ def run(
             "coverage": f"merged {len(layers)} linears",
             "kind": saved.kind,
             "precision": "float" if weights.packed is None else f"int{weights.packed.scheme.bits}",
-            "lossy": saved.kind == "dense" and weights.packed is not None,
+            "lossy": saved.kind == "dense" and weights.any_packed,
             "changed": sum(layer["changed"] for layer in layers),
             "weights": total,
             "filled_zeros": filled,
@@ -94,7 +94,7 @@ def _refuse_losses(config: MergeConfig, weights: BaseWeights, adapter: SavedAdap
     """Refuse a dense adapter where merging it would lose something, with what that is and the ways out."""
     where = f"adapter {adapter.path} is dense and base {weights.base}"
     with Problems(f"{where} is compressed: merging would not give the model that was trained") as problems:
-        if weights.packed is not None and not config.allow_precision_loss:
+        if weights.packed is not None and weights.any_packed and not config.allow_precision_loss:
             bits = weights.packed.scheme.bits
             problems.add(
                 f"the base has {bits}-bit weights, and W + BA is not on their grid: rounding it back changes every "

@@ -23,18 +23,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sqft.artifact import Artifact, check_space, describe, finished, write_json, writing
+from sqft.artifact import Artifact, check_space, describe, digest_text, finished, write_json, writing
 from sqft.core.gptq import Quantized, gptq, round_to_nearest
 from sqft.core.mask import pack_mask
 from sqft.core.pruners import Pattern, resolve_method
-from sqft.errors import NumericalError, Problems
+from sqft.errors import InputError, NumericalError, Problems
 from sqft.model.calibrate import Block, visit_blocks
 from sqft.model.checkpoint import Checkpoint, Layout, allocate, allocate_file, copy_side_files
 from sqft.model.formats import Scheme, quantization_config
 from sqft.model.load import read_json
 from sqft.model.prune import BlockPruner, mask_view, packed_disk_masks
 from sqft.model.stored import MASK_FILE, SPARSE_FROM, START_FILE, load_mask, read_masks
-from sqft.model.targets import DiskNames, Target, decoder_blocks, find_targets, skeleton
+from sqft.model.targets import DiskNames, Target, find_targets, skeleton
 from sqft.recipe import CalibrationConfig, parse_pattern
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class _Quantizing:
     pruned: set[Target]
     output: Checkpoint
     start: Checkpoint
+    written: set[str] = field(default_factory=set)
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -69,17 +70,25 @@ class _Quantizing:
             packed, shapes = packed_disk_masks(block, masks, pruned)
             self.masks |= packed
             self.shapes |= shapes
-        done: set[str] = set()
         for group in self._groups(block):
             for target, result in self._quantize(block, group, masks, disk_name):
                 name = disk_name[f"{target.module}.weight"]
-                for suffix, tensor in self.scheme.encode(result.codes_OI, result.grid).items():
-                    self.output.write(f"{name.removesuffix('.weight')}.{suffix}", tensor)
+                try:
+                    stored = self.scheme.encode(result.codes_OI, result.grid)
+                except InputError as error:
+                    raise InputError(f"{target.name}: {error}") from error
+                for suffix, tensor in stored.items():
+                    self._write(f"{name.removesuffix('.weight')}.{suffix}", tensor)
                 self.start.write(name, result.offset_OI)
-                done.add(name)
-        for name, tensor in block.names.to_disk(block.parameters()).items():
-            if name not in done:
-                self.output.write(name, tensor.to(self.output.entries[name].dtype))
+        # Linears that were pruned and stay float; all else is copied from the source.
+        floats = {f"{t.module}.{t.parameter}" for t in block.targets if t in self.pruned and t not in self.targets}
+        for name, tensor in block.names.to_disk(block.parameters() if floats else {}).items():
+            if block.names.parameter_of[name] in floats:
+                self._write(name, tensor.to(self.output.entries[name].dtype))
+
+    def _write(self, name: str, tensor: torch.Tensor) -> None:
+        self.output.write(name, tensor)
+        self.written.add(name)
 
     def _groups(self, block: Block) -> list[list[Target]]:
         """Return the block's targets, those with the same input together: they have one hessian and one column loop."""
@@ -102,7 +111,7 @@ class _Quantizing:
             "bits": self.config.bits,
             "group_size": self.config.group_size,
             "symmetric": self.config.symmetric,
-            "dtype": self.scheme.scale_dtype(views[0].dtype),
+            "dtype": self._scale_dtype(disk_name[f"{group[0].module}.weight"]),
         }
         try:
             if self.config.method == "rtn":
@@ -132,19 +141,23 @@ class _Quantizing:
             )
         return list(zip(group, parts, strict=True))
 
+    def _scale_dtype(self, name: str) -> torch.dtype:
+        return self.output.entries[f"{name.removesuffix('.weight')}.{self.scheme.suffixes[1]}"].dtype
+
     def _mask(
         self, target: Target, view: torch.Tensor, masks: dict[str, torch.Tensor], disk_name: dict[str, str]
     ) -> torch.Tensor:
-        """Return what must stay zero: what was just pruned, the model's stored mask, and every weight that is 0."""
-        if target in self.pruned:
-            return mask_view(target, masks)
+        """Return what is not zero: not just pruned, not outside the model's stored mask, and not 0 anyway."""
+        kept = view != 0
         name = disk_name[f"{target.module}.weight"]
         stored = load_mask(self.source, name)
         if stored is not None:
+            kept &= stored
+        if target in self.pruned:
+            kept &= mask_view(target, masks)
+        elif stored is not None:
             self.masks[name], self.shapes[name] = _packed(stored)
-            return stored
-        kept = view != 0
-        if int(kept.count_nonzero()) <= (1 - SPARSE_FROM) * kept.numel():
+        elif int(kept.count_nonzero()) <= (1 - SPARSE_FROM) * kept.numel():
             self.masks[name], self.shapes[name] = _packed(kept)
         return kept
 
@@ -196,15 +209,19 @@ def run(
         **config.model_dump(mode="json", exclude={"joint", "calibration"}),
         "sparsify": sparsify and sparsify.model_dump(mode="json"),
         "calibrated_on": calibration,
+        "calibration_digest": None if tokens is None else digest_text(str(tokens.tolist())),
     }
-    description = describe("quantize", settings, {"model": model}, seed)
+    inputs: dict[str, str | Path] = {"model": model}
+    if sparsify is not None and sparsify.mask is not None:
+        inputs["mask"] = sparsify.mask
+    description = describe("quantize", settings, inputs, seed)
     if done := finished(out, description):
         return done
     source = Checkpoint(model)
     network = skeleton(model, trust_remote_code=trust_remote_code)
     targets, skipped = find_targets(network, config.targets, config.ignore)
     pruned = [] if sparsify is None else find_targets(network, sparsify.targets, sparsify.ignore)[0]
-    check(config, model, network, targets, tokens)
+    check(config, model, network, targets, tokens, sparsify)
     scheme = Scheme(config.format, config.bits, config.group_size, config.symmetric)
     calibrated = config.calibration or (CalibrationConfig() if sparsify is None else sparsify.calibration)
     names = DiskNames(network, source)
@@ -237,7 +254,7 @@ def run(
             hessian=needs_hessian,
             trust_remote_code=trust_remote_code,
         )
-        _finish(work, source, names, draft.path)
+        _finish(work, source, network, draft.path)
         weights = sum(layer["weights"] for layer in work.layers)
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in work.layers)
         coverage = f"quantised {len(targets)}/{len(targets) + len(skipped)} linears to {config.bits} bits"
@@ -280,23 +297,30 @@ def _layouts(
     return layout, start
 
 
-def _finish(work: _Quantizing, source: Checkpoint, names: DiskNames, folder: Path) -> None:
-    """Write what no block holds: the other tensors, the masks, and what config.json says of the quantisation."""
-    blocks = f"{decoder_blocks(names.model)[0]}."
-    for name, parameter in names.parameter_of.items():
-        if not parameter.startswith(blocks):
+def _finish(work: _Quantizing, source: Checkpoint, network: Any, folder: Path) -> None:
+    """Copy what quantising left as it was, and write the masks and what config.json says of the quantisation."""
+    for name in source.entries:
+        if name in work.output.entries and name not in work.written:
             work.output.write(name, source.read(name))
+        mask = None if name in work.masks else load_mask(work.source, name)
+        if mask is not None:
+            work.masks[name], work.shapes[name] = _packed(mask)
     if work.masks:
         save_file(work.masks, folder / MASK_FILE, metadata=work.shapes)
     quantised = {target.module for target in work.targets}
-    ignore = [n for n, m in names.model.named_modules() if isinstance(m, nn.Linear) and n not in quantised]
+    ignore = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n not in quantised]
     config = read_json(folder / "config.json")
     config["quantization_config"] = work.scheme.to_config(ignore)
     write_json(folder / "config.json", config)
 
 
 def check(
-    config: QuantizeConfig, folder: Path, network: Any, targets: list[Target], tokens: torch.Tensor | None
+    config: QuantizeConfig,
+    folder: Path,
+    network: Any,
+    targets: list[Target],
+    tokens: torch.Tensor | None,
+    sparsify: SparsifyConfig | None = None,
 ) -> None:
     """Refuse, all at once, what would only show in the middle of the work."""
     with Problems("quantize") as problems:
@@ -336,6 +360,8 @@ def check(
                     break
         if config.method == "gptq" and tokens is None:
             problems.add("method gptq needs calibration tokens; use rtn without them")
+        if sparsify is not None and sparsify.mask is None and sparsify.method != "magnitude" and tokens is None:
+            problems.add(f"sparsify.method {sparsify.method} needs calibration tokens")
         if tokens is not None and tokens.numel() == 0:
             problems.add("there are no calibration tokens; give data with text in it")
         limit = getattr(network.config, "max_position_embeddings", None)

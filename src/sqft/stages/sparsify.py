@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sqft.artifact import Artifact, check_space, describe, finished, writing
+from sqft.artifact import Artifact, check_space, describe, digest_text, finished, writing
 from sqft.core.pruners import Pattern, resolve_method
-from sqft.errors import Problems
+from sqft.errors import InputError, Problems
 from sqft.model.calibrate import Block, visit_blocks
 from sqft.model.checkpoint import Checkpoint, copy_model
+from sqft.model.formats import quantization_config
 from sqft.model.prune import BlockPruner, mask_view, packed_disk_masks
 from sqft.model.stored import MASK_FILE, read_masks
 from sqft.model.targets import Target, find_targets, skeleton
@@ -81,10 +82,19 @@ def run(
         InputError: bad targets, pattern, mask or model, before any pruning; or an expert no token reached.
         NumericalError: NaN or Inf in the weights.
     """
-    settings = {**config.model_dump(mode="json"), "calibrated_on": calibration}
-    description = describe("sparsify", settings, {"model": model}, seed)
+    settings = {
+        **config.model_dump(mode="json"),
+        "calibrated_on": calibration,
+        "calibration_digest": None if tokens is None else digest_text(str(tokens.tolist())),
+    }
+    inputs: dict[str, str | Path] = {"model": model}
+    if config.mask is not None:
+        inputs["mask"] = config.mask
+    description = describe("sparsify", settings, inputs, seed)
     if done := finished(out, description):
         return done
+    if quantization_config(model) is not None:
+        raise InputError(f"model {model}: is quantised; sparsify the float model, then quantise it")
     source = Checkpoint(model)
     network = skeleton(model, trust_remote_code=trust_remote_code)
     targets, skipped = find_targets(network, config.targets, config.ignore)

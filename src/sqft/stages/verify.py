@@ -15,12 +15,13 @@ Checks, each with its value and bound, in verify.json:
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sqft.artifact import describe, finished_result, write_result
+from sqft.artifact import describe, digest_text, finished_result, write_result
 from sqft.data.encode import encode
 from sqft.data.harness import score_examples
 from sqft.model.adapter import SavedAdapter
@@ -75,7 +76,11 @@ def run(
     """
     check_base(base, adapter)
     inputs: dict[str, str | Path] = {"merged": merged, "base": base, "adapter": adapter}
-    settings = {**config.model_dump(mode="json"), "task": task.name if task else None, "examples": len(examples)}
+    settings = {
+        **config.model_dump(mode="json"),
+        "task": task.name if task else None,
+        "examples": digest_text(json.dumps([(e.prompt, e.answer) for e in examples])),
+    }
     description = describe("verify", settings, inputs, seed)
     if (done := finished_result(out_file, description)) is not None:
         return done
@@ -84,7 +89,7 @@ def run(
     output = Checkpoint(merged)
     checks = [_zeros_kept(weights, output, merged), *_weights(weights, saved, output)]
     # Two matmuls against one: bfloat16 rounds them differently. Rounding onto a grid is a loss, not rounding.
-    two_matmuls = saved.kind == "dense" and weights.packed is None
+    two_matmuls = saved.kind == "dense" and not weights.any_packed
     bound = max(config.logit_bound, 0.5) if two_matmuls else config.logit_bound
     checks += _behaviour(config, bound, merged, base, adapter, task, examples, seed, trust_remote_code)
     result = {"passed": all(check["passed"] for check in checks), "checks": checks}

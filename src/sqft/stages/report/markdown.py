@@ -94,7 +94,7 @@ def _sparsity(facts: Facts) -> list[str]:
     _, summary = figures.sparsity(facts.layers)
     rows = [[name, *map(words.percent_text, values), f"{weights:,}"] for name, values, weights in summary]
     heads = ["linear, over the layers", "lowest", "mean", "highest", "weights"]
-    return ["## Where the zeros are", _table(heads, rows), "Source: `sparse/sqft/manifest.json`."]
+    return ["## Where the zeros are", _table(heads, rows), f"Source: `{facts.compressed[0]}/sqft/manifest.json`."]
 
 
 def _ranks(facts: Facts) -> list[str]:

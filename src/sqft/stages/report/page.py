@@ -181,7 +181,8 @@ def _sparsity(facts: Facts) -> str:
     coverage = compressed.get("coverage", "")
     rows = [_row(escape(name), [*map(words.percent_text, values), f"{weights:,}"]) for name, values, weights in summary]
     heads = [("Linear", ""), ("Lowest", "num"), ("Mean", "num"), ("Highest", "num"), ("Weights", "num")]
-    source = f"Source: {folder}/sqft/manifest.json; the mask itself is {folder}/sqft/mask.safetensors."
+    source = f"Source: {folder}/sqft/manifest.json"
+    source += f"; the mask itself is {folder}/sqft/mask.safetensors." if facts.recipe.sparsify else "."
     text = f"{coverage}. {source}" if coverage else source
     shown = table(heads, rows, "Over the layers.")
     return f'{chart}<p class="source-line">{escape(text)}</p>{_details("Sparsity by kind of linear", shown)}'
