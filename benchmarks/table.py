@@ -133,22 +133,15 @@ def costs(result: dict[str, Any]) -> str:
 
 
 def serving(result: dict[str, Any]) -> str:
-    rows = [
-        {
-            "model": row["model"],
-            "prompts equal": row["equal"],
-            "near ties": row["near_tie"],
-            "mismatches": row["mismatch"],
-            "largest gap, logits": row["largest_gap"],
-            "first token, ms": row["first_token_ms"],
-            "tokens/s": row["tokens_per_second"],
-        }
-        for row in result["rows"]
-    ]
+    summary, difference = result["summary"], result["summary"]["logprob_difference"]
     return (
-        "Greedy tokens of vLLM on the CPU against transformers on the same folder, 24 prompts of up to 32 tokens. A near tie is a "
-        "first difference at which transformers' own logits of the two tokens are less than 0.5 apart: two kernels rounding "
-        f"differently.\n\n{table(rows)}\n\n{result['note']}"
+        f"Greedy tokens of vLLM {result['vllm']} on the CPU ({result['activations']}-bit activations) against transformers "
+        f"{result['transformers']} on the quickstart's merged model ({result['kind']}), {summary['prompts']} prompts of up to 32 "
+        f"new tokens: {summary['equal']} equal, {summary['near_tie']} differ first at a near tie (transformers' own logits of "
+        f"the two tokens less than {result['near_tie']} apart: two kernels rounding differently), {summary['mismatch']} "
+        f"mismatches. Log-probabilities differ by {difference['mean']:.3f} on average, {difference['max']:.2f} at most. One "
+        f"sequence at a time: first token after {1e3 * summary['ttft_s']['median']:.0f} ms (median), "
+        f"{summary['output_tokens_per_s']:.1f} tokens/s."
     )
 
 
@@ -168,7 +161,7 @@ SECTIONS = {
     ),
     "starts": ("Where quantisation-aware training starts", "python benchmarks/starts.py runs/quickstart/dense", starts),
     "costs": ("What the pipelines cost", "python benchmarks/costs.py runs/quickstart/dense", costs),
-    "serving": ("Serving in vLLM", "make serving MODEL=FOLDER", serving),
+    "serving": ("Serving in vLLM", "make serving MODEL=runs/quickstart/merged", serving),
 }
 
 
@@ -183,7 +176,7 @@ def main() -> None:
         if not file.is_file():
             continue
         result = json.loads(file.read_text())
-        machine = result["machine"]
+        machine = result.get("machine", result)
         amx = ", AMX bf16" if machine.get("amx_bf16") else ""
         where = f"{machine.get('device', '?')}{amx}, {machine['threads']} threads, torch {machine['torch']}"
         parts.append(f"## {title}\n\n`{command}` ({where})\n\n{write(result)}")

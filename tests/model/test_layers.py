@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from sqft.errors import InputError
 from sqft.model.elastic import ElasticRanks, rank_space, set_ranks
-from sqft.model.layers import SqftConfig, load_mask, sqft_layers
+from sqft.model.layers import SqftConfig, sqft_layers
 from sqft.model.load import load_model
+from sqft.model.stored import load_mask
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from sqft.core.mask import conforms
 from sqft.errors import InputError, NumericalError
 from sqft.model.checkpoint import Checkpoint
-from sqft.model.layers import load_mask
 from sqft.model.load import load_model
+from sqft.model.stored import load_mask
 from sqft.model.targets import decoder_blocks, find_targets, skeleton
 from sqft.recipe import SparsifyConfig
 from sqft.stages import sparsify

@@ -12,12 +12,12 @@ Private hooks used: `LoraConfig._custom_modules`, the constructor of `peft.tuner
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -25,17 +25,12 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from sqft.artifact import MANIFEST, Artifact
 from sqft.core.delta import MaskedLinear, effective_codes, effective_weight
 from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.errors import InputError
-from sqft.model.load import read_json
 from sqft.model.packed import PackedLinear
-from sqft.model.stored import identity, load_mask, load_start
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from sqft.model.stored import check_identity, identity, load_mask, load_start
 
 PEFT_TYPE = "SQFT"
 KINDS = ("dense", "sparse", "quantized")
@@ -368,74 +363,3 @@ def sqft_layers(model: nn.Module) -> dict[str, SqftLinear]:
         for name, module in model.named_modules()
         if isinstance(module, SqftLinear)
     }
-
-
-def attach_saved(model: PreTrainedModel, base: str | Path, adapter: str | Path) -> PreTrainedModel:
-    """Attach a saved adapter, unmerged and frozen, after checking that it was trained on this base.
-
-    Raises:
-        InputError: the adapter names another base, or cannot be read.
-    """
-    check_base(base, adapter)
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-        if config.peft_type == "LORA" and not isinstance(config, SqftConfig) and _is_packed(model):
-            # PEFT's own LoRA layer would add its delta to a weight that it only sees dequantised.
-            config = SqftConfig(**{**_plain(config), "kind": "dense"})
-        config.base_model_name_or_path = str(base)
-        return cast("PreTrainedModel", PeftModel.from_pretrained(model, str(adapter), config=config))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"adapter {adapter}: does not load on {base}: {error}") from error
-
-
-def _is_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedLinear) for module in model.modules())
-
-
-def _plain(config: PeftConfig) -> dict[str, Any]:
-    """Return the settings that a LoraConfig's constructor takes."""
-    values: dict[str, Any] = config.to_dict()
-    return {f.name: values[f.name] for f in fields(LoraConfig) if f.init and f.name in values}
-
-
-def check_base(base: str | Path, adapter: str | Path) -> None:
-    """Refuse an adapter on a base that it was not trained on; a float adapter made elsewhere names none and passes.
-
-    Raises:
-        InputError: the digests differ, or a quantisation-aware adapter has none.
-    """
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise InputError(f"adapter {adapter}: the folder has no adapter_config.json; give a PEFT adapter folder")
-    config = read_json(Path(adapter) / "adapter_config.json")
-    if config.get("kind") == "quantized":
-        if config.get("base_identity") is None:
-            raise InputError(
-                f"adapter {adapter}: is quantisation-aware and does not say of which base; save it again with the "
-                "base's folder in place"
-            )
-        check_identity(base, config["base_identity"], config["start"], f"adapter {adapter}: ")
-        return
-    if not (Path(adapter) / MANIFEST).is_file():
-        return
-    trained_on = Artifact.open(adapter).manifest["result"].get("base_identity")
-    if trained_on is not None:
-        check_identity(base, trained_on, None, f"adapter {adapter}: ")
-
-
-def check_identity(
-    base: str | Path, trained_on: dict[str, str], start: str | None, where: str = "the adapter "
-) -> None:
-    """Refuse a base whose digests are not those that an adapter remembers; see :func:`sqft.model.stored.identity`.
-
-    Raises:
-        InputError: names the parts that differ.
-    """
-    found = identity(base, start)
-    parts = [part for part in trained_on if part != "base"] or ["base"]
-    differing = [part for part in parts if found.get(part) != trained_on[part]]
-    if differing:
-        what = f"; what differs: {', '.join(differing)}" if differing != ["base"] else ""
-        raise InputError(
-            f"{where}was trained on another base (digest {trained_on['base'][:12]}) than {base} "
-            f"(digest {found['base'][:12]}){what}; give the base that its manifest names"
-        )

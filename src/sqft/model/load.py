@@ -195,7 +195,7 @@ def load_model(
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"model {folder}: does not load: {error}") from error
     if adapter is not None:
-        from sqft.model.layers import attach_saved
+        from sqft.model.attach import attach_saved
 
         model = attach_saved(model, folder, adapter)
     model.eval()

@@ -183,3 +183,22 @@ def _identity(base: str, start: str | None, stamps: tuple[tuple[str, int], ...])
     if start == "float":
         digests["start"] = digest_input(float_source(Path(base)))
     return digests
+
+
+def check_identity(
+    base: str | Path, trained_on: dict[str, str], start: str | None, where: str = "the adapter "
+) -> None:
+    """Refuse a base whose digests are not those that an adapter remembers; see :func:`identity`.
+
+    Raises:
+        InputError: names the parts that differ.
+    """
+    found = identity(base, start)
+    parts = [part for part in trained_on if part != "base"] or ["base"]
+    differing = [part for part in parts if found.get(part) != trained_on[part]]
+    if differing:
+        what = f"; what differs: {', '.join(differing)}" if differing != ["base"] else ""
+        raise InputError(
+            f"{where}was trained on another base (digest {trained_on['base'][:12]}) than {base} "
+            f"(digest {found['base'][:12]}){what}; give the base that its manifest names"
+        )

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from sqft.artifact import Artifact, check_space, describe, finished, writing
 from sqft.errors import Problems
 from sqft.model.adapter import SavedAdapter
+from sqft.model.attach import check_base
 from sqft.model.checkpoint import copy_model
-from sqft.model.layers import check_base
 from sqft.model.merged import BaseWeights, Merged
 from sqft.model.stored import MASK_FILE, SPARSE_FROM
 

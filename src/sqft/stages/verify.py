@@ -25,9 +25,9 @@ from sqft.artifact import describe, digest_text, finished_result, write_result
 from sqft.data.encode import encode
 from sqft.data.harness import score_examples
 from sqft.model.adapter import SavedAdapter
+from sqft.model.attach import check_base
 from sqft.model.checkpoint import Checkpoint
 from sqft.model.formats import PackedCheckpoint
-from sqft.model.layers import check_base
 from sqft.model.load import load_model, load_tokenizer
 from sqft.model.merged import BaseWeights
 from sqft.model.stored import load_mask
