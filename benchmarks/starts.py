@@ -4,7 +4,7 @@
 
 For each task the model is pruned (Wanda, 50 %) and quantised (GPTQ, 4 bits, groups of 64) once; adapters are trained
 from each start with the same data, ranks and steps, merged, and the merged INT4 model is evaluated. Reported: loss of
-the first step (before any update), mean of the last five, and accuracy of the merged model. Finished runs are kept in
+the first step (before any update), mean of the last five, and accuracy of the merged model. Finished stages are kept in
 the folder and skipped when the command is repeated.
 """
 
@@ -18,32 +18,24 @@ from pathlib import Path
 import torch
 
 from common import save
-from sqft.pipeline import run
-from sqft.recipe import DataConfig, Recipe, load_recipe
+from sqft.data.calibration import calibration_tokens
+from sqft.data.load import load_examples
+from sqft.model.load import load_tokenizer
+from sqft.recipe import (
+    CalibrationConfig,
+    DataConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    MergeConfig,
+    QuantizeConfig,
+    SparsifyConfig,
+    load_recipe,
+)
+from sqft.stages import evaluate, finetune, merge, quantize
 
 QUICKSTART = load_recipe(Path(__file__).parent.parent / "recipes" / "quickstart.yaml")
 TASKS = {data.task: data for data in (QUICKSTART.data, DataConfig(task="mawps"))}
 STARTS = ("compensated", "dequantized", "float")
-
-
-def recipe(model: Path, task: str, start: str, seed: int, steps: int, rows: int) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "name": "starts",
-            "model": str(model),
-            "seed": seed,
-            "data": TASKS[task].model_dump(),
-            "sparsify": {"calibration": {"samples": 64, "length": 128}},
-            "quantize": {},
-            "finetune": {
-                "kind": "quantized", "start": start, "ranks": [32], "max_steps": steps, "learning_rate": 1e-3,
-                "length": 256, "batch": 4,
-            },
-            "search": {"strategy": "maximal"},
-            "verify": {"prompts": 1, "accuracy_rows": 1},
-            "evaluate": {"rows": ["merged"], "limit": rows, "batch": 32},
-        }
-    )  # fmt: skip
 
 
 def main() -> None:
@@ -56,23 +48,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("/tmp/sqft-starts"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    tokenizer = load_tokenizer(options.model)
+    sparse = SparsifyConfig(calibration=CalibrationConfig(samples=64, length=128))
+    pairs = {}
+    for task, data in TASKS.items():
+        tokens = calibration_tokens(sparse.calibration, data, tokenizer, 0)
+        base = options.out / task.replace(":", "-")
+        base.parent.mkdir(parents=True, exist_ok=True)
+        quantize.run(QuantizeConfig(), options.model, tokens, base, seed=0, sparsify=sparse)
+        pairs[task] = [(e.prompt, e.answer) for e in load_examples(data, "train", 0, tokenizer)]
     found: dict[str, dict[str, list[dict[str, float]]]] = {task: {s: [] for s in STARTS} for task in TASKS}
     for seed in range(options.seeds):
-        for task in TASKS:
+        for task, data in TASKS.items():
+            base = options.out / task.replace(":", "-")
             for start in STARTS:
-                out = options.out / f"{task.replace(':', '-')}-{start}-{seed}"
-                shared = options.out / f"{task.replace(':', '-')}-{STARTS[0]}-{seed}" / "quantized"
-                if start != STARTS[0] and not (out / "quantized").exists():
-                    out.mkdir(parents=True, exist_ok=True)
-                    (out / "quantized").symlink_to(shared.resolve())
-                run(recipe(options.model, task, start, seed, options.steps, options.rows), out, lambda _: None)
-                log = json.loads((out / "adapter/sqft/training_log.json").read_text())["train"]
-                result = json.loads((out / "evaluations/merged.json").read_text())["tasks"][task]
+                out = base.with_name(f"{base.name}-{start}-{seed}")
+                config = FinetuneConfig(
+                    kind="quantized", start=start, ranks=[32], max_steps=options.steps, learning_rate=1e-3, length=256,
+                    batch=4,
+                )  # fmt: skip
+                adapter, merged = out / "adapter", out / "merged"
+                finetune.run(config, base, pairs[task], [], adapter, seed=seed, data={"task": task})
+                merge.run(MergeConfig(), base, adapter, merged)
+                scores = evaluate.run(
+                    EvaluateConfig(limit=options.rows, batch=32), data, merged, None, out / "eval.json", seed=0
+                )["tasks"][task]
+                log = json.loads((adapter / "sqft" / "training_log.json").read_text())["train"]
                 entry = {
                     "first_loss": log[0]["loss"],
                     "last_loss": statistics.mean(step["loss"] for step in log[-5:]),
-                    "accuracy": result["value"],
-                    "n": result["n"],
+                    "accuracy": scores["value"],
+                    "n": scores["n"],
                 }
                 found[task][start].append(entry)
                 print(task, start, seed, entry, flush=True)
@@ -82,20 +88,13 @@ def main() -> None:
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
         return {"mean": round(statistics.mean(values), 4), "stderr_over_seeds": round(error, 4)}
 
+    keys = ("first_loss", "last_loss", "accuracy")
     rows = {
-        task: {
-            s: {key: summary(e, key) for key in ("first_loss", "last_loss", "accuracy")} for s, e in by_start.items()
-        }
+        task: {start: {key: summary(entries, key) for key in keys} for start, entries in by_start.items()}
         for task, by_start in found.items()
     }
-    save(
-        "starts",
-        {
-            "settings": {"steps": options.steps, "rows": options.rows, "seeds": options.seeds},
-            "rows": rows,
-            "runs": found,
-        },
-    )
+    settings = {"steps": options.steps, "rows": options.rows, "seeds": options.seeds}
+    save("starts", {"settings": settings, "rows": rows, "runs": found})
     print(json.dumps(rows, indent=2))
 
 

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional
 
 from sqft.core import delta
-from sqft.core.delta import MaskedLinear, effective_weight
+from sqft.core.delta import FrozenLinear, MaskedLinear, dequantized, effective_codes, effective_weight
+from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 
 SCALING = 1.5
@@ -114,3 +115,54 @@ def test_a_frozen_adapter_passes_the_input_gradient() -> None:
     )
     (grad,) = torch.autograd.grad(y.sum(), [t["x"]])
     assert torch.allclose(grad[0, 0], plain(t, masked=True).sum(dim=0), atol=1e-4)
+
+
+def quantised(
+    bits: int = 3, start: str = "compensated"
+) -> tuple[QuantizedWeight, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return (packed weight, its starting weight in float32, tensors whose delta reaches beyond the grid)."""
+    t = tensors()
+    weight = t["weight"].detach() * t["mask"]
+    grid = Grid.fit(weight, bits=bits, group_size=4, symmetric=False, dtype=torch.float32)
+    codes = grid.quantize(weight)
+    scale = grid.scale_OG.repeat_interleave(4, dim=1)
+    steps = codes.float() - grid.zero_codes().float()
+    offsets = grid.offsets(weight, codes)
+    given = {"compensated": offsets, "dequantized": None, "float": weight}[start]
+    begin = {"compensated": scale * (steps + offsets / 256), "dequantized": scale * steps, "float": weight}[start]
+    return QuantizedWeight(pack_codes(codes, bits), grid, torch.float32, given), begin, t
+
+
+@pytest.mark.parametrize("start", ["compensated", "dequantized", "float"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantised_gradients_are_autograds_of_the_plain_formula(bits: int, start: str) -> None:
+    packed, begin, t = quantised(bits, start)
+    grid = packed.grid
+    scale = grid.scale_OG.repeat_interleave(4, dim=1)
+    zero = grid.zero_codes().float()
+    y = MaskedLinear.apply(t["x"], packed, t["bias"], t["A"], t["B"], SCALING, pack_mask(t["mask"]), False)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    ours = torch.autograd.grad((y * weights).sum(), [t["x"], t["A"], t["B"]])
+    # Equations 3 and 4 with a straight-through rounding; clamp's own gradient is zero outside.
+    position = (begin + SCALING * (t["B"] @ t["A"]) * t["mask"]) / scale
+    rounded = position + (position.round() - position).detach()
+    effective = scale * rounded.clamp(min=-zero, max=2**bits - 1 - zero)
+    expected = t["x"] @ effective.T + t["bias"]
+    assert (effective != scale * rounded).any(), "nothing is clamped, so the test would not see it"
+    assert torch.allclose(y, expected, atol=1e-5)
+    theirs = torch.autograd.grad((expected * weights).sum(), [t["x"], t["A"], t["B"]])
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+    codes = effective_codes(packed, t["A"].detach(), t["B"].detach(), SCALING, pack_mask(t["mask"]))
+    assert torch.equal(codes.float() - zero, (effective / scale).round())
+    assert torch.equal(codes[~t["mask"]], grid.zero_codes()[~t["mask"]])
+
+
+def test_a_frozen_packed_linear_is_its_dequantised_one() -> None:
+    packed, _, t = quantised()
+    y = FrozenLinear.apply(t["x"], packed, t["bias"])
+    plain_y = t["x"] @ dequantized(packed).T + t["bias"]
+    assert torch.allclose(y, plain_y, atol=1e-6)
+    (one,) = torch.autograd.grad(y.sum(), [t["x"]])
+    (other,) = torch.autograd.grad(plain_y.sum(), [t["x"]])
+    assert torch.allclose(one, other, atol=1e-5)

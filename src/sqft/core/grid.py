@@ -190,7 +190,7 @@ class QuantizedWeight:
         """Return the starting weight of some rows in steps of the grid, W_start / s, float32 [rows, G, I / G]."""
         scale, low, _ = self.grid.steps(rows)
         if self.start is not None and self.start.is_floating_point():
-            return self._grouped(self.start[rows].float()).div_(scale)
+            return self._grouped(self.start[rows].float()) / scale
         codes = unpack_codes(self.packed[rows], self.grid.bits, self.grid.columns)
         position = self._grouped(codes).add_(low)
         if self.start is not None:
