@@ -6,7 +6,8 @@ All rows see the same calibration tokens. llm-compressor is no dependency of our
 environment that has llmcompressor 0.14 and transformers. Perplexity is over the test text in windows of 1,024 tokens,
 each predicted from its own start. Two rows are ours with one thing changed, for an equal comparison: `mask ignored`
 lets the error feedback bring zeros back, as the peer does; `feedback forgotten` sets pruned weights back to zero and
-drops what they had received. Time is the whole call, from a folder to a folder.
+drops what they had received. Time is the whole call, from a folder to a folder. llm-compressor's Wanda also prunes the
+tied embedding, whatever is ignored; it is put back, so that the rows differ in the linears alone.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ if joint == "joint":
     weights = QuantizationArgs(num_bits=4, type="int", symmetric=False, strategy="group", group_size=64)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     recipe.append(GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+embedding = model.get_input_embeddings().weight.data.clone()
 oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=tokens.shape[1], num_calibration_samples=len(tokens))
+# Wanda prunes the head although it is ignored, and with it the embedding that it is tied to.
+model.get_input_embeddings().weight.data.copy_(embedding)
 model.save_pretrained(out)
 json.dump({"seconds": time.perf_counter() - start}, open(out + ".json", "w"))
 """

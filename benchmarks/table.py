@@ -156,7 +156,7 @@ SECTIONS = {
     "streaming": ("Pruning a model that does not fit", "python benchmarks/streaming.py", streaming),
     "compression": (
         "Pruning and quantising beside llm-compressor",
-        "python benchmarks/compression.py runs/quickstart/dense --peer-python PEER/bin/python --windows 40",
+        "python benchmarks/compression.py runs/quickstart/dense --peer-python PEER/bin/python --windows 20",
         compression,
     ),
     "starts": ("Where quantisation-aware training starts", "python benchmarks/starts.py runs/quickstart/dense", starts),
@@ -178,7 +178,7 @@ def main() -> None:
         result = json.loads(file.read_text())
         machine = result.get("machine", result)
         amx = ", AMX bf16" if machine.get("amx_bf16") else ""
-        where = f"{machine.get('device', '?')}{amx}, {machine['threads']} threads, torch {machine['torch']}"
+        where = f"{machine.get('device', 'CPU')}{amx}, {machine['threads']} threads, torch {machine['torch']}"
         parts.append(f"## {title}\n\n`{command}` ({where})\n\n{write(result)}")
     PAGE.write_text("\n\n".join(parts) + "\n")
 
