@@ -160,7 +160,11 @@ SECTIONS = {
         compression,
     ),
     "starts": ("Where quantisation-aware training starts", "python benchmarks/starts.py runs/quickstart/dense", starts),
-    "costs": ("What the pipelines cost", "python benchmarks/costs.py runs/quickstart/dense", costs),
+    "costs": (
+        "What the pipelines cost",
+        "python benchmarks/costs.py runs/quickstart/dense --threads 1 --rounds 1",
+        costs,
+    ),
     "serving": ("Serving in vLLM", "make serving MODEL=runs/quickstart/merged", serving),
 }
 
@@ -177,9 +181,10 @@ def main() -> None:
             continue
         result = json.loads(file.read_text())
         machine = result.get("machine", result)
+        note = f"\n\n{result['note']}" if "note" in result else ""
         amx = ", AMX bf16" if machine.get("amx_bf16") else ""
         where = f"{machine.get('device', 'CPU')}{amx}, {machine['threads']} threads, torch {machine['torch']}"
-        parts.append(f"## {title}\n\n`{command}` ({where})\n\n{write(result)}")
+        parts.append(f"## {title}\n\n`{command}` ({where})\n\n{write(result)}{note}")
     PAGE.write_text("\n\n".join(parts) + "\n")
 
 

@@ -75,7 +75,7 @@ def loss(result: Quantized, weight: torch.Tensor, hessian: torch.Tensor) -> floa
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptq_beats_rounding_and_passing_errors_on_beats_forgetting_them(bits: int) -> None:
+def test_gptq_beats_rounding(bits: int) -> None:
     weight, hessian, mask = problem()
     settings = {"bits": bits, "group_size": 32, "symmetric": False, "dtype": torch.bfloat16}
     ours = gptq(weight, hessian, mask, **settings)

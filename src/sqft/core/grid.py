@@ -135,7 +135,7 @@ def pack_codes(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes into bytes [O, W], W = ceil(I · b / 8) and b from :func:`storage_bits`.
 
     Byte j holds columns j, W + j, 2 W + j and so on, from its lowest bits up: unpacking writes whole stretches of
-    columns, which is 5 times faster than neighbours in one byte.
+    columns, which is several times faster than neighbours in one byte.
     """
     width = storage_bits(bits)
     planes = 8 // width
