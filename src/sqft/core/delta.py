@@ -230,11 +230,7 @@ class MaskedLinear(torch.autograd.Function):
         effective = effective_weight(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed).to(compute)
         bias = None if bias is None else bias.to(compute)
         with torch.autocast(device, enabled=False):
-            if not transposed:
-                return functional.linear(x, effective, bias)
-            flat = x.reshape(-1, x.shape[-1])
-            product = flat @ effective.T if bias is None else torch.addmm(bias, flat, effective.T)
-            return product.view(*x.shape[:-1], -1)
+            return project(x, effective, bias, transposed=transposed)
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
@@ -268,6 +264,17 @@ class MaskedLinear(torch.autograd.Function):
                 grad_A, grad_B = adapter_gradients(gradient, lora_A_RI, lora_B_OR, ctx.scaling, mask_packed, inside)
                 grad_A, grad_B = grad_A.to(lora_A_RI.dtype), grad_B.to(lora_B_OR.dtype)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+
+
+def project(
+    x: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None, *, transposed: bool = False
+) -> torch.Tensor:
+    """Return x Wᵀ + bias by the matmul that a stock linear runs, or with `transposed` a stock Conv1D."""
+    if not transposed:
+        return functional.linear(x, weight_OI, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    product = flat @ weight_OI.T if bias is None else torch.addmm(bias, flat, weight_OI.T)
+    return product.view(*x.shape[:-1], -1)
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:

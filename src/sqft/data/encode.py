@@ -31,11 +31,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tupl
     Returns:
         Ids of the prompt and ids of the answer. There is no end token unless the answer's text has it.
     """
-    bos = tokenizer.bos_token
-    special = not (isinstance(bos, str) and prompt.startswith(bos))
-    # verbose=False: a text longer than the model's context is the caller's to judge, with its file and its line.
-    prompt_ids = list(tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"])
-    whole_ids = list(tokenizer(prompt + answer, add_special_tokens=special, verbose=False)["input_ids"])
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    whole_ids = encode_prompt(tokenizer, prompt + answer)
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, whole_ids[len(prompt_ids) :]
     return prompt_ids, list(tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the token ids of a prompt alone, as generation meets it."""
+    bos = tokenizer.bos_token
+    special = not (isinstance(bos, str) and prompt.startswith(bos))
+    # verbose=False: a text longer than the model's context is the caller's to judge, with its file and its line.
+    return list(tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"])

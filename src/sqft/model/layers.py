@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from sqft.core.delta import MaskedLinear, effective_codes, effective_weight
+from sqft.core.delta import MaskedLinear, effective_codes, effective_weight, project
 from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.errors import InputError
@@ -142,10 +142,12 @@ class SqftLinear(LoraLinear):
         start: where quantisation-aware training starts; see :class:`sqft.core.grid.QuantizedWeight`.
         drawn_rank: what training uses when elastic; set for every optimiser step by a callback.
         fixed_rank: what evaluation, saving and merging use; None is the maximal rank.
+        held: the effective weight while :func:`sqft.model.held.held_weights` is in force, else None.
     """
 
     mask_packed: torch.Tensor | None
     start: torch.Tensor | None
+    held: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -263,6 +265,8 @@ class SqftLinear(LoraLinear):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not active:
             return cast("torch.Tensor", self.base_layer(x, *args, **kwargs))
+        if self.held is not None:
+            return project(x, self.held, self.get_base_layer().bias, transposed=self.fan_in_fan_out)
         if self.kind == "dense":
             return self._forward_dense(x, active)
         if len(active) > 1:
@@ -278,6 +282,12 @@ class SqftLinear(LoraLinear):
             x, weight, base.bias, lora_A, lora_B, self.scaling[adapter], self.mask_packed, self.fan_in_fan_out
         )
         return cast("torch.Tensor", result)
+
+    def effective(self) -> torch.Tensor:
+        """Return W' (or Ŵ') [O, I] of the active adapter at the rank in force, in the base's dtype."""
+        (adapter,) = [name for name in self.active_adapters if name in self.lora_A]
+        lora_A, lora_B = self.factors(adapter)
+        return effective_weight(self.weight_OI, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
 
     def _forward_dense(self, x: torch.Tensor, active: list[str]) -> torch.Tensor:
         result: torch.Tensor = self.base_layer(x)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from sqft.core.delta import FrozenLinear, dequantized
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
@@ -31,11 +32,13 @@ class PackedLinear(nn.Linear):
             another dtype they would be another grid.
         zero_point: uint8 [O, G].
         folder: the model folder that the weight was read from.
+        held: the dequantised weight while :func:`sqft.model.held.held_weights` is in force, else None.
     """
 
     packed: torch.Tensor
     scale_bits: torch.Tensor
     zero_point: torch.Tensor
+    held: torch.Tensor | None = None
 
     def __init__(
         self, weight: QuantizedWeight, bias: torch.Tensor | None = None, folder: str | Path | None = None
@@ -65,6 +68,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias."""
+        if self.held is not None:
+            return functional.linear(x, self.held, self.bias)
         return cast("torch.Tensor", FrozenLinear.apply(x, self.quantized, self.bias))
 
 
