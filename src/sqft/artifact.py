@@ -172,6 +172,15 @@ def run_lock(out: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Let one process at a time finish a folder that several may work on; waits for the others."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def describe(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path], seed: int) -> dict[str, Any]:
     """Return what a stage's result depends on; its hash is the key under which the stage is skipped."""
     return {

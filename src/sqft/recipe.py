@@ -38,13 +38,17 @@ class DataConfig(Config):
     """Which rows to train on and how they read."""
 
     task: str = Field(
-        description="a built-in task (gsm8k, mawps, boolq, ...), 'gym:NAME' for reasoning-gym problems, a Hub data set "
-        "'owner/name', or the path of a JSONL file or folder with prompt/completion, messages, or columns that "
-        "`template` names"
+        description="a built-in task (gsm8k, mawps, boolq, ...), a mix of them (math, commonsense, 'boolq+arc_easy'), "
+        "'gym:NAME' for reasoning-gym problems, the YAML file of a task of your own, a Hub data set 'owner/name', or "
+        "the path of a JSONL file or folder with prompt/completion, messages, or columns that `template` names"
     )
     template: Template | None = Field(None, description="needed for a data set that is not built in")
     train_limit: PositiveInt | None = Field(None, description="rows of the training split at most")
     validation_rows: int = Field(0, ge=0, description="rows cut from the training split, by seed, for validation")
+    chat_template: bool = Field(
+        False, description="ask through the tokenizer's chat template, as chat models are asked; not for mixes of "
+        "contexts (winogrande)"
+    )  # fmt: skip
     options: dict[str, Any] = Field(
         default_factory=dict, description="settings of a generated task: {size, seed, ...} of reasoning-gym"
     )
@@ -167,6 +171,9 @@ class FinetuneConfig(Config):
     rank_groups: list[list[str]] = Field(
         [["q_proj", "k_proj", "v_proj"]], description="target modules of one layer that share a rank"
     )
+    seed: int | None = Field(
+        None, ge=0, description="of initialisation, data order and rank draws; null: the recipe's, as of all stages"
+    )
     epochs: float = Field(3, gt=0, description="passes over the training rows; max_steps overrides it")
     max_steps: PositiveInt | None = Field(None, description="optimiser steps")
     learning_rate: float = Field(3e-4, gt=0)
@@ -191,10 +198,28 @@ class FinetuneConfig(Config):
 class SearchConfig(Config):
     """Which sub-adapter is taken out of the super-adapter."""
 
-    strategy: Literal["heuristic", "maximal", "minimal", "file"] = Field(
-        "heuristic", description="heuristic: the median rank of each group; file: the ranks in `ranks_file`"
+    strategy: Literal["heuristic", "maximal", "minimal", "file", "hill_climbing", "nsga2", "random"] = Field(
+        "heuristic",
+        description="heuristic: the median rank of each group; file: the ranks in `ranks_file`; hill_climbing (the "
+        "paper's Algorithm 1), nsga2 (accuracy against size) and random evaluate 1 + turns x neighbours "
+        "configurations on validation rows, the heuristic first",
     )
     ranks_file: str | None = Field(None, description="JSON object {group: rank}")
+    turns: PositiveInt = Field(5, description="T of Algorithm 1; generations of nsga2")
+    neighbours: PositiveInt = Field(8, description="N, configurations sampled a turn; population of nsga2")
+    steps: PositiveInt = Field(8, description="S, how many single steps of rank a neighbour may be from the anchor")
+    rows: PositiveInt = Field(100, description="M, validation rows of each task that a configuration is judged on")
+    batch: PositiveInt = Field(32, description="sequences at a time")
+
+    @property
+    def searches(self) -> bool:
+        """Whether configurations are evaluated, which takes the base and validation rows."""
+        return self.strategy in ("hill_climbing", "nsga2", "random")
+
+    @property
+    def budget(self) -> int:
+        """Configurations evaluated at most."""
+        return 1 + self.turns * self.neighbours
 
 
 class MergeConfig(Config):

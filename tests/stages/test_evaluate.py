@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.oracle import answering_model
+from evaluation.oracle import answering_model
 from sqft.data.tasks import BUILTIN
 from sqft.errors import InputError
 from sqft.recipe import DataConfig, EvaluateConfig

@@ -9,6 +9,7 @@ Metrics
   choice's length in characters).
 - `generate`: greedy generation; the last number of the text (after `####`, if the task has that marker) is within
   0.001 of the right one. No marker or no number is a wrong answer.
+- `perplexity`: exp of the mean negative log-likelihood of a text's tokens (:mod:`sqft.data.perplexity`).
 - `exact`: greedy decoding would yield exactly the answer and then the end token. One forward decides it: the answer is
   greedy if each of its tokens is the most likely one after the tokens before it. A generated task that accepts several
   answers is scored on its one stored answer.
@@ -16,8 +17,11 @@ Metrics
 Differs from the reference:
 - the indentation of its source code leaks into its instruction prompts, 24 spaces a line in training and 28 in
   evaluation; here there is none, and both are equal. It has a second wording for Phi-3; here all models read one.
-- MAWPS answers are the number alone (` 18`): the data has no rationale, and a rationale made up by a larger model is
-  another data set. Numbers keep four decimals, far inside the tolerance.
+- MAWPS trains on the row's equation as its rationale (` (22-14)/4 = 2`; the number alone where it has none that is
+  solved for the answer): the rationales of LLM-Adapters were made up by a larger model. Numbers keep four decimals, far
+  inside the tolerance.
+- `gsm8k_instruct` is GSM8K with LLM-Adapters' prompt and answer extraction, for math instruction tuning; it trains on
+  the row's own solution without the calculator's marks.
 - SVAMP bodies without a final full stop get one.
 - a hyphen between two digits is a minus only for the reference (`9-5` ends in -5 there, in 5 here); `.5` is a half.
 - WinoGrande trains on the part after the blank given each row's right option, as it is scored.
@@ -31,12 +35,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Metric = Literal["choice", "generate", "exact"]
+Metric = Literal["choice", "generate", "exact", "perplexity"]
 Split = Literal["train", "validation", "test"]
 Row = Mapping[str, Any]
 
 TOLERANCE = 0.001
 _NUMBER = re.compile(r"(?<![\d.])-?(?:\d+\.?\d*|\.\d+)")
+_ARITHMETIC = re.compile(r"[-+*/().\d\s]+")
+_CALCULATOR = re.compile(r"<<.*?>>")
 _SENTENCE_END = re.compile(r"(.*[.!?][\"')\]]*) (\S.*)", re.DOTALL)
 
 
@@ -73,6 +79,7 @@ class Task:
         build: turns a row into an example; None for your own data, whose columns differ.
         splits: our split to that of the source; a split that is absent does not exist anywhere.
         hub: Hub data set and configuration.
+        folder: name of its folder of local files; empty is the task's own.
         hub_splits: where the Hub's split is called otherwise than the local file.
         acc_norm: whether accuracy by length is reported too: where lm-eval does, not between 'yes' and 'no'.
         marker: text that the final number follows.
@@ -87,6 +94,7 @@ class Task:
     build: Callable[[Row], Example] | None = None
     splits: Mapping[Split, str] = field(default_factory=dict)
     hub: tuple[str, str | None] | None = None
+    folder: str = ""
     hub_splits: Mapping[Split, str] = field(default_factory=dict)
     acc_norm: bool = False
     marker: str = ""
@@ -150,7 +158,32 @@ def _gsm8k(row: Row) -> Example:
 def _mawps(row: Row) -> Example:
     answer = row["answer"] if "answer" in row else row["result_float"]
     tags = ("unseen",) if row.get("seen_template") is False else ()
-    return Example(_instruction(row["question"]), f" {_short_number(answer)}", question=row["question"], tags=tags)
+    text = _rationale(row, _short_number(answer))
+    return Example(_instruction(row["question"]), text, question=row["question"], tags=tags)
+
+
+def _rationale(row: Row, answer: str) -> str:
+    """Return the answer after the equation that gives it, or alone where there is none of the form `x=...`."""
+    _, equals, right = str(row.get("equation") or "").partition("=")
+    if not equals or not _ARITHMETIC.fullmatch(right):
+        return f" {answer}"
+    expression = re.sub(r"\d+\.\d+", lambda number: _short_number(number[0]), "".join(right.split()))
+    return f" {_without_outer_brackets(expression)} = {answer}"
+
+
+def _without_outer_brackets(expression: str) -> str:
+    depth = 0
+    for place, character in enumerate(expression):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0 and place < len(expression) - 1:
+            return expression
+    return expression.removeprefix("(").removesuffix(")") if expression.startswith("(") else expression
+
+
+def _gsm8k_instruct(row: Row) -> Example:
+    solution, _, number = _CALCULATOR.sub("", row["answer"]).rpartition("####")
+    answer = f"{solution.strip()}\nThe answer is {number.strip()}" if solution else number.strip()
+    return Example(_instruction(row["question"]), f" {answer}", question=row["question"])
 
 
 def _svamp(row: Row) -> Example:
@@ -242,7 +275,17 @@ BUILTIN: dict[str, Task] = {
             max_new_tokens=400,
         ),
         # The Hub's copy has other splits (520 test rows, filtered for leaks): its numbers are not those of the folder.
-        Task("mawps", "generate", _mawps, _ALL, ("MU-NLPC/Calc-mawps", None), **_MATH),
+        Task("mawps", "generate", _mawps, _ALL, ("MU-NLPC/Calc-mawps", None), **_MATH, version=2),
+        Task(
+            "gsm8k_instruct",
+            "generate",
+            _gsm8k_instruct,
+            _TWO,
+            ("openai/gsm8k", "main"),
+            folder="gsm8k",
+            until=("###",),
+            max_new_tokens=400,
+        ),
         Task(
             "svamp",
             "generate",
@@ -261,3 +304,20 @@ BUILTIN: dict[str, Task] = {
         Task("openbookqa", "choice", _openbookqa, _ALL, ("allenai/openbookqa", "main"), acc_norm=True),
     )
 }
+
+
+PERPLEXITY = Task("wikitext2", "perplexity", splits={"validation": "valid", "test": "test"})
+
+# Several tasks tuned on together and evaluated one by one. `a+b` makes any other mix of built-in tasks.
+MIXES: dict[str, tuple[str, ...]] = {
+    "math": ("gsm8k_instruct", "mawps", "svamp"),
+    "commonsense": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+}
+
+
+def mix_members(name: str) -> tuple[str, ...]:
+    """Return the built-in tasks that a mix's name stands for; none if it names no mix."""
+    if name in MIXES:
+        return MIXES[name]
+    parts = tuple(name.split("+"))
+    return parts if len(parts) > 1 and all(part in BUILTIN for part in parts) else ()

@@ -7,13 +7,14 @@ the memory of the float model, and every output is equal to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
-from sqft.model.layers import SqftLinear
+from sqft.model.elastic import set_ranks
+from sqft.model.layers import SqftLinear, sqft_layers
 from sqft.model.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def held_weights(model: nn.Module) -> Iterator[None]:
-    """Hold the effective weights of a model's linears inside the block; ranks that are set inside it have no effect.
+    """Hold the effective weights of a model's linears inside the block; inside it, set ranks with :func:`switch_ranks`.
 
     Args:
         model: in evaluation mode, frozen or not; one without linears of ours is left as it is.
@@ -42,3 +43,20 @@ def held_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.held = None
+
+
+def switch_ranks(model: nn.Module, ranks: Mapping[str, int]) -> int:
+    """Set a configuration {group: rank} in place and hold the weights that it changes anew; return their number.
+
+    Raises:
+        InputError: the configuration does not fit the model's rank space.
+    """
+    layers = sqft_layers(model)
+    before = {name: layer.fixed_rank for name, layer in layers.items()}
+    set_ranks(model, ranks)
+    changed = [layer for name, layer in layers.items() if layer.fixed_rank != before[name]]
+    with torch.no_grad():
+        for layer in changed:
+            if layer.held is not None:
+                layer.held = layer.effective()
+    return len(changed)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from sqft.data.harness import Scores
+    from sqft.evaluation.harness import Scores
     from sqft.recipe import EvaluateConfig
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _evaluate_all(
 ) -> dict[str, dict[str, Any]]:
     import torch
 
-    from sqft.data.harness import evaluate_examples
+    from sqft.evaluation.harness import evaluate_examples
 
     model = load_model(model_dir, adapter, trust_remote_code=trust_remote_code)
     if torch.cuda.is_available():

@@ -23,7 +23,7 @@ import torch
 
 from sqft.artifact import describe, digest_text, finished_result, write_result
 from sqft.data.encode import encode
-from sqft.data.harness import score_examples
+from sqft.evaluation.harness import score_examples
 from sqft.model.adapter import SavedAdapter
 from sqft.model.attach import check_base
 from sqft.model.checkpoint import Checkpoint

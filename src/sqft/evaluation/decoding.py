@@ -3,7 +3,7 @@
 What makes it fast, on a CPU above all, where lm-eval's own way spends most of its time elsewhere:
 - the output head runs over the positions that are asked for, not over whole prompts (`logits_to_keep`), and no
   log-softmax over the vocabulary is written out.
-- rows are sorted by length, so little of a batch is padding.
+- rows are sorted by length and read some 2,000 tokens at a time, whatever the batch: little of it is padding.
 - sequences that begin alike, a prompt with each of its choices, read the common part once: its keys and values are
   copied for each.
 - a row of a generation leaves the batch when it has ended.
@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
+
+from sqft.evaluation.attention import RoomyLayer, decoding_attention, join_caches, roomy_cache, select_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +32,8 @@ Tokens = Sequence[int]
 _ENDED_SHARE = 0.25
 # A common beginning is read once where that saves at least this share of the tokens; it costs a forward of its own.
 _WORTHWHILE = 0.2
+# Tokens of a forward that fills a cache, on a CPU.
+_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ def likelihoods(
     for index, group in enumerate(groups):
         found[index] = [Likelihood(0.0, False)] * len(group)
         common = _common_length(group)
-        total = sum(len(prompt) + len(answer) for prompt, answer in group)
-        if common * (len(group) - 1) >= _WORTHWHILE * total:
+        lengths = [len(prompt) + len(answer) for prompt, answer in group]
+        if common * (len(group) - 1) >= _WORTHWHILE * sum(lengths) and 2 * max(lengths) <= reader.window:
             shared.append((index, common))
         else:
             alone.extend((index, member) for member in range(len(group)))
@@ -77,16 +82,16 @@ def likelihoods(
         return len(prompt) + len(answer)
 
     alone.sort(key=length, reverse=True)
-    for places in _chunks(alone, lambda _: 1, batch):
+    for places in _chunks(alone, length, batch, reader.tokens):
         pairs = [groups[index][member] for index, member in places]
         for (index, member), value in zip(places, reader.score(pairs), strict=True):
             found[index][member] = value
         progress(len(places))
     shared.sort(key=lambda place: place[1], reverse=True)
-    for chunk in _chunks(shared, lambda place: len(groups[place[0]]), batch):
+    for chunk in _chunks(shared, lambda place: place[1], batch, reader.tokens):
         begins = [list(_whole(groups[index][0]))[:common] for index, common in chunk]
         members = [(row, pair) for row, (index, _) in enumerate(chunk) for pair in groups[index]]
-        values = iter(reader.score_after(begins, members))
+        values = iter(reader.score_after(begins, members, batch))
         for index, _ in chunk:
             found[index] = [next(values) for _ in groups[index]]
         progress(len(members))
@@ -115,10 +120,10 @@ def generate(
     reader = _Reader(model)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     found: list[list[int]] = [[] for _ in prompts]
-    for chunk in _chunks(order, lambda _: 1, batch):
-        for index, tokens in zip(
-            chunk, reader.continue_([prompts[index] for index in chunk], max_new_tokens, ended), strict=True
-        ):
+    for chunk in _chunks(order, lambda _: 1, batch, batch):
+        with decoding_attention(reader.inner):
+            continued = reader.continue_([prompts[index] for index in chunk], max_new_tokens, ended)
+        for index, tokens in zip(chunk, continued, strict=True):
             found[index] = tokens
         progress(len(chunk))
     return found
@@ -141,16 +146,16 @@ def _common_length(group: Sequence[tuple[Tokens, Tokens]]) -> int:
     return common
 
 
-def _chunks(items: Sequence[Any], size: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
-    """Yield runs of items whose sizes add up to at most `limit`, at least one item each."""
+def _chunks(items: Sequence[Any], tokens: Callable[[Any], int], most: int, room: float) -> Iterator[list[Any]]:
+    """Yield runs of at most `most` items whose tokens add up to at most `room`, at least one item each."""
     chunk: list[Any] = []
     held = 0
     for item in items:
-        if chunk and held + size(item) > limit:
+        if chunk and (len(chunk) == most or held + tokens(item) > room):
             yield chunk
             chunk, held = [], 0
         chunk.append(item)
-        held += size(item)
+        held += tokens(item)
     if chunk:
         yield chunk
 
@@ -162,8 +167,15 @@ class _Reader:
         self.model = model
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         known = inspect.signature(inner.forward).parameters
+        self.inner: PreTrainedModel = inner
         self.takes_positions = "position_ids" in known
         self.takes_keep = "logits_to_keep" in known
+        # Between a shared beginning and what follows it stands padding, which a sliding window would count.
+        windows = [layer.sliding_window for layer in roomy_cache(inner).layers if layer.is_sliding]
+        self.window: float = min(windows, default=float("inf"))
+        # Caches that are filled in parts are put together, which a sliding window's does not allow.
+        self.joins = all(isinstance(layer, RoomyLayer) for layer in roomy_cache(inner).layers)
+        self.tokens: float = _TOKENS if inner.device.type == "cpu" else float("inf")
         self.device = inner.get_input_embeddings().weight.device
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, keep: int, cache: Any, *, use_cache: bool) -> Any:
@@ -189,26 +201,49 @@ class _Reader:
         return [_judge(row, answer) for row, (_, answer) in zip(logits, pairs, strict=True)]
 
     def score_after(
-        self, begins: Sequence[Tokens], members: Sequence[tuple[int, tuple[Tokens, Tokens]]]
+        self, begins: Sequence[Tokens], members: Sequence[tuple[int, tuple[Tokens, Tokens]]], batch: int
     ) -> list[Likelihood]:
         """Score sequences of which each begins with one of `begins`, which are read once."""
         ids, begin_mask = self.pad(begins)
-        _, cache = self(ids, begin_mask, 1, None, use_cache=True)
-        rows = torch.tensor([row for row, _ in members], device=self.device)
-        cache.batch_select_indices(rows)
-        ids, mask = self.pad([_whole(pair)[len(begins[row]) : -1] for row, pair in members])
-        longest = max(len(pair[1]) for _, pair in members)
-        logits, _ = self(ids, torch.cat([begin_mask[rows], mask], dim=1), longest, cache, use_cache=True)
-        return [_judge(row, pair[1]) for row, (_, pair) in zip(logits, members, strict=True)]
+        _, cache = self(ids, begin_mask, 1, roomy_cache(self.inner), use_cache=True)
+        found: list[Likelihood] = [Likelihood(0.0, False)] * len(members)
+
+        def rest(place: int) -> int:
+            row, (prompt, answer) = members[place]
+            return len(prompt) + len(answer) - len(begins[row])
+
+        order = sorted(range(len(members)), key=rest, reverse=True)
+        for places in _chunks(order, rest, batch, self.tokens):
+            chosen = [members[place] for place in places]
+            rows = torch.tensor([row for row, _ in chosen], device=self.device)
+            ids, mask = self.pad([_whole(pair)[len(begins[row]) : -1] for row, pair in chosen])
+            longest = max(len(answer) for _, (_, answer) in chosen)
+            mask = torch.cat([begin_mask[rows], mask], dim=1)
+            logits, _ = self(ids, mask, longest, select_rows(cache, rows), use_cache=True)
+            for place, row, (_, (_, answer)) in zip(places, logits, chosen, strict=True):
+                found[place] = _judge(row, answer)
+        return found
+
+    def read(self, prompts: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Return (logits of the last token [B, 1, V], mask [B, L], cache) of prompts, longest first."""
+        parts = []
+        for chunk in _chunks(prompts, len, len(prompts), self.tokens if self.joins else float("inf")):
+            ids, mask = self.pad(chunk)
+            logits, cache = self(ids, mask, 1, roomy_cache(self.inner), use_cache=True)
+            parts.append((logits, mask, cache))
+        if len(parts) == 1:
+            return parts[0]
+        width = parts[0][1].shape[1]
+        masks = [functional.pad(mask, (width - mask.shape[1], 0)) for _, mask, _ in parts]
+        return torch.cat([logits for logits, _, _ in parts]), torch.cat(masks), join_caches([c for _, _, c in parts])
 
     def continue_(
         self, prompts: Sequence[Tokens], max_new_tokens: int, ended: Callable[[Tokens], bool]
     ) -> list[list[int]]:
-        ids, mask = self.pad(prompts)
         rows = list(range(len(prompts)))
         found: list[list[int]] = [[] for _ in prompts]
         alive = [True] * len(prompts)
-        logits, cache = self(ids, mask, 1, None, use_cache=True)
+        logits, mask, cache = self.read(prompts)
         for step in range(max_new_tokens):
             tokens = logits[:, -1].argmax(dim=-1)
             for row, token in zip(rows, tokens.tolist(), strict=True):

@@ -5,7 +5,7 @@ aggregates, and the wording stays where training takes it from. Not as a JSON fi
 2024-02-29T00:00:00 into a date, and back into another text, even where the column's type is given. What stands between
 the two:
 - tokens are those of training (:func:`sqft.data.encode.encode`), not lm-eval's own split of prompt and answer.
-- the model is run by :mod:`sqft.data.decoding`, several times as fast as lm-eval's own loop and with the same answers.
+- the model is run by :mod:`sqft.evaluation.decoding`, which is faster than lm-eval's own loop and answers the same.
 - as in lm-eval a prompt that exceeds the model's context is shortened from the left; how many were is logged.
 - the answer of an `exact` task is scored with the end token after it: an answer that goes on is a wrong answer.
 - lm-eval's log and progress bars are silent but for one bar in a terminal. Nothing is fetched, nothing is reported to
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from sqft.data.decoding import generate, likelihoods
 from sqft.data.encode import encode, encode_prompt
 from sqft.data.tasks import Example, Task, final_number, same_number
 from sqft.errors import InputError
+from sqft.evaluation.decoding import generate, likelihoods
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -223,12 +223,15 @@ def _language_model() -> type[Any]:
             super().__init__(**options)
             self.shortened = 0
 
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            return encode(self.tokenizer, context, continuation)
+
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             rows: dict[int, list[int]] = {}
             pairs = []
             for place, request in enumerate(requests):
                 rows.setdefault(request.doc_id, []).append(place)
-                pairs.append(self._fit(*encode(self.tokenizer, *request.args)))
+                pairs.append(self._fit(*self._encode_pair(*request.args)))
             with _bar(len(requests), "scoring") as bar:
                 groups = [[pairs[place] for place in places] for places in rows.values()]
                 found = likelihoods(self.model, groups, self.batch_size, bar.update)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from data.oracle import answering_model
+from evaluation.oracle import answering_model
 from sqft.data.encode import encode
-from sqft.data.harness import _language_model, evaluate_examples, score_examples
 from sqft.data.tasks import BUILTIN, Example, Task
 from sqft.errors import InputError
+from sqft.evaluation import harness
+from sqft.evaluation.harness import _language_model, evaluate_examples, score_examples
 
 EXACT = Task("own", "exact")
 
@@ -208,12 +209,10 @@ def test_generation_reads_the_tokens_of_training(
     model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    original = model.generate
-    monkeypatch.setattr(model, "generate", lambda **options: seen.append(options) or original(**options))
+    original = harness.generate
+    monkeypatch.setattr(harness, "generate", lambda *options: seen.append(options) or original(*options))
     score_examples(model, tiny_tokenizer, dataclasses.replace(BUILTIN["mawps"], max_new_tokens=3), MAWPS[:1], 1)
-    assert seen[0]["input_ids"].tolist() == [encode(tiny_tokenizer, MAWPS[0].prompt, "")[0]]
-    assert seen[0]["use_cache"] is True
-    assert seen[0]["do_sample"] is False
+    assert seen[0][1] == [encode(tiny_tokenizer, MAWPS[0].prompt, "")[0]]
 
 
 def test_prompts_that_the_model_cannot_hold_are_counted(

@@ -1,0 +1,147 @@
+"""Attention and cache for decoding on a CPU, where the stock ones copy more than they compute.
+
+A decoding step of SmolLM2 with 48 rows took 0.30 s: a third of it copied each key-value head for its query heads, and a
+sixth copied the cache to append one token. Here the query heads of a key-value head stand as rows of one attention call
+(the same kernel, with the same precision), and the cache has room to grow: 0.16 s.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "sqft_folded"
+_ROOM = 64
+
+
+def folded_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return transformers' sdpa attention; of one query a row, without copies of keys and values.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, Q, D].
+        key: [B, G, L, D], G key-value heads of H / G query heads each.
+        value: [B, G, L, D].
+        attention_mask: [B, 1, Q, L] or None.
+        scaling: of the scores.
+        options: as transformers passes them.
+
+    Returns:
+        [B, Q, H, D], and None for the weights.
+    """
+    batch, heads, queries, width = query.shape
+    groups = key.shape[1]
+    one_mask = attention_mask is None or attention_mask.shape[1] == 1
+    if queries != 1 or groups == heads or not one_mask or options.get("position_bias") is not None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        return output, None
+    folded = query.reshape(batch, groups, heads // groups, width)
+    found = functional.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    return found.reshape(batch, heads, 1, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, folded_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def decoding_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Use :func:`folded_attention` inside the block, on a CPU and in place of sdpa alone."""
+    config = model.config
+    stock = getattr(config, "_attn_implementation", None)
+    if stock != "sdpa" or model.device.type != "cpu":
+        yield
+        return
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = stock
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer that appends in place, in memory reserved for the next tokens."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [B, G, T, D] and return all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        self.keys = self._append("key_room", self.keys, length, key_states)
+        self.values = self._append("value_room", self.values, length, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, held: torch.Tensor, length: int, new: torch.Tensor) -> torch.Tensor:
+        room: torch.Tensor | None = getattr(self, name, None)
+        batch, heads, tokens, width = new.shape
+        if room is None or room.shape[0] != batch or room.shape[2] < length + tokens:
+            room = new.new_empty(batch, heads, length + tokens + _ROOM, width)
+            if length:
+                room[:, :, :length] = held
+            setattr(self, name, room)
+        room[:, :, length : length + tokens] = new
+        return room[:, :, : length + tokens]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep those rows of the batch."""
+        super().batch_select_indices(indices)
+        self.key_room = self.value_room = None
+
+
+def roomy_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return an empty cache for a model; layers with a window keep transformers' own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = RoomyLayer
+    return cache
+
+
+def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """Return one cache of the rows of several, the first of which is the longest; shorter ones are padded on the left.
+
+    Each cache is emptied as it is taken over. Every layer must be a :class:`RoomyLayer`.
+    """
+    whole = caches[0]
+    for index, layer in enumerate(whole.layers):
+        others = [cache.layers[index] for cache in caches]
+        length = layer.get_seq_length()
+        for name in ("keys", "values"):
+            held = [getattr(other, name) for other in others]
+            padded = [functional.pad(part, (0, 0, length - part.shape[2], 0)) for part in held]
+            setattr(layer, name, torch.cat(padded))
+        for other in others:
+            other.key_room = other.value_room = None
+            if other is not layer:
+                other.keys = other.values = None
+    return whole
+
+
+def select_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+    """Return a cache of these rows, which may repeat; the given one stays as it is."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(rows)
+    return chosen

@@ -1,0 +1,122 @@
+"""Our batched decoding against a loop without batch, padding, cache or shared prompts, on several architectures."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sqft.evaluation.decoding import _common_length, generate, likelihoods
+
+SHAPE = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
+    eos_token_id=2, pad_token_id=0, max_position_embeddings=128,
+)  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": SHAPE | {"num_key_value_heads": 2},
+    "qwen2": SHAPE | {"num_key_value_heads": 2},
+    "qwen3": SHAPE | {"num_key_value_heads": 2, "head_dim": 8},
+    # A window that the sequences exceed.
+    "mistral": SHAPE | {"num_key_value_heads": 2, "sliding_window": 8},
+    "phi3": SHAPE | {"num_key_value_heads": 2},
+    "gemma2": SHAPE | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "opt": SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mixtral": SHAPE | {"num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": None},
+}
+
+
+def tiny(name: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **CONFIGS[name]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # far from uniform, so that the most likely token is no near tie
+    return model.eval()
+
+
+def sequences(seed: int) -> list[list[tuple[list[int], list[int]]]]:
+    """Groups: shared prompts, prompts that part early, and single ones."""
+    draw = random.Random(seed)
+
+    def tokens(least: int, most: int) -> list[int]:
+        return [draw.randrange(3, 97) for _ in range(draw.randint(least, most))]
+
+    groups = []
+    for _ in range(4):
+        prompt = tokens(8, 30)
+        groups.append([(prompt, tokens(1, 6)) for _ in range(draw.randint(2, 5))])
+    begin, end = tokens(3, 9), tokens(4, 9)
+    groups.append([(begin + tokens(1, 3), end) for _ in range(2)])
+    groups += [[(tokens(1, 20), tokens(1, 9))] for _ in range(3)]
+    return groups
+
+
+@torch.no_grad()
+def naive_likelihood(model: Any, prompt: list[int], answer: list[int]) -> tuple[float, bool]:
+    logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+    total, greedy = 0.0, True
+    for place, token in enumerate(answer, len(prompt)):
+        total += float(logits[place - 1, token])
+        greedy &= int(logits[place - 1].argmax()) == token
+    return total, greedy
+
+
+@torch.no_grad()
+def naive_generate(model: Any, prompt: list[int], count: int, end: int) -> list[int]:
+    found: list[int] = []
+    while len(found) < count and (not found or found[-1] != end):
+        found.append(int(model(torch.tensor([prompt + found]), use_cache=False).logits[0, -1].argmax()))
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_likelihoods_equal_those_of_single_forwards(name: str) -> None:
+    model, groups = tiny(name), sequences(1)
+    # One answer that is greedy, so that the flag is seen true as well.
+    prompt = groups[0][0][0]
+    groups[0][0] = (prompt, naive_generate(model, prompt, 3, -1))
+    for batch in (1, 3, 100):
+        found = likelihoods(model, groups, batch)
+        for group, values in zip(groups, found, strict=True):
+            for (begin, answer), value in zip(group, values, strict=True):
+                total, greedy = naive_likelihood(model, begin, answer)
+                assert value.total == pytest.approx(total, abs=2e-3), (name, batch)
+                assert value.greedy == greedy
+    assert found[0][0].greedy
+    assert not all(value.greedy for values in found for value in values)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation_equals_a_loop_without_cache(name: str) -> None:
+    model = tiny(name)
+    prompts = [prompt for group in sequences(2) for prompt, _ in group]
+    whole = [naive_generate(model, prompt, 12, -1) for prompt in prompts]
+    # An end that some reach early and others never: rows leave the batch at different steps.
+    end = whole[0][2]
+    expected = [naive_generate(model, prompt, 12, end) for prompt in prompts]
+    assert len({len(tokens) for tokens in expected}) > 1
+    seen = []
+    for batch in (1, 4, 100):
+        seen.clear()
+        assert generate(model, prompts, 12, batch, lambda tokens: tokens[-1] == end, seen.append) == expected
+        assert sum(seen) == len(prompts)
+
+
+def test_the_common_part_ends_before_the_token_that_predicts_an_answer() -> None:
+    assert _common_length([([5, 6, 7], [8]), ([5, 6, 7], [9, 9])]) == 2
+    assert _common_length([([5, 6, 7], [8]), ([5, 9, 7], [8])]) == 1
+    assert _common_length([([5], [8]), ([5], [9])]) == 0
+
+
+def test_a_shared_prompt_is_read_once() -> None:
+    model = tiny("llama")
+    prompt = list(range(3, 43))
+    read = []
+    model.register_forward_pre_hook(lambda _m, _a, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
+    likelihoods(model, [[(prompt, [50 + i, 60]) for i in range(4)]], 16)
+    assert sum(read) == 39 + 4 * 2  # the rest of each: the prompt's last token and the answer's first
