@@ -194,6 +194,65 @@ def _finetune(options: argparse.Namespace) -> int:
     return 0
 
 
+def _search(options: argparse.Namespace) -> int:
+    from sqft.data.load import load_tasks
+    from sqft.model.load import load_tokenizer
+    from sqft.stages import search
+
+    config = read_config(options, SearchConfig)
+    rows = load_tasks(_data(options), "validation", load_tokenizer(options.base)) if config.searches else []
+    artifact = search.run(
+        config, options.adapter, options.out, seed=options.seed, base=options.base, rows=rows,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    result = artifact.manifest["result"]
+    if config.searches:
+        found, before = 100 * result["accuracy"], 100 * result["heuristic_accuracy"]
+        print(f"{result['evaluated']} configurations: {found:.1f} % on validation rows, the heuristic {before:.1f} %")
+    print(f"{config.strategy} ranks {result['groups_per_rank']}: {options.out}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from sqft.compare.methods import PAPER
+    from sqft.compare.run import run as run_comparison
+
+    recipe = load_recipe(options.recipe, options.set)
+    if options.threads is not None:
+        recipe = recipe.model_copy(update={"threads": options.threads})
+
+    def announce(stage: str) -> None:
+        print(f"▸ {stage}", file=sys.stderr, flush=True)
+
+    out = options.out or Path("runs") / f"{recipe.name}-compare"
+    typed = "sqft " + " ".join(sys.argv[1:])
+    page = run_comparison(recipe, out, options.methods or PAPER, options.seeds, announce, typed)
+    print((out / "compare.md").read_text())
+    print(f"table: {page}")
+    failed = [m for m in json.loads((out / "compare.json").read_text())["methods"] if m["failed"]]
+    return 1 if failed else 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from sqft.compare import sweep
+
+    recipe = load_recipe(options.recipe, options.set)
+    if options.threads is not None:
+        recipe = recipe.model_copy(update={"threads": options.threads})
+
+    def announce(stage: str) -> None:
+        print(f"▸ {stage}", file=sys.stderr, flush=True)
+
+    out = options.out or Path("runs") / f"{recipe.name}-sweep"
+    typed = "sqft " + " ".join(sys.argv[1:])
+    page = sweep.run(
+        recipe, out, options.levels, options.methods or sweep.DEFAULT, options.seeds, announce, typed
+    )  # fmt: skip
+    print((out / "sweep.md").read_text())
+    print(f"table and chart: {page}")
+    return 0
+
+
 def _extract(options: argparse.Namespace) -> int:
     from sqft.stages import search
 
@@ -369,6 +428,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
     sub.add_argument("out", type=Path, help="folder to make")
+
+    sub = add("search", _search, "find the best sub-adapter of a super-adapter on validation rows", SearchConfig,
+              DataConfig, example="adapter out --base sparse --task mawps --strategy hill_climbing")  # fmt: skip
+    sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
+    sub.add_argument("out", type=Path, help="folder to make; started twice with one OUT, two processes share the work")
+    sub.add_argument("--base", type=Path, required=True, help="the base model's folder")
+
+    sub = add("compare", _compare, "run the paper's methods on one model and task, and show one table",
+              example="recipes/quickstart.yaml --seeds 3")  # fmt: skip
+    sub.add_argument("recipe", type=Path, help="YAML file: model, data and the settings that all rows share")
+    sub.add_argument(
+        "--out", type=Path, help="folder (default runs/NAME-compare); processes that share it share the work"
+    )
+    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: the ten of the paper)")
+    sub.add_argument("--seeds", type=int, default=1, help="training seeds a row (default 1)")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
+
+    sub = add(
+        "sweep", _sweep, "compare methods over sparsity levels", example="recipes/math.yaml --levels 0 0.3 0.6 2:4"
+    )
+    sub.add_argument("recipe", type=Path, help="YAML file: model, data and the settings that all rows share")
+    sub.add_argument("--levels", nargs="+", default=["0", "0.3", "0.5", "0.7"], metavar="LEVEL",
+                     help="sparsities, 0 for none, and patterns such as 2:4 (default 0 0.3 0.5 0.7)")  # fmt: skip
+    sub.add_argument("--out", type=Path, help="folder (default runs/NAME-sweep)")
+    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: one rank and NLS of each)")
+    sub.add_argument("--seeds", type=int, default=1, help="training seeds a row (default 1)")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
 
     sub = add("merge", _merge, "merge an adapter into its base", MergeConfig, example="sparse sub_adapter merged")
     sub.add_argument("model", type=Path, help="the base model's folder")

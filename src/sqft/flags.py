@@ -17,7 +17,7 @@ from sqft.recipe import Config, DataConfig, parse_config
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
-_SKIPPED = {"rows", "baselines", "template", "options", "rank_groups", "joint"}
+_SKIPPED = {"seed", "rows", "baselines", "template", "options", "rank_groups", "joint"}
 """Settings that only a recipe can hold."""
 
 

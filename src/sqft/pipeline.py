@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ import torch
 
 from sqft.artifact import run_lock, write_json
 from sqft.data.calibration import calibration_tokens
-from sqft.data.load import load_examples, resolve_task
+from sqft.data.load import load_examples, load_tasks
+from sqft.data.tasks import normalise
 from sqft.errors import InputError, Problems, SqftError
 from sqft.model.load import load_tokenizer, localize
 from sqft.model.targets import find_targets, skeleton
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sqft.data.tasks import Example
+    from sqft.data.tasks import Example, Task
     from sqft.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -94,9 +96,12 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
             announce("finetune")
             train = [(e.prompt, e.answer) for e in inputs.train]
             validation = [(e.prompt, e.answer) for e in inputs.validation]
-            finetune.run(recipe.finetune, base, train, validation, out / "adapter", data=inputs.source, **common)
-            announce("extract the sub-adapter")
-            search.run(recipe.search, out / "adapter", out / "sub_adapter", seed=recipe.seed)
+            seeded = common | ({} if recipe.finetune.seed is None else {"seed": recipe.finetune.seed})
+            finetune.run(recipe.finetune, base, train, validation, out / "adapter", data=inputs.source, **seeded)
+            announce("search for a sub-adapter" if recipe.search.searches else "extract the sub-adapter")
+            search.run(
+                recipe.search, out / "adapter", out / "sub_adapter", base=base, rows=inputs.selection, **common
+            )  # fmt: skip
             models["tuned"] = (base, out / "sub_adapter")
 
         if recipe.finetune is not None and recipe.merge is not None:
@@ -108,7 +113,7 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
                 held_out = inputs.test[: max(recipe.verify.prompts, recipe.verify.accuracy_rows)]
                 proof = verify.run(
                     recipe.verify, out / "merged", base, out / "sub_adapter", out / "verify.json",
-                    task=resolve_task(recipe.data), examples=held_out, **common,
+                    task=inputs.task, examples=held_out, **common,
                 )  # fmt: skip
                 verified = bool(proof["passed"])
 
@@ -136,6 +141,8 @@ class _Inputs:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    task: Task | None
+    selection: list[tuple[Task, list[Example]]]
     source: dict[str, Any]
 
 
@@ -146,7 +153,8 @@ def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
     quantize_tokens: torch.Tensor | None = None
     train: list[Example] = []
     validation: list[Example] = []
-    test: list[Example] = []
+    test: list[tuple[Task, list[Example]]] = []
+    selection: list[tuple[Task, list[Example]]] = []
     with Problems(f"recipe {recipe.name}") as problems:
 
         def attempt(action: Callable[[], Any]) -> Any:
@@ -161,7 +169,12 @@ def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
             if recipe.finetune.evaluate_every is not None:
                 validation = attempt(lambda: load_examples(recipe.data, "validation", recipe.seed, tokenizer)) or []
         if recipe.evaluate is not None or (recipe.verify is not None and recipe.merge is not None):
-            test = attempt(lambda: load_examples(recipe.data, "test", recipe.seed, tokenizer)) or []
+            test = attempt(lambda: load_tasks(recipe.data, "test", tokenizer)) or []
+            for name in recipe.evaluate.tasks if recipe.evaluate is not None else []:
+                attempt(partial(evaluate.read_task, name, recipe.data, tokenizer))
+        if recipe.finetune is not None and recipe.search.searches:
+            selection = attempt(lambda: load_tasks(recipe.data, "validation", tokenizer)) or []
+            attempt(lambda: _check_disjoint(recipe, selection, tokenizer))
         attempt(lambda: report.check_baselines(recipe))
         network = attempt(lambda: skeleton(dense, trust_remote_code=recipe.trust_remote_code))
         if recipe.sparsify is not None:
@@ -197,7 +210,29 @@ def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
             if train:
                 attempt(lambda: finetune.label(tuned, tokenizer, [(e.prompt, e.answer) for e in train], network.config))
     source = {"data": recipe.data.model_dump(mode="json"), "train_examples": len(train)}
-    return _Inputs(tokens, quantize_tokens, train, validation, test, source)
+    # The proof's behaviour checks ask the first task's questions.
+    task, held_out = test[0] if test else (None, [])
+    return _Inputs(tokens, quantize_tokens, train, validation, held_out, task, selection, source)
+
+
+def _check_disjoint(
+    recipe: Recipe, selection: list[tuple[Task, list[Example]]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a search that would select on questions that the table reports.
+
+    The loader keeps the splits of the recipe's own data apart; other tasks that are evaluated are compared here.
+    """
+    if recipe.evaluate is None:
+        return
+    asked = {normalise(e.question or e.prompt) for _, part in selection for e in part}
+    for name in recipe.evaluate.tasks:
+        reported = evaluate.read_task(name, recipe.data, tokenizer)
+        shared = sum(normalise(e.question or e.prompt) in asked for e in reported)
+        if shared:
+            raise InputError(
+                f"search selects on {shared} questions that evaluate.tasks {name} reports; evaluate other rows, or "
+                "choose a strategy that evaluates nothing, such as heuristic"
+            )
 
 
 def _check_quantised_targets(recipe: Recipe, network: PreTrainedModel) -> None:

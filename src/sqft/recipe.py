@@ -46,9 +46,8 @@ class DataConfig(Config):
     train_limit: PositiveInt | None = Field(None, description="rows of the training split at most")
     validation_rows: int = Field(0, ge=0, description="rows cut from the training split, by seed, for validation")
     chat_template: bool = Field(
-        False, description="ask through the tokenizer's chat template, as chat models are asked; not for mixes of "
-        "contexts (winogrande)"
-    )  # fmt: skip
+        False, description="ask through the tokenizer's chat template, as chat models are asked"
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="settings of a generated task: {size, seed, ...} of reasoning-gym"
     )
@@ -208,7 +207,7 @@ class SearchConfig(Config):
     turns: PositiveInt = Field(5, description="T of Algorithm 1; generations of nsga2")
     neighbours: PositiveInt = Field(8, description="N, configurations sampled a turn; population of nsga2")
     steps: PositiveInt = Field(8, description="S, how many single steps of rank a neighbour may be from the anchor")
-    rows: PositiveInt = Field(100, description="M, validation rows of each task that a configuration is judged on")
+    samples: PositiveInt = Field(100, description="M, validation rows of each task that a configuration is judged on")
     batch: PositiveInt = Field(32, description="sequences at a time")
 
     @property

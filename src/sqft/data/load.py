@@ -12,6 +12,11 @@ Guards, the same in every stage because none depends on the run's seed:
   table reports and what a model is tuned on are never the same rows.
 - `train_limit` draws from what remains; this draw alone depends on the seed.
 
+A mix of tasks (:func:`sqft.data.tasks.mix_members`) has the rows of its members. Its guards hold across them: a
+question of one member's test rows is in no member's training rows. A member whose training split is nowhere is left out
+of training, which is logged; validation rows come from those members that have such a split or, with `validation_rows`,
+are cut from each member's train.
+
 Own data may have no test split: then nothing is reported, and nothing guarded. A single file has none.
 """
 
@@ -23,11 +28,11 @@ import os
 import random
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sqft.data import generated
-from sqft.data.own import build_examples, own_builder, read_lines
-from sqft.data.tasks import BUILTIN, Example, Metric, Row, Split, Task, normalise
+from sqft.data.own import as_chat, build_examples, own_builder, read_lines
+from sqft.data.tasks import BUILTIN, MIXES, Example, Metric, Row, Split, Task, mix_members, normalise
 from sqft.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,6 +75,8 @@ def resolve_task(config: DataConfig) -> Task:
         InputError: it names no task, file or data set, or has settings that this kind of data does not take.
     """
     name = config.task
+    if mix_members(name):
+        raise InputError(f"data.task {name} is a mix; name one of its tasks: {', '.join(mix_members(name))}")
     if name in BUILTIN:
         if config.template is not None:
             raise InputError(f"data.template: the task {name} is built in and has its own wording; remove the template")
@@ -83,11 +90,11 @@ def resolve_task(config: DataConfig) -> Task:
     elif _HUB_NAME.fullmatch(name) and not name.startswith(".") and not name.endswith((".jsonl", ".json")):
         task = Task(name, "exact", splits=_SPLITS, hub=(name, None))
     else:
-        near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, (*BUILTIN, *MIXES), n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(
             f"data.task {name!r}: {hint}it is neither a file or folder here, nor a Hub data set 'owner/name', nor "
-            f"'gym:NAME', nor built in ({', '.join(BUILTIN)})"
+            f"'gym:NAME', nor built in ({', '.join((*BUILTIN, *MIXES))})"
         )
     if config.options:
         raise InputError(f"data.options: only 'gym:NAME' tasks have options, and {name} is none; remove them")
@@ -108,28 +115,74 @@ def load_examples(
     Raises:
         InputError: the split is nowhere, empty, malformed, or smaller than the rows to be cut from it.
     """
-    task = resolve_task(config)
+    rows = [example for _, part in load_tasks(config, split, tokenizer) for example in part]
+    if split == "train" and config.train_limit is not None and config.train_limit < len(rows):
+        kept = random.Random(seed).sample(range(len(rows)), config.train_limit)  # noqa: S311
+        rows = [rows[index] for index in sorted(kept)]
+    logger.debug("%s: %d %s rows", config.task, len(rows), split)
+    return rows
+
+
+def load_tasks(
+    config: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[tuple[Task, list[Example]]]:
+    """Return all guarded examples of a split by task: of a mix its members that have the split, else the one task.
+
+    Raises:
+        InputError: as for :func:`load_examples`.
+    """
+    members = member_configs(config)
+    parts: dict[str, dict[Split, list[Example]]] = {}
+    tasks: dict[str, Task] = {}
+    for member in members:
+        task = tasks[member.task] = resolve_task(member)
+        try:
+            parts[member.task] = _read_splits(member, task, split, tokenizer)
+        except InputError as error:
+            if len(members) == 1 or split == "test":
+                raise
+            logger.info("%s: leaves %s out of its %s rows: %s", config.task, task.name, split, error)
+            parts[member.task] = {split: []}
+    guarded = {"test": (), "validation": ("test",), "train": ("test", "validation")}[split]
+    found = []
+    for name, task in tasks.items():
+        rows = parts[name][split]
+        for other in guarded:
+            seen = {q for n, part in parts.items() for q in _questions(tasks[n], part.get(cast("Split", other), []))}
+            rows = _drop(task, rows, seen, split, other) if rows else rows
+        if rows:
+            found.append((task, [as_chat(row, tokenizer, task) for row in rows] if config.chat_template else rows))
+    if not found:
+        raise InputError(f"data {config.task}: none of its tasks has a {split} split here")
+    return found
+
+
+def member_configs(config: DataConfig) -> list[DataConfig]:
+    """Return the data of each task of a mix; of a single task its own."""
+    names = mix_members(config.task)
+    if not names:
+        return [config]
+    if config.template is not None or config.options:
+        raise InputError(f"data.task {config.task} is a mix of built-in tasks, which take no template and no options")
+    return [config.model_copy(update={"task": name}) for name in names]
+
+
+def _read_splits(
+    config: DataConfig, task: Task, split: Split, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[Split, list[Example]]:
+    """Return the wanted split and those that guard it, as they are at their source; validation cut if asked for."""
     reader = _Reader(config, task, tokenizer)
     test = reader.read("test", needed=split == "test")
     if split == "test":
-        return test
-    reported = _questions(task, test)
+        return {"test": test}
     if split == "validation" and not config.validation_rows:
-        own = reader.read("validation", needed=True)
-        return _drop(task, own, reported, "validation", "test")
-    pool = _drop(task, reader.read("train", needed=True), reported, "train", "test")
+        return {"test": test, "validation": reader.read("validation", needed=True)}
+    pool = _drop(task, reader.read("train", needed=True), _questions(task, test), "train", "test")
     if config.validation_rows:
         validation, pool = _cut(task, pool, config.validation_rows)
     else:
         validation = reader.read("validation", needed=False)
-    if split == "validation":
-        return validation
-    train = _drop(task, pool, _questions(task, validation), "train", "validation")
-    if config.train_limit is not None and config.train_limit < len(train):
-        kept = random.Random(seed).sample(range(len(train)), config.train_limit)  # noqa: S311
-        train = [train[index] for index in sorted(kept)]
-    logger.debug("%s: %d training rows", task.name, len(train))
-    return train
+    return {"test": test, "validation": validation, "train": pool}
 
 
 def load_file(path: Path, template: Template | None, tokenizer: PreTrainedTokenizerBase | None) -> list[Example]:
@@ -199,7 +252,7 @@ class _Reader:
                 raise InputError(f"{self.where}: has no {split} split{self._remedy(split)}")
             return []
         folder = data_folder() if task.name in BUILTIN else None
-        local = folder / task.name / f"{task.splits[split]}.jsonl" if folder else None
+        local = folder / (task.folder or task.name) / f"{task.splits[split]}.jsonl" if folder else None
         if local is not None and local.is_file():
             return build_examples(read_lines(local), self.build, f"{self.where} ({split})")
         # Guards alone never go to the network for a data set that is here: a missing file is not worth a time-out.

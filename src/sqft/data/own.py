@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sqft.data.tasks import Example, Row
+from sqft.data.tasks import Example, Row, Task
 from sqft.errors import InputError, Problems
 
 if TYPE_CHECKING:
@@ -157,6 +158,27 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
     if isinstance(end, str) and end in answer:
         answer = answer[: answer.rindex(end)]
     return Example(_without_bos(prompt, tokenizer), answer)
+
+
+def as_chat(example: Example, tokenizer: PreTrainedTokenizerBase | None, task: Task) -> Example:
+    """Return an example that asks through the tokenizer's chat template; answers lose the space before them.
+
+    Raises:
+        InputError: there is no template, or the choices are contexts, which a chat cannot hold.
+    """
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise InputError("data.chat_template: the model's tokenizer has no chat template; set it to false")
+    if example.contexts:
+        raise InputError(f"data.chat_template: {task.name} compares whole sentences, which no chat turn holds")
+    turns = [{"role": "user", "content": example.prompt}]
+    prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return replace(
+        example,
+        prompt=_without_bos(prompt, tokenizer),
+        answer=example.answer.lstrip(),
+        choices=tuple(choice.lstrip() for choice in example.choices),
+        question=example.question or example.prompt,
+    )
 
 
 def _without_bos(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -164,8 +164,8 @@ def _mawps(row: Row) -> Example:
 
 def _rationale(row: Row, answer: str) -> str:
     """Return the answer after the equation that gives it, or alone where there is none of the form `x=...`."""
-    _, equals, right = str(row.get("equation") or "").partition("=")
-    if not equals or not _ARITHMETIC.fullmatch(right):
+    unknown, _, right = str(row.get("equation") or "").partition("=")
+    if not unknown.strip().isalpha() or not _ARITHMETIC.fullmatch(right):
         return f" {answer}"
     expression = re.sub(r"\d+\.\d+", lambda number: _short_number(number[0]), "".join(right.split()))
     return f" {_without_outer_brackets(expression)} = {answer}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional
@@ -79,8 +79,11 @@ def decoding_attention(model: PreTrainedModel) -> Iterator[None]:
         config._attn_implementation = stock
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+class RoomyLayer(DynamicLayer):
     """A cache layer that appends in place, in memory reserved for the next tokens."""
+
+    key_room: torch.Tensor | None = None
+    value_room: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -93,12 +96,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.values = self._append("value_room", self.values, length, value_states)
         return self.keys, self.values
 
-    def _append(self, name: str, held: torch.Tensor, length: int, new: torch.Tensor) -> torch.Tensor:
-        room: torch.Tensor | None = getattr(self, name, None)
+    def _append(self, name: str, held: torch.Tensor | None, length: int, new: torch.Tensor) -> torch.Tensor:
+        room: torch.Tensor | None = getattr(self, name)
         batch, heads, tokens, width = new.shape
         if room is None or room.shape[0] != batch or room.shape[2] < length + tokens:
             room = new.new_empty(batch, heads, length + tokens + _ROOM, width)
-            if length:
+            if length and held is not None:
                 room[:, :, :length] = held
             setattr(self, name, room)
         room[:, :, length : length + tokens] = new
@@ -126,8 +129,8 @@ def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache:
     """
     whole = caches[0]
     for index, layer in enumerate(whole.layers):
-        others = [cache.layers[index] for cache in caches]
-        length = layer.get_seq_length()
+        others = [cast("RoomyLayer", cache.layers[index]) for cache in caches]
+        length = others[0].get_seq_length()
         for name in ("keys", "values"):
             held = [getattr(other, name) for other in others]
             padded = [functional.pad(part, (0, 0, length - part.shape[2], 0)) for part in held]

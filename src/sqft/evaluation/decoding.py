@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional
@@ -164,19 +164,20 @@ class _Reader:
     """Runs a model over left-padded rows, with what its forward understands."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        known = inspect.signature(inner.forward).parameters
+        self.model: Any = model
+        # Of a model with adapters the model inside says what its forward takes.
+        inner = cast("PreTrainedModel", getattr(self.model, "get_base_model", lambda: model)())
+        known = inspect.signature(type(inner).forward).parameters
         self.inner: PreTrainedModel = inner
         self.takes_positions = "position_ids" in known
         self.takes_keep = "logits_to_keep" in known
         # Between a shared beginning and what follows it stands padding, which a sliding window would count.
-        windows = [layer.sliding_window for layer in roomy_cache(inner).layers if layer.is_sliding]
+        windows = [layer.sliding_window for layer in roomy_cache(inner).layers if hasattr(layer, "sliding_window")]
         self.window: float = min(windows, default=float("inf"))
         # Caches that are filled in parts are put together, which a sliding window's does not allow.
         self.joins = all(isinstance(layer, RoomyLayer) for layer in roomy_cache(inner).layers)
         self.tokens: float = _TOKENS if inner.device.type == "cpu" else float("inf")
-        self.device = inner.get_input_embeddings().weight.device
+        self.device = inner.device
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, keep: int, cache: Any, *, use_cache: bool) -> Any:
         """Return (logits [B, keep, V], cache) of the rows `ids`, the last columns of what `mask` covers."""

@@ -144,7 +144,7 @@ def _task_config(task: Task, examples: Sequence[Example], shots: Sequence[Exampl
         "test_split": "test",
         "num_fewshot": len(shots),
         "metadata": {"version": task.version},
-        **_judgement(task, contexts=bool(examples[0].contexts)),
+        **_judgement(task, examples[0]),
     }
     if shots:
         # Without an end token, which stands after the answer that is scored and not inside the prompt.
@@ -169,17 +169,19 @@ def _row(example: Example, end: str) -> dict[str, Any]:
     }
 
 
-def _judgement(task: Task, *, contexts: bool) -> dict[str, Any]:
+def _judgement(task: Task, first: Example) -> dict[str, Any]:
     """Return the part of lm-eval's configuration that asks and judges."""
     mean = {"aggregation": "mean", "higher_is_better": True}
     if task.metric == "choice":
+        contexts = bool(first.contexts)
+        spaced = contexts or first.choices[0].startswith(" ")
         # With contexts lm-eval swaps the roles: the text is the index of the right one, the target is shared.
         return {
             "output_type": "multiple_choice",
             "doc_to_text": "gold" if contexts else "prompt",
             "doc_to_target": "answer" if contexts else "gold",
             "doc_to_choice": "choices",
-            "target_delimiter": " ",
+            "target_delimiter": " " if spaced else "",
             "metric_list": [{"metric": "acc", **mean}] + ([{"metric": "acc_norm", **mean}] if task.acc_norm else []),
         }
     if task.metric == "exact":

@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def attach_saved(model: PreTrainedModel, base: str | Path, adapter: str | Path) -> PreTrainedModel:
+def attach_saved(
+    model: PreTrainedModel, base: str | Path, adapter: str | Path, *, elastic: bool = False
+) -> PreTrainedModel:
     """Attach a saved adapter, unmerged and frozen, after checking that it was trained on this base.
+
+    Args:
+        model: the base, loaded.
+        base: its folder.
+        adapter: the adapter's folder.
+        elastic: use layers of ours, whose rank can be set, for a dense adapter too.
 
     Raises:
         InputError: the adapter names another base, or cannot be read.
@@ -29,7 +37,7 @@ def attach_saved(model: PreTrainedModel, base: str | Path, adapter: str | Path) 
     check_base(base, adapter)
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-        if config.peft_type == "LORA" and not isinstance(config, SqftConfig) and _is_packed(model):
+        if config.peft_type == "LORA" and not isinstance(config, SqftConfig) and (elastic or _is_packed(model)):
             # PEFT's own LoRA layer would add its delta to a weight that it only sees dequantised.
             config = SqftConfig(**{**_plain(config), "kind": "dense"})
         config.base_model_name_or_path = str(base)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sqft.model.elastic import set_ranks
 from sqft.model.layers import SqftLinear, sqft_layers
 from sqft.model.packed import PackedLinear
 
@@ -46,17 +45,19 @@ def held_weights(model: nn.Module) -> Iterator[None]:
 
 
 def switch_ranks(model: nn.Module, ranks: Mapping[str, int]) -> int:
-    """Set a configuration {group: rank} in place and hold the weights that it changes anew; return their number.
+    """Set the rank of each module in place and hold the weights that this changes anew; return their number.
 
-    Raises:
-        InputError: the configuration does not fit the model's rank space.
+    Args:
+        model: with adapters of ours.
+        ranks: {module name: rank} of all of them, from :meth:`sqft.core.ranks.RankSpace.per_module`.
     """
-    layers = sqft_layers(model)
-    before = {name: layer.fixed_rank for name, layer in layers.items()}
-    set_ranks(model, ranks)
-    changed = [layer for name, layer in layers.items() if layer.fixed_rank != before[name]]
+    changed = 0
     with torch.no_grad():
-        for layer in changed:
+        for name, layer in sqft_layers(model).items():
+            if layer.fixed_rank == ranks[name]:
+                continue
+            layer.fixed_rank = ranks[name]
+            changed += 1
             if layer.held is not None:
                 layer.held = layer.effective()
-    return len(changed)
+    return changed

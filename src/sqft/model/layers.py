@@ -266,7 +266,8 @@ class SqftLinear(LoraLinear):
         if self.disable_adapters or self.merged or not active:
             return cast("torch.Tensor", self.base_layer(x, *args, **kwargs))
         if self.held is not None:
-            return project(x, self.held, self.get_base_layer().bias, transposed=self.fan_in_fan_out)
+            bias = cast("torch.Tensor | None", self.get_base_layer().bias)
+            return project(x, self.held, bias, transposed=self.fan_in_fan_out)
         if self.kind == "dense":
             return self._forward_dense(x, active)
         if len(active) > 1:

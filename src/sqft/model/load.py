@@ -156,6 +156,7 @@ def load_model(
     adapter: str | Path | None = None,
     *,
     packed: bool = False,
+    elastic: bool = False,
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -169,6 +170,7 @@ def load_model(
         folder: model folder.
         adapter: adapter folder to attach, unmerged, or None.
         packed: keep quantised weights packed.
+        elastic: attach a dense adapter with layers whose rank can be set, too, instead of PEFT's own.
         attention: attention implementation; None leaves transformers' choice.
         trust_remote_code: passed to transformers.
 
@@ -197,7 +199,7 @@ def load_model(
     if adapter is not None:
         from sqft.model.attach import attach_saved
 
-        model = attach_saved(model, folder, adapter)
+        model = attach_saved(model, folder, adapter, elastic=elastic)
     model.eval()
     return model
 

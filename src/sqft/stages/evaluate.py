@@ -4,9 +4,9 @@ Reported are the test splits (of BoolQ, PIQA, HellaSwag and WinoGrande the valid
 tuned, selected or calibrated on them. All data is read before the model is, so that a missing split costs no loading.
 A result file that was made with the same settings, model, adapter and data is returned as it is.
 
-eval.json: {tasks: {name: {metric, value, stderr, n, version, ...}}, seed, fewshot, versions, made_from}. Beside these a
-task has acc_norm where lm-eval has it, and for MAWPS `mawps_unseen` {value, stderr, n}: the rows whose wording, numbers
-aside, stands in no other split.
+eval.json: {tasks: {name: {metric, value, stderr, n, version, correct, ...}}, seed, fewshot, versions, made_from}.
+`correct` has a 1 or a 0 for each row. Beside these a task has acc_norm where lm-eval has it, and for MAWPS
+`mawps_unseen` {value, stderr, n}: the rows whose wording, numbers aside, stands in no other split.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sqft.artifact import describe, finished_result, write_result
-from sqft.data.load import load_examples, load_file, resolve_task
-from sqft.data.tasks import BUILTIN, Example, Task
+from sqft.data.load import load_examples, load_file, member_configs, resolve_task
+from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task
 from sqft.errors import InputError, Problems
+from sqft.model.held import held_weights
 from sqft.model.load import load_model, load_tokenizer
 from sqft.recipe import DataConfig
 
@@ -62,7 +63,8 @@ def run(
         InputError: data or model cannot be used, or the file was made with other settings.
     """
     inputs = {"model": model_dir} | ({"adapter": adapter} if adapter is not None else {})
-    tasks = {name: _task_data(name, data) for name in config.tasks or [data.task]}
+    names = config.tasks or [member.task for member in member_configs(data)]
+    tasks = {name: _task_data(name, data) for name in names}
     for number, task_data in enumerate(tasks.values()):
         path = Path(task_data.task).expanduser()
         if task_data.task not in BUILTIN and path.exists():
@@ -85,7 +87,10 @@ def _task_data(name: str, data: DataConfig) -> DataConfig:
     """Return the data of a task to evaluate: the recipe's own, a built-in one, or rows that read as the recipe's."""
     if name == data.task:
         return data
-    return DataConfig(task=name, template=None if name in BUILTIN else data.template)
+    if name in (member.task for member in member_configs(data)):
+        return data.model_copy(update={"task": name})
+    own = name not in BUILTIN and name != PERPLEXITY.name
+    return DataConfig(task=name, template=data.template if own else None, chat_template=data.chat_template)
 
 
 def _read_all(
@@ -100,12 +105,11 @@ def _read_all(
     with Problems("evaluate") as problems:
         for name, task_data in tasks.items():
             try:
+                if name == PERPLEXITY.name:
+                    rows[name] = (PERPLEXITY, [], [])
+                    continue
                 task = resolve_task(task_data)
-                path = Path(name).expanduser()
-                if name != data.task and name not in BUILTIN and path.is_file():
-                    examples = load_file(path, task_data.template, tokenizer)
-                else:
-                    examples = load_examples(task_data, "test", seed, tokenizer)
+                examples = read_task(name, data, tokenizer)
                 shots = _shots(task_data, config.fewshot, seed, tokenizer)
             except InputError as error:
                 problems.add(str(error))
@@ -113,6 +117,20 @@ def _read_all(
             key = name if task.name in rows else task.name
             rows[key] = (task, examples[: config.limit], shots)
     return rows
+
+
+def read_task(name: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Return the rows that evaluating `name` reports.
+
+    Raises:
+        InputError: they are nowhere or malformed.
+    """
+    path = Path(name).expanduser()
+    if name == PERPLEXITY.name:
+        return []
+    if name != data.task and name not in BUILTIN and path.is_file() and path.suffix == ".jsonl":
+        return load_file(path, data.template, tokenizer)
+    return load_examples(_task_data(name, data), "test", 0, tokenizer)
 
 
 def _shots(data: DataConfig, count: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -136,15 +154,22 @@ def _evaluate_all(
     import torch
 
     from sqft.evaluation.harness import evaluate_examples
+    from sqft.evaluation.perplexity import perplexity
 
     model = load_model(model_dir, adapter, trust_remote_code=trust_remote_code)
     if torch.cuda.is_available():
         cast("Any", model).to("cuda")
     results = {}
-    for name, (task, examples, shots) in rows.items():
-        scores = evaluate_examples(model, tokenizer, task, examples, config.batch, shots)
-        results[name] = _entry(task, examples, scores)
-        logger.info("%s: %s %.4f on %d rows", name, scores.metric, scores.value, len(examples))
+    model.eval()
+    with held_weights(model):
+        for name, (task, examples, shots) in rows.items():
+            if task is PERPLEXITY:
+                results[name] = {**perplexity(model, tokenizer, config.limit), "version": task.version}
+            else:
+                scores = evaluate_examples(model, tokenizer, task, examples, config.batch, shots)
+                results[name] = _entry(task, examples, scores)
+            entry = results[name]
+            logger.info("%s: %s %.4f on %d rows", name, entry["metric"], entry["value"], entry["n"])
     return results
 
 
@@ -156,6 +181,8 @@ def _entry(task: Task, examples: Sequence[Example], scores: Scores) -> dict[str,
         "n": len(scores.correct),
         "version": task.version,
         **scores.others,
+        # Which rows are right, in order: what two models are compared by, pair by pair.
+        "correct": "".join("1" if correct else "0" for correct in scores.correct),
     }
     for tag in sorted({tag for example in examples for tag in example.tags}):
         part = [correct for example, correct in zip(examples, scores.correct, strict=True) if tag in example.tags]

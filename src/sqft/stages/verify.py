@@ -28,6 +28,7 @@ from sqft.model.adapter import SavedAdapter
 from sqft.model.attach import check_base
 from sqft.model.checkpoint import Checkpoint
 from sqft.model.formats import PackedCheckpoint
+from sqft.model.held import held_weights
 from sqft.model.load import load_model, load_tokenizer
 from sqft.model.merged import BaseWeights
 from sqft.model.stored import load_mask
@@ -202,7 +203,8 @@ def _behaviour(
         logits.append([model(input_ids=torch.tensor([ids])).logits[0].float() for ids in prompts])
         if task is not None:
             rows = list(examples[: config.accuracy_rows])
-            answers.append(score_examples(model, tokenizer, task, rows, batch=8))
+            with held_weights(model):
+                answers.append(score_examples(model, tokenizer, task, rows, batch=8))
         del model
     distance = max(float((live - after).abs().max()) for live, after in zip(*logits, strict=True))
     if distance != distance:

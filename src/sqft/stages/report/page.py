@@ -26,7 +26,6 @@ ICONS = {"passed": TICK, "failed": CROSS, "absent": DASH}
 def page(facts: Facts) -> str:
     """Return the report as one HTML document that loads nothing."""
     title = f"{words.model_name(facts.recipe.model)} on {facts.recipe.data.task}"
-    style = files("sqft.stages.report").joinpath("style.css").read_text(encoding="utf-8")
     sections = [
         ("results", "Results", _results(facts)),
         ("verification", "Is the merge exact?", _verification(facts)),
@@ -38,6 +37,19 @@ def page(facts: Facts) -> str:
         ("provenance", "Where the numbers come from", _provenance(facts)),
         ("recipe", "The recipe", _recipe(facts)),
     ]
+    return document(title, _header(facts, title), sections, "report.md says the same as text.")
+
+
+def document(title: str, header: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
+    """Return an HTML document that loads nothing.
+
+    Args:
+        title: of the window, plain text.
+        header: HTML above the sections.
+        sections: (id, heading, HTML); an empty one is left out.
+        footer: plain text.
+    """
+    style = files("sqft.stages.report").joinpath("style.css").read_text(encoding="utf-8")
     body = "".join(
         f'<section id="{key}"><h2>{name}</h2>{content}</section>' for key, name, content in sections if content
     )
@@ -46,9 +58,9 @@ def page(facts: Facts) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)} · sqft report</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"{_header(facts, title)}\n<main>{body}</main>\n"
+        f"{header}\n<main>{body}</main>\n"
         f"<footer>Written by sqft {escape(versions()['sqft'])} from the files in this folder. "
-        "report.md says the same as text.</footer>\n</body>\n</html>\n"
+        f"{escape(footer)}</footer>\n</body>\n</html>\n"
     )
 
 
@@ -111,7 +123,7 @@ def _results(facts: Facts) -> str:
         scores = [_score(row.scores.get(column)) for column in facts.columns]
         precision = escape(row.precision or words.ABSENT)
         rest = [words.percent_text(row.zeros), precision, words.bytes_text(row.size_bytes)]
-        rows.append(_row(escape(row.label) + tag, [*scores, *rest], where, row.key))
+        rows.append(table_row(escape(row.label) + tag, [*scores, *rest], where, row.key))
     caption = "Value ± one standard error. Zeros: share of the weights of the targeted linears."
     return "".join(_dots(facts, column) for column in facts.columns[:4]) + table(heads, rows, caption)
 
@@ -148,7 +160,7 @@ def _verification(facts: Facts) -> str:
         state = "passed" if check["passed"] else "failed"
         numbers = [escape(words.number_text(check.get(key))) for key in ("value", "bound")]
         name = escape(str(check["name"]).replace("_", " "))
-        rows.append(_row(name, [_badge(state, state), *numbers], escape(str(check.get("detail") or "")), state))
+        rows.append(table_row(name, [_badge(state, state), *numbers], escape(str(check.get("detail") or "")), state))
     heads = [("Check", ""), ("Result", "num"), ("Measured", "num"), ("Bound", "num")]
     return table(heads, rows, "Source: verify.json. Merged model against base with the unmerged adapter.")
 
@@ -160,7 +172,7 @@ def _training(facts: Facts) -> str:
     chart, train, held_out = figures.loss(log)
     dropped = len(log.get("train", [])) - len(train)
     lost = f" {dropped} logged losses are not finite and are not drawn." if dropped else ""
-    rows = [_row(f"{step:g}", [f"{value:.4f}"]) for step, value in figures.thin(train, 24)]
+    rows = [table_row(f"{step:g}", [f"{value:.4f}"]) for step, value in figures.thin(train, 24)]
     rates = finite(log.get("train", []), "learning_rate")
     peak = f" Learning rate at most {max(rate for _, rate in rates):.3g}." if rates else ""
     last = (
@@ -179,7 +191,9 @@ def _sparsity(facts: Facts) -> str:
     chart, summary = figures.sparsity(facts.layers)
     folder, compressed = facts.compressed
     coverage = compressed.get("coverage", "")
-    rows = [_row(escape(name), [*map(words.percent_text, values), f"{weights:,}"]) for name, values, weights in summary]
+    rows = [
+        table_row(escape(name), [*map(words.percent_text, values), f"{weights:,}"]) for name, values, weights in summary
+    ]
     heads = [("Linear", ""), ("Lowest", "num"), ("Mean", "num"), ("Highest", "num"), ("Weights", "num")]
     source = f"Source: {folder}/sqft/manifest.json"
     source += f"; the mask itself is {folder}/sqft/mask.safetensors." if facts.recipe.sparsify else "."
@@ -192,7 +206,7 @@ def _ranks(facts: Facts) -> str:
     if facts.ranks is None:
         return ""
     chart, counts = figures.ranks(facts.ranks)
-    rows = [_row(escape(name), [escape(figures.counts_text(found))]) for name, found in counts]
+    rows = [table_row(escape(name), [escape(figures.counts_text(found))]) for name, found in counts]
     choices = ", ".join(str(choice) for choice in facts.ranks.get("choices", []))
     strategy = f"Chosen by strategy “{facts.ranks.get('strategy')}” from ranks {choices}."
     source = "sub_adapter/sqft/ranks.json"
@@ -214,7 +228,7 @@ def _cost(facts: Facts) -> str:
         did = escape(str(manifest.get("result", {}).get("coverage", "")))
         sizes = [words.bytes_text(manifest.get(key)) for key in ("peak_memory_bytes", "size_bytes")]
         where = f"<code>{folder}</code> {f'<span>{did}</span>' if did else ''}"
-        rows.append(_row(verb, [words.seconds_text(seconds) + bar, *sizes], where))
+        rows.append(table_row(verb, [words.seconds_text(seconds) + bar, *sizes], where))
     heads = [("Stage", ""), ("Time", "num"), ("Peak memory", "num"), ("Folder", "num")]
     return table(heads, rows, "Source: sqft/manifest.json in each folder. Evaluation and verification are not in it.")
 
@@ -226,7 +240,7 @@ def _provenance(facts: Facts) -> str:
     rows = []
     for name, seed in seeds.items():
         digest = str(facts.manifests.get(name.rstrip("/"), {}).get("digest", words.ABSENT))[:12]
-        rows.append(_row(f"<code>{escape(name)}</code>", [escape(str(seed)), f"<code>{digest}</code>"]))
+        rows.append(table_row(f"<code>{escape(name)}</code>", [escape(str(seed)), f"<code>{digest}</code>"]))
     heads = [("Artefact", ""), ("Seed", "num"), ("SHA-256", "num")]
     return f'<div class="pair">{table(heads, rows, "First digits; manifests hold them whole.")}{_versions(found)}</div>'
 
@@ -241,7 +255,7 @@ def _versions(found: dict[str, dict[str, str]]) -> str:
                 by_version.setdefault(value[library], []).append(artefact)
         most = max(by_version, key=lambda version: len(by_version[version]))
         others = [f"{version} for {', '.join(names)}" for version, names in by_version.items() if version != most]
-        rows.append(_row(escape(library), [escape(most)], escape("; ".join(others))))
+        rows.append(table_row(escape(library), [escape(most)], escape("; ".join(others))))
     return table([("Library", ""), ("Version", "num")], rows, "Where an artefact was made with another, it is named.")
 
 
@@ -251,7 +265,7 @@ def _recipe(facts: Facts) -> str:
     return pre.format(short) + _details("With every default written out", pre.format(full))
 
 
-def _row(head: str, cells: Sequence[str], where: str = "", style: str = "") -> str:
+def table_row(head: str, cells: Sequence[str], where: str = "", style: str = "") -> str:
     """Return a table row; head, cells and the small print under the head are HTML already."""
     below = f'<span class="where">{where}</span>' if where else ""
     numbers = "".join(f'<td class="num">{cell}</td>' for cell in cells)

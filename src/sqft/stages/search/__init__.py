@@ -69,7 +69,7 @@ def run(
                 "rows; use sqft search with --base and --task, or a strategy that needs neither, such as heuristic"
             )
         inputs["base"] = base
-        rows = [(task, examples[: config.rows]) for task, examples in rows]
+        rows = [(task, examples[: config.samples]) for task, examples in rows]
         settings = config.model_dump(mode="json", exclude={"ranks_file", "batch"})
         settings["data_digest"] = digest_text(
             json.dumps([[task.name, task.version, [[e.prompt, e.answer] for e in part]] for task, part in rows])

@@ -125,8 +125,12 @@ class HillClimbing(optuna.samplers.BaseSampler):
 
     def free(self, study: Study) -> list[Configuration]:
         """Return what the climb wants and no living process works on."""
-        taken = {_configuration(self.space, trial) for trial in _running(study) if trial.params}
+        taken = {_configuration(self.space, trial) for trial in _running(study) if self._asked(trial)}
         return [configuration for configuration in self.climb(study).wanted if configuration not in taken]
+
+    def _asked(self, trial: FrozenTrial) -> bool:
+        """Tell whether a running trial has all its ranks; another process may be half-way through writing them."""
+        return len(trial.params) == len(self.space.groups)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return one categorical rank a group."""
@@ -140,7 +144,7 @@ class HillClimbing(optuna.samplers.BaseSampler):
         With all wanted ones taken it is one of those again, and after the end the anchor: neither hurts.
         """
         state = self.climb(study)
-        asking = sorted(t.number for t in _running(study) if not t.params)
+        asking = sorted(t.number for t in _running(study) if not self._asked(t))
         place = asking.index(trial.number) if trial.number in asking else 0
         open_ = self.free(study) or list(state.wanted) or [cast("Configuration", state.anchor)]
         return dict(zip(self.space.groups, open_[place % len(open_)], strict=True))
@@ -205,8 +209,10 @@ class _Searcher:
                 space, turns=config.turns, neighbours=config.neighbours, steps=config.steps, seed=seed
             )
             study.sampler = self.hill
-        elif not study.get_trials(deepcopy=False):
-            study.enqueue_trial(space.heuristic(), skip_if_exists=True)
+        else:
+            begun = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+            if not study.get_trials(deepcopy=False, states=begun):
+                study.enqueue_trial(space.heuristic())
 
     def scores(self) -> dict[Configuration, float]:
         return scores_of(self.study, self.space)
@@ -313,7 +319,7 @@ def _evaluate_all(
 ) -> None:
     config, study = searcher.config, searcher.study
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    model = load_model(base, adapter.path, trust_remote_code=trust_remote_code)
+    model = load_model(base, adapter.path, elastic=True, trust_remote_code=trust_remote_code)
     bar = tqdm(total=config.budget, desc="searching", unit="configuration", disable=None, leave=False)
     with held_weights(model), bar:
         while (trial := searcher.ask()) is not None:
@@ -322,7 +328,7 @@ def _evaluate_all(
             tasks: dict[str, float] = {}
             try:
                 if known is None:
-                    switch_ranks(model, trial.params)
+                    switch_ranks(model, searcher.space.per_module(trial.params))
                     tasks = {
                         task.name: evaluate_examples(model, tokenizer, task, examples, config.batch).value
                         for task, examples in rows

@@ -1,0 +1,142 @@
+"""The rows of the paper's tables as three choices each: base, kind of adapter, and whether its ranks are elastic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from sqft.errors import InputError
+from sqft.recipe import (
+    FinetuneConfig,
+    MergeConfig,
+    QuantizeConfig,
+    SearchConfig,
+    SparsifyConfig,
+    VerifyConfig,
+    parse_config,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sqft.recipe import Kind, Recipe
+
+Base = Literal["dense", "sparse", "int4"]
+Start = Literal["compensated", "dequantized", "float"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Attributes:
+        label: as the paper calls it.
+        base: what is frozen.
+        kind: of the adapter; None is the base untuned.
+        elastic: several ranks (NLS) or the one that the heuristic would choose of them.
+        merged: one model comes out; verified.
+        start: of quantisation-aware training; None is the recipe's.
+    """
+
+    label: str
+    base: Base
+    kind: Kind | None = None
+    elastic: bool = False
+    merged: bool = False
+    start: Start | None = None
+
+    @property
+    def evaluated(self) -> Literal["dense", "sparse", "quantized", "tuned", "merged"]:
+        """Which model of the run the row reports."""
+        if self.kind is None:
+            return "quantized" if self.base == "int4" else self.base
+        return "merged" if self.merged else "tuned"
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method("dense, untuned", "dense"),
+    "dense_lora": Method("dense + LoRA", "dense", "dense", merged=True),
+    "sparse": Method("sparse, untuned", "sparse"),
+    "lora": Method("LoRA", "sparse", "dense"),
+    "shears": Method("Shears", "sparse", "dense", elastic=True),
+    "sparsepeft": Method("SQFT + SparsePEFT", "sparse", "sparse", elastic=True, merged=True),
+    "int4": Method("sparse INT4, untuned", "int4"),
+    "gptq_lora": Method("GPTQ + LoRA", "int4", "dense"),
+    "sqft": Method("SQFT", "int4", "dense", elastic=True),
+    "qa_sparsepeft": Method("SQFT + QA-SparsePEFT", "int4", "quantized", elastic=True, merged=True),
+    # Not in the paper's tables: the same with one rank (Tables 5, 9, 10), and from the other starting weights.
+    "sparsepeft_lora": Method("SparsePEFT, one rank", "sparse", "sparse", merged=True),
+    "qa_lora": Method("QA-SparsePEFT, one rank", "int4", "quantized", merged=True),
+    "qa_dequantized": Method(
+        "QA-SparsePEFT from GPTQ's weight", "int4", "quantized", elastic=True, merged=True, start="dequantized"
+    ),
+    "qa_float": Method(
+        "QA-SparsePEFT from the float weight", "int4", "quantized", elastic=True, merged=True, start="float"
+    ),
+}
+PAPER = tuple(METHODS)[:10]
+
+
+def base_recipe(recipe: Recipe, base: Base, model: Path | None = None) -> Recipe:
+    """Return the recipe that makes a base and nothing more."""
+    # Apart, so that the sparse model stays on disk: it is a row of its own and the source of the INT4 one.
+    quantize = (recipe.quantize or QuantizeConfig()).model_copy(update={"joint": False})
+    return recipe.model_copy(
+        update={
+            "model": recipe.model if model is None else str(model),
+            "sparsify": None if base == "dense" else recipe.sparsify,
+            "quantize": quantize if base == "int4" else None,
+            "finetune": None,
+            "merge": None,
+            "verify": None,
+            "evaluate": None,
+        }
+    )
+
+
+def method_recipe(recipe: Recipe, method: Method, seed: int, model: Path | None = None) -> Recipe:
+    """Return the recipe of one row with one training seed, on the bases that `base_recipe` makes."""
+    made = base_recipe(recipe, method.base, model)
+    assert recipe.evaluate is not None
+    values: dict[str, object] = {
+        "evaluate": recipe.evaluate.model_copy(update={"rows": [method.evaluated], "baselines": []})
+    }
+    if method.kind is not None:
+        tuned = recipe.finetune or FinetuneConfig()
+        ranks = sorted(set(tuned.ranks))
+        one = ranks[len(ranks) // 2]
+        values["finetune"] = tuned.model_copy(
+            update={
+                "kind": method.kind,
+                "ranks": list(tuned.ranks) if method.elastic else [one],
+                "start": method.start or tuned.start,
+                "seed": seed,
+            }
+        )
+        values["search"] = recipe.search if method.elastic else SearchConfig(strategy="maximal")
+        if method.merged:
+            values["merge"] = MergeConfig()
+            values["verify"] = recipe.verify or VerifyConfig()
+    return made.model_copy(update=values)
+
+
+def with_level(recipe: Recipe, level: str) -> Recipe:
+    """Return a recipe at another level of sparsity: '0.3', '0' for none at all, or a pattern such as '2:4'.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    settings = (recipe.sparsify or SparsifyConfig()).model_dump(exclude={"sparsity", "pattern"})
+    if ":" in level:
+        chosen = parse_config(SparsifyConfig, settings | {"pattern": level}, f"level {level}")
+        return recipe.model_copy(update={"sparsify": chosen})
+    try:
+        sparsity = float(level)
+    except ValueError as error:
+        raise InputError(
+            f"level {level!r}: give a sparsity such as 0.5, 0 for none, or a pattern such as 2:4"
+        ) from error
+    if sparsity == 0:
+        return recipe.model_copy(update={"sparsify": None})
+    chosen = parse_config(SparsifyConfig, settings | {"sparsity": sparsity}, f"level {level}")
+    return recipe.model_copy(update={"sparsify": chosen})

@@ -1,0 +1,194 @@
+"""Run every method with every seed, share what they share, and record each row in a file of its own.
+
+    OUT/shared/{dense,sparse,quantized}     bases, made once
+    OUT/runs/METHOD-SEED/                   an ordinary run's folder; its bases are links into shared
+    OUT/rows/METHOD-SEED.json               the row: scores, proof, storage, cost, or why it failed
+    OUT/compare.{json,md,html}              the table over all rows that are there
+
+A row that is recorded is not run again; a failed one is, and the others go on without it. Several processes may run the
+same command on one folder: each takes rows that no other is working on. Bases come from the recipe's seed, the training
+seeds vary initialisation, data order and rank draws; an untuned row has one seed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqft import pipeline
+from sqft.artifact import Artifact, digest_text, exclusive, run_lock, write_json
+from sqft.compare.methods import METHODS, base_recipe, method_recipe
+from sqft.compare.table import write_table
+from sqft.errors import InputError, Problems, SqftError
+from sqft.model.load import read_json
+
+if TYPE_CHECKING:
+    from sqft.compare.methods import Base, Method
+    from sqft.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+_WAIT_SECONDS = 5.0
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    methods: Sequence[str],
+    seeds: int = 1,
+    announce: Callable[[str], None] = logger.info,
+    command: str = "",
+) -> Path:
+    """Run the grid and return the path of its table, compare.html.
+
+    Args:
+        recipe: model, data, and the settings that all rows share.
+        out: the folder of the comparison.
+        methods: keys of METHODS, in the table's order.
+        seeds: training seeds, 0 to seeds - 1, of the rows that train.
+        announce: told each row as it begins.
+        command: what the user typed, recorded in each row.
+
+    Raises:
+        InputError: an unknown method, or a recipe without evaluation; before any work.
+    """
+    with Problems("compare") as problems:
+        for name in methods:
+            if name not in METHODS:
+                problems.add(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
+        if recipe.evaluate is None:
+            problems.add("the recipe has evaluate: null, so there would be nothing to compare")
+        if recipe.sparsify is None and any(name in ("sparse", "lora", "shears") for name in methods):
+            problems.add("the recipe has no sparsify, so methods sparse, lora and shears would be dense ones; add it")
+    wanted = [(name, seed) for seed in range(seeds) for name in methods if seed == 0 or METHODS[name].kind is not None]
+    bases = _make_bases(recipe, out, {METHODS[name].base for name in methods}, announce)
+    failed: set[tuple[str, int]] = set()
+    while True:
+        left = [row for row in wanted if row not in failed and not _is_recorded(recipe, out, *row, bases)]
+        if not left:
+            break
+        begun = False
+        for name, seed in left:
+            with ExitStack() as held:
+                try:
+                    held.enter_context(run_lock(out / "rows" / f".{name}-{seed}"))
+                except InputError:
+                    continue  # another process is at it
+                begun = True
+                if not _is_recorded(recipe, out, name, seed, bases):
+                    announce(f"{METHODS[name].label}, seed {seed}")
+                    if not _run_row(recipe, out, name, seed, bases, command):
+                        failed.add((name, seed))
+            write_table(recipe, out, methods, seeds)
+            break
+        if not begun:
+            time.sleep(_WAIT_SECONDS)
+    return write_table(recipe, out, methods, seeds)
+
+
+def _run_folder(out: Path, name: str, seed: int) -> Path:
+    return out / "runs" / f"{name}-{seed}"
+
+
+def row_file(out: Path, name: str, seed: int) -> Path:
+    """Return where a row's result stands."""
+    return out / "rows" / f"{name}-{seed}.json"
+
+
+def _make_bases(recipe: Recipe, out: Path, bases: set[Base], announce: Callable[[str], None]) -> Path:
+    """Make the bases that the methods need; return the folder of the dense model."""
+    shared = out / "shared"
+    with exclusive(shared):
+        announce("the bases that rows share")
+        needed: Base = "int4" if "int4" in bases else "sparse" if "sparse" in bases else "dense"
+        pipeline.run(base_recipe(recipe, needed), shared, announce)
+    unpacked = shared / "dense"
+    return unpacked if unpacked.is_dir() else Path(recipe.model)
+
+
+def _key(recipe: Recipe, method: Method, seed: int, dense: Path) -> str:
+    return digest_text(method_recipe(recipe, method, seed, dense).model_dump_json(exclude={"note", "threads", "name"}))
+
+
+def _is_recorded(recipe: Recipe, out: Path, name: str, seed: int, dense: Path) -> bool:
+    file = row_file(out, name, seed)
+    if not file.is_file():
+        return False
+    row = read_json(file)
+    if row.get("key") != _key(recipe, METHODS[name], seed, dense):
+        raise InputError(f"{file}: was made with other settings; delete it, or choose another --out")
+    return bool(row["status"] == "done")
+
+
+def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, command: str) -> bool:
+    """Run one row and record it; return whether it succeeded."""
+    method = METHODS[name]
+    folder = _run_folder(out, name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for base in ("sparse", "quantized"):
+        link, target = folder / base, out / "shared" / base
+        if target.is_dir() and not link.exists():
+            link.symlink_to(target.resolve())
+    made = method_recipe(recipe, method, seed, dense)
+    row: dict[str, Any] = {
+        "method": name,
+        "label": method.label,
+        "seed": seed,
+        "key": _key(recipe, method, seed, dense),
+        "command": command,
+    }
+    try:
+        result = pipeline.run(made, folder, logger.info)
+    except SqftError as error:
+        logger.warning("%s, seed %d failed: %s", method.label, seed, error)
+        write_json(row_file(out, name, seed), {**row, "status": "failed", "reason": str(error)})
+        return False
+    except Exception as error:
+        logger.exception("%s, seed %d failed", method.label, seed)
+        reason = f"{type(error).__name__}: {error}"
+        write_json(row_file(out, name, seed), {**row, "status": "failed", "reason": reason})
+        return False
+    values = read_json(folder / "evaluations" / f"{method.evaluated}.json")
+    write_json(
+        row_file(out, name, seed),
+        {
+            **row,
+            "status": "done",
+            "tasks": values["tasks"],
+            "verified": result.verified,
+            "stored_bytes": _stored(method, folder, dense),
+            "precision": _precision(method),
+            "training": _training(folder) if method.kind is not None else None,
+            "versions": values["versions"],
+        },
+    )
+    return True
+
+
+def _stored(method: Method, folder: Path, dense: Path) -> int:
+    """Return the bytes of the weight files that the row's model needs."""
+    base = {"dense": dense, "sparse": folder / "sparse", "int4": folder / "quantized"}[method.base]
+    parts = [folder / "merged"] if method.merged else [base, *([folder / "sub_adapter"] if method.kind else [])]
+    return sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
+
+
+def _precision(method: Method) -> str:
+    base = "INT4" if method.base == "int4" else "16 bit"
+    return base if method.kind is None or method.merged else f"{base} + adapter"
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    manifest = Artifact.open(folder / "adapter").manifest
+    result = manifest["result"]
+    return {
+        "steps": result["steps"],
+        "seconds": result["train_seconds"],
+        "resumed_at_step": result["resumed_at_step"],
+        "peak_memory_bytes": manifest["peak_memory_bytes"],
+        "trainable_parameters": result["trainable_parameters"],
+        "final_loss": result["final_loss"],
+    }

@@ -1,0 +1,132 @@
+"""Accuracy over sparsity levels (the paper's Figure 5), LoRA against NLS at each (Tables 5 and 9), none (Table 10).
+
+A level is an ordinary comparison in `OUT/sparsity-S`, with all that it brings: shared bases, recorded rows, failures
+that stop nobody, processes that share the work. Level 0 prunes nothing: methods on a sparse float base have no place
+there, those on a quantised base start from the dense model. A pattern such as 2:4 is a level of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqft.artifact import write_json
+from sqft.compare.methods import METHODS, with_level
+from sqft.compare.run import run as run_comparison
+from sqft.compare.table import score_text
+from sqft.model.load import read_json
+from sqft.stages.report.charts import line_chart
+from sqft.stages.report.page import document, table, table_row
+from sqft.stages.report.words import model_name
+
+if TYPE_CHECKING:
+    from sqft.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+DEFAULT = (
+    *("sparse", "lora", "shears", "sparsepeft_lora", "sparsepeft"),
+    *("int4", "gptq_lora", "sqft", "qa_lora", "qa_sparsepeft"),
+)
+# What a method on a sparse float base is called where nothing is pruned.
+_UNPRUNED = {"sparse": "dense", "lora": "dense_lora"}
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    levels: Sequence[str],
+    methods: Sequence[str] = DEFAULT,
+    seeds: int = 1,
+    announce: Callable[[str], None] = logger.info,
+    command: str = "",
+) -> Path:
+    """Run a comparison at every level and return the path of sweep.html.
+
+    Args:
+        recipe: model, data, and the settings that all share.
+        out: the folder of the sweep.
+        levels: sparsities such as '0.3', '0' for none, and patterns such as '2:4'.
+        methods: keys of METHODS.
+        seeds: training seeds.
+        announce: told each level and row as it begins.
+        command: what the user typed, recorded in each row.
+
+    Raises:
+        InputError: a level that is neither, or as for a comparison; before any work.
+    """
+    recipes = {level: with_level(recipe, level) for level in levels}
+    for level, made in recipes.items():
+        announce(f"sparsity {level}")
+        run_comparison(made, out / f"sparsity-{_folder(level)}", methods_at(made, methods), seeds, announce, command)
+        write_sweep(recipe, out, list(recipes), methods)
+    return write_sweep(recipe, out, list(recipes), methods)
+
+
+def methods_at(recipe: Recipe, methods: Sequence[str]) -> list[str]:
+    """Return the methods that a level can have, under the names that they have there."""
+    if recipe.sparsify is not None:
+        return list(methods)
+    named = [_UNPRUNED.get(name, name) for name in methods]
+    return [name for name in dict.fromkeys(named) if METHODS[name].base != "sparse"]
+
+
+def write_sweep(recipe: Recipe, out: Path, levels: Sequence[str], methods: Sequence[str]) -> Path:
+    """Write sweep.json, sweep.md and sweep.html from the levels that are there; return the last's path."""
+    summary: dict[str, Any] = {"model": recipe.model, "data": recipe.data.task, "levels": list(levels), "methods": {}}
+    found = {level: out / f"sparsity-{_folder(level)}" / "compare.json" for level in levels}
+    tables = {level: read_json(file)["methods"] for level, file in found.items() if file.is_file()}
+    for name in methods:
+        values = {}
+        for level, rows in tables.items():
+            here = [row for row in rows if row["method"] in (name, _UNPRUNED.get(name))]
+            if here and "tasks" in here[0]:
+                values[level] = here[0]["all"] or next(iter(here[0]["tasks"].values()))
+        summary["methods"][name] = values
+    write_json(out / "sweep.json", summary)
+    (out / "sweep.md").write_text(markdown(summary), encoding="utf-8")
+    path = out / "sweep.html"
+    path.write_text(_page(summary), encoding="utf-8")
+    return path
+
+
+def _folder(level: str) -> str:
+    return level.replace(":", "of")
+
+
+def _level_text(level: str) -> str:
+    return level if ":" in level else f"{100 * float(level):g} %"
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """Return the sweep as Markdown."""
+    levels = summary["levels"]
+    lines = [f"# {model_name(summary['model'])} on {summary['data']} over sparsity", ""]
+    lines += ["| method | " + " | ".join(map(_level_text, levels)) + " |", "|" + "---|" * (len(levels) + 1)]
+    for name, values in summary["methods"].items():
+        lines.append(
+            f"| {METHODS[name].label} | " + " | ".join(score_text(values.get(level)) for level in levels) + " |"
+        )
+    return "\n".join([*lines, "", "Per cent ± standard error over test rows, then over training seeds.", ""])
+
+
+def _page(summary: Mapping[str, Any]) -> str:
+    levels, methods = summary["levels"], summary["methods"]
+    title = f"{model_name(summary['model'])} on {summary['data']} over sparsity"
+    series = []
+    for number, (name, values) in enumerate(methods.items()):
+        points = [(100 * float(v), 100 * values[v]["value"]) for v in levels if ":" not in v and v in values]
+        if points:
+            series.append((METHODS[name].label, f"series-{number % 6}", points))
+    chart = line_chart(series, "accuracy over sparsity", "sparsity, %", "accuracy, %") if series else ""
+    heads = [("Method", ""), *((_level_text(level), "num") for level in levels)]
+    rows = [
+        table_row(escape(METHODS[name].label), [score_text(values.get(level)) for level in levels])
+        for name, values in methods.items()
+    ]
+    caption = "Per cent ± standard error over test rows, then over training seeds."
+    sections = [("sweep", "Accuracy over sparsity", chart + table(heads, rows, caption))]
+    return document(title, f"<header><h1>{escape(title)}</h1></header>", sections, "sweep.md says the same as text.")

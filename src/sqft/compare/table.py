@@ -1,0 +1,284 @@
+"""The table of a comparison: means over seeds with errors, and rows against each other on the very same questions.
+
+Two errors of a mean are shown, for they say different things: `rows`, how much the score would move with other test
+rows (binomial, over all tasks' rows), and `seeds`, how much it moves between training seeds (standard deviation over
+√seeds). Two methods are compared pair by pair: for each test row the difference of their seed-averaged correctness; its
+mean with a 95 % interval (normal, over rows). Their rows are the same, so what makes a question hard cancels.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqft.artifact import write_json
+from sqft.compare.methods import METHODS
+from sqft.model.load import read_json
+from sqft.stages.report.charts import Dot, dot_plot
+from sqft.stages.report.page import document, table, table_row
+from sqft.stages.report.words import bytes_text, model_name
+
+if TYPE_CHECKING:
+    from sqft.recipe import Recipe
+
+# (method, against): what each pair answers.
+PAIRS = (
+    ("sparsepeft", "shears", "does masking cost accuracy? (merged against unmerged, float)"),
+    ("qa_sparsepeft", "sqft", "does merging into INT4 cost accuracy? (merged against unmerged, INT4)"),
+    ("sqft", "shears", "does an INT4 base cost accuracy?"),
+    ("shears", "lora", "do elastic ranks help? (float)"),
+    ("sqft", "gptq_lora", "do elastic ranks help? (INT4)"),
+    ("sparsepeft", "sparsepeft_lora", "do elastic ranks help? (masked)"),
+    ("qa_sparsepeft", "qa_lora", "do elastic ranks help? (quantisation-aware)"),
+    ("qa_sparsepeft", "qa_dequantized", "start at the compensated or at GPTQ's weight?"),
+    ("qa_sparsepeft", "qa_float", "start at the compensated or at the float weight?"),
+    ("sparsepeft", "dense_lora", "what do the zeros cost, tuned?"),
+    ("qa_sparsepeft", "dense_lora", "what do zeros and INT4 cost, tuned?"),
+)
+_Z = 1.959964
+
+
+def write_table(recipe: Recipe, out: Path, methods: Sequence[str], seeds: int) -> Path:
+    """Write compare.json, compare.md and compare.html from the rows that are there; return the last's path."""
+    summary = summarise(recipe, out, methods, seeds)
+    write_json(out / "compare.json", summary)
+    (out / "compare.md").write_text(markdown(summary), encoding="utf-8")
+    path = out / "compare.html"
+    path.write_text(page(summary), encoding="utf-8")
+    return path
+
+
+def summarise(recipe: Recipe, out: Path, methods: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Return all that the table shows."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name in methods:
+        files = [out / "rows" / f"{name}-{seed}.json" for seed in range(seeds)]
+        rows[name] = [read_json(file) for file in files if file.is_file()]
+    done = {name: [row for row in found if row["status"] == "done"] for name, found in rows.items()}
+    return {
+        "model": recipe.model,
+        "data": recipe.data.task,
+        "sparsity": None if recipe.sparsify is None else recipe.sparsify.sparsity,
+        "methods": [_method(name, rows[name], done[name], seeds) for name in methods],
+        "pairs": [
+            {"method": one, "against": other, "question": question, **pair}
+            for one, other, question in PAIRS
+            if (pair := compare_pair(done.get(one, []), done.get(other, []))) is not None
+        ],
+    }
+
+
+def _method(name: str, rows: list[dict[str, Any]], done: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
+    wanted = seeds if METHODS[name].kind is not None else 1
+    failed = [row for row in rows if row["status"] == "failed"]
+    value: dict[str, Any] = {
+        "method": name,
+        "label": METHODS[name].label,
+        "seeds": [row["seed"] for row in done],
+        "pending": wanted - len(done) - len(failed),
+        "failed": [{"seed": row["seed"], "reason": row["reason"]} for row in failed],
+    }
+    if not done:
+        return value
+    tasks = {task: mean_over_seeds([row["tasks"][task] for row in done]) for task in done[0]["tasks"]}
+    shares = [task for task in tasks.values() if task["metric"] != "perplexity"]
+    trained = [row["training"] for row in done if row["training"]]
+    return {
+        **value,
+        "tasks": tasks,
+        "all": _pooled(done) if len(shares) > 1 else None,
+        "verified": None if done[0]["verified"] is None else all(row["verified"] for row in done),
+        "precision": done[0]["precision"],
+        "stored_bytes": done[0]["stored_bytes"],
+        "training": {
+            "steps": trained[0]["steps"],
+            "seconds_per_step": round(statistics.median(t["seconds"] / t["steps"] for t in trained), 3),
+            "peak_memory_bytes": max(t["peak_memory_bytes"] for t in trained),
+            "final_loss": round(statistics.mean(t["final_loss"] for t in trained), 4),
+        }
+        if trained
+        else None,
+    }
+
+
+def mean_over_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return {metric, value, stderr_rows, stderr_seeds, n} of one task."""
+    values = [entry["value"] for entry in entries]
+    errors = [entry["stderr"] for entry in entries if entry["stderr"] is not None]
+    return {
+        "metric": entries[0]["metric"],
+        "value": statistics.mean(values),
+        "stderr_rows": statistics.mean(errors) if errors else None,
+        "stderr_seeds": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
+        "n": entries[0]["n"],
+    }
+
+
+def _pooled(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the score over the rows of all tasks together."""
+    each = [_correct(row) for row in done]
+    values = [statistics.mean(correct) for correct in each]
+    n, mean = len(each[0]), statistics.mean(values)
+    return {
+        "metric": "share of all rows right",
+        "value": mean,
+        "stderr_rows": math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None,
+        "stderr_seeds": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
+        "n": n,
+    }
+
+
+def _correct(row: Mapping[str, Any]) -> list[int]:
+    """Return which rows of all tasks are right, in order."""
+    return [int(bit) for task in sorted(row["tasks"]) for bit in row["tasks"][task].get("correct", "")]
+
+
+def compare_pair(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the difference of two methods over the seeds that both have; None where they share no rows.
+
+    Returns:
+        {difference, low, high, n, seeds}: mean of the paired differences and its 95 % interval.
+    """
+    both = sorted({row["seed"] for row in one} & {row["seed"] for row in other})
+    if not both:
+        return None
+    averaged = []
+    for rows in (one, other):
+        correct = [_correct(row) for row in rows if row["seed"] in both]
+        averaged.append([statistics.mean(values) for values in zip(*correct, strict=True)])
+    if len(averaged[0]) != len(averaged[1]) or len(averaged[0]) < 2:
+        return None
+    differences = [a - b for a, b in zip(*averaged, strict=True)]
+    mean, half = statistics.mean(differences), _Z * statistics.stdev(differences) / len(differences) ** 0.5
+    return {"difference": mean, "low": mean - half, "high": mean + half, "n": len(differences), "seeds": len(both)}
+
+
+# --- as text --------------------------------------------------------------------------------------------------------
+
+
+def score_text(entry: Mapping[str, Any] | None) -> str:
+    """Return a score with its errors over rows and over seeds, in per cent."""
+    if entry is None:
+        return "–"
+    if entry["metric"] == "perplexity":
+        return f"{entry['value']:.2f}"
+    rows = f" ± {100 * entry['stderr_rows']:.1f}" if entry["stderr_rows"] is not None else ""
+    seeds = f" (seeds ± {100 * entry['stderr_seeds']:.1f})" if entry["stderr_seeds"] is not None else ""
+    return f"{100 * entry['value']:.1f}{rows}{seeds}"
+
+
+def _columns(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (key, title) of the tasks; `all` first where there is more than one."""
+    for method in summary["methods"]:
+        if "tasks" in method:
+            tasks = [(name, f"{name}, n = {task['n']:,}") for name, task in method["tasks"].items()]
+            pooled = method["all"]
+            return ([("all", f"all rows, n = {pooled['n']:,}")] if pooled else []) + tasks
+    return []
+
+
+def _cells(method: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> list[str]:
+    if "tasks" not in method:
+        reason = "; ".join(f"seed {f['seed']}: {f['reason'].splitlines()[0]}" for f in method["failed"])
+        return [f"failed: {reason}" if reason else "not run yet"] + ["–"] * (len(columns) + 4)
+    scores = [score_text(method["all"] if key == "all" else method["tasks"].get(key)) for key, _ in columns]
+    merged = {None: "–", True: "yes, verified", False: "NOT verified"}[method["verified"]]
+    trained = method["training"]
+    cost = ("–", "–")
+    if trained:
+        cost = (f"{trained['seconds_per_step']:.2f}", bytes_text(trained["peak_memory_bytes"]))
+    seeds = str(len(method["seeds"])) + (f" ({method['pending']} pending)" if method["pending"] else "")
+    return [*scores, merged, method["precision"], bytes_text(method["stored_bytes"]), *cost, seeds]
+
+
+_HEADS = ("one model", "precision", "stored", "s / step", "peak memory", "seeds")
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """Return the comparison as Markdown."""
+    columns = _columns(summary)
+    heads = ["method", *(title for _, title in columns), *_HEADS]
+    lines = [f"# {model_name(summary['model'])} on {summary['data']}", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for method in summary["methods"]:
+        lines.append("| " + " | ".join([method["label"], *_cells(method, columns)]) + " |")
+    lines += ["", "Accuracy in per cent ± its standard error over test rows, then over training seeds. " + _CAPTION]
+    if summary["pairs"]:
+        lines += [
+            "",
+            "## Pair by pair",
+            "",
+            "| | difference, points | 95 % interval | rows | seeds |",
+            "|---|---|---|---|---|",
+        ]
+        for pair in summary["pairs"]:
+            lines.append(f"| {_pair_name(pair)}: {pair['question']} | {' | '.join(_pair_cells(pair))} |")
+    return "\n".join(lines) + "\n"
+
+
+_CAPTION = (
+    "Seconds a step and peak memory are those of the training process as it ran, other work on the machine included; "
+    "stored is what the model's weight files take."
+)
+
+
+def _pair_name(pair: Mapping[str, Any]) -> str:
+    return f"{METHODS[pair['method']].label} − {METHODS[pair['against']].label}"
+
+
+def _pair_cells(pair: Mapping[str, Any]) -> list[str]:
+    interval = f"{100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}"
+    return [f"{100 * pair['difference']:+.1f}", interval, f"{pair['n']:,}", str(pair["seeds"])]
+
+
+def page(summary: Mapping[str, Any]) -> str:
+    """Return the comparison as one HTML document that loads nothing."""
+    columns = _columns(summary)
+    title = f"{model_name(summary['model'])} on {summary['data']}"
+    charts = []
+    for key, name in columns:
+        dots = []
+        for method in summary["methods"]:
+            entry = (
+                (method.get("all") if key == "all" else method.get("tasks", {}).get(key)) if "tasks" in method else None
+            )
+            if entry is None or entry["metric"] == "perplexity":
+                continue
+            error = entry["stderr_seeds"] if entry["stderr_seeds"] is not None else entry["stderr_rows"]
+            style = "merged" if METHODS[method["method"]].merged else "dense"
+            dots.append(
+                Dot(
+                    method["label"],
+                    100 * entry["value"],
+                    None if error is None else 100 * error,
+                    score_text(entry),
+                    style,
+                )
+            )
+        if dots:
+            charts.append(f"<h3>{escape(name)}</h3>{dot_plot(dots, name, unit=' %')}")
+    heads = [("Method", ""), *((name, "num") for _, name in columns), *((head, "num") for head in _HEADS)]
+    rows = [
+        table_row(escape(method["label"]), [escape(cell) for cell in _cells(method, columns)])
+        for method in summary["methods"]
+    ]
+    sections = [("methods", "Methods", "".join(charts) + table(heads, rows, f"Per cent ± standard errors. {_CAPTION}"))]
+    if summary["pairs"]:
+        pairs = [
+            table_row(escape(_pair_name(pair)), _pair_cells(pair), escape(pair["question"]))
+            for pair in summary["pairs"]
+        ]
+        names = [
+            ("Pair", ""),
+            ("difference, points", "num"),
+            ("95 % interval", "num"),
+            ("rows", "num"),
+            ("seeds", "num"),
+        ]
+        caption = "The same test rows on both sides, averaged over the seeds that both have."
+        sections.append(("pairs", "Pair by pair", table(names, pairs, caption)))
+    return document(title, f"<header><h1>{escape(title)}</h1></header>", sections, "compare.md says the same as text.")

@@ -1,0 +1,43 @@
+"""Perplexity of WikiText-2's test text, as the GPTQ, SparseGPT and Wanda papers measure it.
+
+The text is one stream of tokens, cut into windows that do not overlap; each is predicted from its own start. The window
+is 2,048 tokens, or the model's context where that is shorter. Not lm-eval's word perplexity, which divides by words.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from sqft.data.calibration import perplexity_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WINDOW = 2048
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> dict[str, Any]:
+    """Return {metric, value, stderr, n, window}: n windows; the error is that of the mean over them.
+
+    Args:
+        model: causal language model.
+        tokenizer: the model's.
+        limit: windows at most.
+    """
+    window = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+    tokens = perplexity_tokens("wikitext2", "test", tokenizer)
+    rows = tokens[: len(tokens) // window * window].view(-1, window)[:limit]
+    losses = []
+    for row in tqdm(rows, desc="perplexity", unit="window", disable=None, leave=False):
+        ids = row[None].to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+    value = math.exp(statistics.mean(losses))
+    stderr = value * statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
+    return {"metric": "perplexity", "value": value, "stderr": stderr, "n": len(losses), "window": window}
