@@ -325,6 +325,16 @@ def finished_result(path: Path, description: Mapping[str, Any]) -> dict[str, Any
     return value
 
 
+@contextmanager
+def costing() -> Iterator[dict[str, Any]]:
+    """Yield a dict that holds {seconds, peak_memory_bytes} of the block once it has ended."""
+    found: dict[str, Any] = {}
+    started = time.monotonic()
+    _reset_peak_memory()
+    yield found
+    found.update(seconds=round(time.monotonic() - started, 2), peak_memory_bytes=peak_memory_bytes())
+
+
 def write_result(path: Path, description: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
     """Write a JSON result with what it was made from; whole or not at all."""
     result = {**value, "versions": versions(), "made_from": dict(description)}

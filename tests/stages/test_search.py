@@ -94,7 +94,7 @@ def test_a_configuration_scores_as_the_sub_adapter_that_is_extracted_for_it(
     record = run(trained, tmp_path / "sub")
     tokenizer = load_tokenizer(base)
     assert len(record["trials"]) == 10
-    for number, trial in enumerate(record["trials"][:4] + [record["chosen"]]):
+    for number, trial in enumerate([*record["trials"][:4], record["chosen"]]):
         (tmp_path / f"{number}.json").write_text(json.dumps(trial["ranks"]))
         config = SearchConfig(strategy="file", ranks_file=str(tmp_path / f"{number}.json"))
         search.run(config, adapter, tmp_path / str(number))
@@ -167,7 +167,7 @@ def test_a_killed_search_goes_on_to_the_same_end(
 
 
 def test_every_strategy_has_the_heuristic_first_and_keeps_the_budget(sparse: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = sparse
+    _, adapter = sparse
     heuristic = SavedAdapter.open(adapter).rank_space().heuristic()
     for strategy in ("hill_climbing", "random", "nsga2"):
         record = run(sparse, tmp_path / strategy, strategy=strategy)

@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sqft.artifact import describe, finished_result, write_result
+from sqft.artifact import costing, describe, finished_result, write_result
 from sqft.data.load import load_examples, load_file, member_configs, resolve_task
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task
 from sqft.errors import InputError, Problems
@@ -79,8 +79,10 @@ def run(
         return done
     tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     rows = _read_all(tasks, data, config, tokenizer, seed)
-    results = _evaluate_all(rows, config, model_dir, adapter, tokenizer, trust_remote_code)
-    return write_result(out_file, description, {"tasks": results, "seed": seed, "fewshot": config.fewshot})
+    with costing() as cost:
+        results = _evaluate_all(rows, config, model_dir, adapter, tokenizer, trust_remote_code)
+    value = {"tasks": results, "seed": seed, "fewshot": config.fewshot, "cost": cost}
+    return write_result(out_file, description, value)
 
 
 def _task_data(name: str, data: DataConfig) -> DataConfig:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sqft.artifact import describe, digest_text, finished_result, write_result
+from sqft.artifact import costing, describe, digest_text, finished_result, write_result
 from sqft.data.encode import encode
 from sqft.evaluation.harness import score_examples
 from sqft.model.adapter import SavedAdapter
@@ -92,8 +92,9 @@ def run(
     # Two matmuls against one: bfloat16 rounds them differently. Rounding onto a grid is a loss, not rounding.
     two_matmuls = saved.kind == "dense" and not weights.any_packed
     bound = max(config.logit_bound, 0.5) if two_matmuls else config.logit_bound
-    checks += _behaviour(config, bound, merged, base, adapter, task, examples, seed, trust_remote_code)
-    result = {"passed": all(check["passed"] for check in checks), "checks": checks}
+    with costing() as cost:
+        checks += _behaviour(config, bound, merged, base, adapter, task, examples, seed, trust_remote_code)
+    result = {"passed": all(check["passed"] for check in checks), "checks": checks, "cost": cost}
     return write_result(out_file, description, result)
 
 

@@ -1,27 +1,17 @@
-"""The command line: one command a stage, plus `run`. The only file that prints and exits.
-
-Every setting of a stage is a flag of its command, made from the recipe's models, so flags, recipe keys and their
-descriptions cannot drift apart. Exit codes: 0 done, 1 a verification failed, 2 the input cannot be used, 130
-interrupted.
-"""
+"""What each command does with its options; each returns its exit code."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from sqft.cli.flags import read_config
 from sqft.errors import SqftError
-from sqft.flags import add_flags, read_config
 from sqft.recipe import (
     CalibrationConfig,
-    Config,
     DataConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -34,54 +24,8 @@ from sqft.recipe import (
     parse_config,
 )
 
-Command = Callable[[argparse.Namespace], int]
 
-
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit."""
-    sys.exit(run(arguments))
-
-
-def run(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
-    _set_up(options)
-    try:
-        return int(options.command(options))
-    except SqftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.errno != 28:  # ENOSPC
-            raise
-        print(f"error: the disk is full ({error}); free some space and run the same command again", file=sys.stderr)
-        return 2
-
-
-def _set_up(options: argparse.Namespace) -> None:
-    """Make the libraries quiet and our own log readable."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("sqft").setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    if not options.verbose:
-        warnings.filterwarnings("ignore")
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
-
-
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from sqft import pipeline
 
     recipe = load_recipe(options.recipe, options.set)
@@ -97,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if result.verified is not False else 1
 
 
-def _sparsify(options: argparse.Namespace) -> int:
+def sparsify(options: argparse.Namespace) -> int:
     from sqft.model.load import localize
     from sqft.stages import sparsify
 
@@ -136,7 +80,7 @@ def _calibrate(options: argparse.Namespace, config: CalibrationConfig, model: Pa
     return tokens, {"data": data.model_dump(mode="json") if data else None, **config.model_dump(mode="json")}
 
 
-def _quantize(options: argparse.Namespace) -> int:
+def quantize(options: argparse.Namespace) -> int:
     from sqft.model.load import localize
     from sqft.stages import quantize
 
@@ -165,7 +109,7 @@ def _quantize(options: argparse.Namespace) -> int:
     return 0
 
 
-def _finetune(options: argparse.Namespace) -> int:
+def finetune(options: argparse.Namespace) -> int:
     from sqft.data.load import load_examples
     from sqft.model.load import load_tokenizer, localize
     from sqft.stages import finetune
@@ -194,12 +138,14 @@ def _finetune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _search(options: argparse.Namespace) -> int:
+def search(options: argparse.Namespace) -> int:
     from sqft.data.load import load_tasks
     from sqft.model.load import load_tokenizer
     from sqft.stages import search
 
     config = read_config(options, SearchConfig)
+    if "strategy" not in config.model_fields_set:
+        config = config.model_copy(update={"strategy": "hill_climbing"})
     rows = load_tasks(_data(options), "validation", load_tokenizer(options.base)) if config.searches else []
     artifact = search.run(
         config, options.adapter, options.out, seed=options.seed, base=options.base, rows=rows,
@@ -213,7 +159,7 @@ def _search(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(options: argparse.Namespace) -> int:
+def compare(options: argparse.Namespace) -> int:
     from sqft.compare.methods import PAPER
     from sqft.compare.run import run as run_comparison
 
@@ -233,7 +179,7 @@ def _compare(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _sweep(options: argparse.Namespace) -> int:
+def sweep(options: argparse.Namespace) -> int:
     from sqft.compare import sweep
 
     recipe = load_recipe(options.recipe, options.set)
@@ -253,7 +199,44 @@ def _sweep(options: argparse.Namespace) -> int:
     return 0
 
 
-def _extract(options: argparse.Namespace) -> int:
+def plan(options: argparse.Namespace) -> int:
+    from sqft.plan import as_json
+    from sqft.plan import plan as make_plan
+
+    recipe = load_recipe(options.recipe, options.set)
+    if options.threads is not None:
+        recipe = recipe.model_copy(update={"threads": options.threads})
+
+    def announce(stage: str) -> None:
+        print(f"▸ {stage}", file=sys.stderr, flush=True)
+
+    forecasts = make_plan(recipe, options.out or Path("runs") / recipe.name, announce)
+    if options.json:
+        print(json.dumps(as_json(forecasts), indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "disk", "peak memory", "time", "fits", title=f"{recipe.name}: forecast")
+    for row in forecasts:
+        table.add_row(
+            row.stage, f"{row.disk_bytes / 1e6:,.0f} MB", f"{row.memory_bytes / 1e9:.2f} GB",
+            f"{row.seconds / 60:.1f} min", "yes" if row.fits else "NO",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    total = as_json(forecasts)
+    console.print(
+        f"in all {total['disk_bytes'] / 1e6:,.0f} MB of disk, {total['peak_memory_bytes'] / 1e9:.2f} GB of memory at "
+        f"the highest, {total['seconds'] / 60:.1f} min on this machine as it is now"
+    )
+    short = [row.stage for row in forecasts if not row.fits]
+    if short:
+        console.print(f"will not fit: {', '.join(short)}")
+    return 1 if short else 0
+
+
+def extract(options: argparse.Namespace) -> int:
     from sqft.stages import search
 
     config = read_config(options, SearchConfig)
@@ -262,7 +245,7 @@ def _extract(options: argparse.Namespace) -> int:
     return 0
 
 
-def _merge(options: argparse.Namespace) -> int:
+def merge(options: argparse.Namespace) -> int:
     from sqft.stages import merge
 
     artifact = merge.run(
@@ -278,7 +261,7 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(options: argparse.Namespace) -> int:
+def verify(options: argparse.Namespace) -> int:
     from sqft.data.load import load_examples, resolve_task
     from sqft.model.load import load_tokenizer
     from sqft.stages import verify
@@ -304,7 +287,7 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if result["passed"] else 1
 
 
-def _inspect(options: argparse.Namespace) -> int:
+def inspect(options: argparse.Namespace) -> int:
     from sqft.model.inspect import inspect_model
 
     facts = inspect_model(options.model, trust_remote_code=options.trust_remote_code)
@@ -329,7 +312,7 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+def evaluate(options: argparse.Namespace) -> int:
     from sqft.model.load import localize
     from sqft.stages import evaluate
 
@@ -363,123 +346,6 @@ def _print_summary(out: Path, recipe: Any) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
-
-
-# --- arguments ------------------------------------------------------------------------------------------------------
-
-
-def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
-    shared.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    shared.add_argument("--trust-remote-code", action="store_true", help="run code that a model's repository brings")
-    shared.add_argument("-v", "--verbose", action="store_true", help="show the libraries' own messages too")
-    parser = argparse.ArgumentParser(
-        prog="sqft",
-        description="Fine-tune a compressed language model and get one compressed model out, with the proof that "
-        "merging changed nothing.",
-        epilog="Start with: sqft run recipes/quickstart.yaml",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, command: Command, help_: str, *configs: type[Config], example: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            parents=[shared],
-            help=help_,
-            description=f"{help_[0].upper()}{help_[1:]}.",
-            epilog=f"Example: sqft {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        for config in configs:
-            add_flags(sub, config)
-        sub.set_defaults(command=command)
-        return sub
-
-    task_help = "a built-in task, gym:NAME, a Hub data set, or a JSONL file or folder"
-    sub = add(
-        "run", _run, "take a recipe through all its stages; run it again to continue", example="recipes/quickstart.yaml"
-    )
-    sub.add_argument("recipe", type=Path, help="YAML file")
-    sub.add_argument("--out", type=Path, help="the run's folder (default runs/NAME)")
-    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
-
-    sub = add("sparsify", _sparsify, "set the least important weights of a model to zero", SparsifyConfig,
-              example="HuggingFaceTB/SmolLM2-135M sparse --task gsm8k --sparsity 0.5")  # fmt: skip
-    sub.add_argument("model", help="Hub id, folder, or .gguf file")
-    sub.add_argument("out", type=Path, help="folder to make")
-    sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
-
-    sub = add("quantize", _quantize, "round a model's weights to an integer grid, keeping its zeros", QuantizeConfig,
-              example="sparse quantized --task gsm8k --bits 4 --group-size 64")  # fmt: skip
-    sub.add_argument("model", help="Hub id, folder, or .gguf file: the float model, sparse or not")
-    sub.add_argument("out", type=Path, help="folder to make")
-    sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
-    sub.add_argument("--sparsity", type=float, help="also prune this fraction of each row, in the same pass")
-    sub.add_argument("--pruner", default="wanda", help="how --sparsity chooses weights (default wanda)")
-
-    sub = add("finetune", _finetune, "train elastic, masked adapters on a frozen model", FinetuneConfig, DataConfig,
-              example="sparse adapter --task gsm8k --ranks 32 24 16")  # fmt: skip
-    sub.add_argument("model", help="Hub id or folder")
-    sub.add_argument("out", type=Path, help="folder to make")
-
-    sub = add(
-        "extract", _extract, "take a sub-adapter out of a super-adapter", SearchConfig, example="adapter sub_adapter"
-    )
-    sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
-    sub.add_argument("out", type=Path, help="folder to make")
-
-    sub = add("search", _search, "find the best sub-adapter of a super-adapter on validation rows", SearchConfig,
-              DataConfig, example="adapter out --base sparse --task mawps --strategy hill_climbing")  # fmt: skip
-    sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
-    sub.add_argument("out", type=Path, help="folder to make; started twice with one OUT, two processes share the work")
-    sub.add_argument("--base", type=Path, required=True, help="the base model's folder")
-
-    sub = add("compare", _compare, "run the paper's methods on one model and task, and show one table",
-              example="recipes/quickstart.yaml --seeds 3")  # fmt: skip
-    sub.add_argument("recipe", type=Path, help="YAML file: model, data and the settings that all rows share")
-    sub.add_argument(
-        "--out", type=Path, help="folder (default runs/NAME-compare); processes that share it share the work"
-    )
-    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: the ten of the paper)")
-    sub.add_argument("--seeds", type=int, default=1, help="training seeds a row (default 1)")
-    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
-
-    sub = add(
-        "sweep", _sweep, "compare methods over sparsity levels", example="recipes/math.yaml --levels 0 0.3 0.6 2:4"
-    )
-    sub.add_argument("recipe", type=Path, help="YAML file: model, data and the settings that all rows share")
-    sub.add_argument("--levels", nargs="+", default=["0", "0.3", "0.5", "0.7"], metavar="LEVEL",
-                     help="sparsities, 0 for none, and patterns such as 2:4 (default 0 0.3 0.5 0.7)")  # fmt: skip
-    sub.add_argument("--out", type=Path, help="folder (default runs/NAME-sweep)")
-    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: one rank and NLS of each)")
-    sub.add_argument("--seeds", type=int, default=1, help="training seeds a row (default 1)")
-    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
-
-    sub = add("merge", _merge, "merge an adapter into its base", MergeConfig, example="sparse sub_adapter merged")
-    sub.add_argument("model", type=Path, help="the base model's folder")
-    sub.add_argument("adapter", type=Path, help="the adapter's folder")
-    sub.add_argument("out", type=Path, help="folder to make")
-
-    sub = add("verify", _verify, "prove that a merged model is its base with its adapter", VerifyConfig, DataConfig,
-              example="merged --base sparse --adapter sub_adapter")  # fmt: skip
-    sub.add_argument("merged", type=Path, help="the merged model's folder")
-    sub.add_argument("--base", type=Path, required=True, help="the base model's folder")
-    sub.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
-    sub.add_argument("--out", type=Path, help="JSON file to write (default: verify.json beside MERGED)")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-
-    sub = add("inspect", _inspect, "show the zeros, patterns, precision and size of a model", example="merged --json")
-    sub.add_argument("model", type=Path, help="model folder")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-
-    sub = add("evaluate", _evaluate, "measure a model on tasks through lm-eval", EvaluateConfig, DataConfig,
-              example="merged --task gsm8k --limit 100")  # fmt: skip
-    sub.add_argument("model", help="Hub id, folder, or .gguf file")
-    sub.add_argument("--adapter", type=Path, help="an adapter to attach, unmerged")
-    sub.add_argument("--out", type=Path, help="JSON file to write (default runs/evaluate/eval.json)")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _data(options: argparse.Namespace) -> DataConfig:

@@ -1,0 +1,149 @@
+"""The commands and their options. Every setting of a stage is a flag of its command, made from the recipe's models."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sqft.cli import commands
+from sqft.cli.flags import add_flags
+from sqft.recipe import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    MergeConfig,
+    QuantizeConfig,
+    SearchConfig,
+    SparsifyConfig,
+    VerifyConfig,
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; the name of a command is that of its function in :mod:`sqft.cli.commands`."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
+    shared.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    shared.add_argument("--trust-remote-code", action="store_true", help="run code that a model's repository brings")
+    shared.add_argument("-v", "--verbose", action="store_true", help="show the libraries' own messages too")
+    root = argparse.ArgumentParser(
+        prog="sqft",
+        description="Fine-tune a compressed language model and get one compressed model out, with the proof that "
+        "merging changed nothing.",
+        epilog="Start with: sqft run recipes/quickstart.yaml",
+    )
+    subcommands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, help_: str, *configs: type[Config], example: str) -> argparse.ArgumentParser:
+        sub = subcommands.add_parser(
+            name,
+            parents=[shared],
+            help=help_,
+            description=f"{help_[0].upper()}{help_[1:]}.",
+            epilog=f"Example: sqft {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for config in configs:
+            add_flags(sub, config)
+        sub.set_defaults(command=getattr(commands, name))
+        return sub
+
+    task_help = "a built-in task, gym:NAME, a Hub data set, or a JSONL file or folder"
+    sub = add(
+        "run",
+        "take a recipe through all its stages; run it again to continue",
+        example="recipes/quickstart.yaml",
+    )
+    sub.add_argument("recipe", type=Path, help="YAML file")
+    sub.add_argument("--out", type=Path, help="the run's folder (default runs/NAME)")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
+
+    sub = add("plan", "say what a recipe will need before it runs: disk, memory and time of each stage",
+              example="recipes/quickstart.yaml")  # fmt: skip
+    sub.add_argument("recipe", type=Path, help="YAML file")
+    sub.add_argument("--out", type=Path, help="where the run will stand (default runs/NAME)")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = add("sparsify", "set the least important weights of a model to zero", SparsifyConfig,
+              example="HuggingFaceTB/SmolLM2-135M sparse --task gsm8k --sparsity 0.5")  # fmt: skip
+    sub.add_argument("model", help="Hub id, folder, or .gguf file")
+    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
+
+    sub = add("quantize", "round a model's weights to an integer grid, keeping its zeros", QuantizeConfig,
+              example="sparse quantized --task gsm8k --bits 4 --group-size 64")  # fmt: skip
+    sub.add_argument("model", help="Hub id, folder, or .gguf file: the float model, sparse or not")
+    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
+    sub.add_argument("--sparsity", type=float, help="also prune this fraction of each row, in the same pass")
+    sub.add_argument("--pruner", default="wanda", help="how --sparsity chooses weights (default wanda)")
+
+    sub = add("finetune", "train elastic, masked adapters on a frozen model", FinetuneConfig, DataConfig,
+              example="sparse adapter --task gsm8k --ranks 32 24 16")  # fmt: skip
+    sub.add_argument("model", help="Hub id or folder")
+    sub.add_argument("out", type=Path, help="folder to make")
+
+    sub = add(
+        "extract",
+        "take a sub-adapter out of a super-adapter",
+        SearchConfig,
+        example="adapter sub_adapter",
+    )
+    sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
+    sub.add_argument("out", type=Path, help="folder to make")
+
+    sub = add("search", "find the best sub-adapter of a super-adapter on validation rows", SearchConfig,
+              DataConfig, example="adapter out --base sparse --task mawps --strategy hill_climbing")  # fmt: skip
+    sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
+    sub.add_argument("out", type=Path, help="folder to make; started twice with one OUT, two processes share the work")
+    sub.add_argument("--base", type=Path, required=True, help="the base model's folder")
+
+    sub = add("compare", "run the paper's methods on one model and task, and show one table",
+              example="recipes/quickstart.yaml --seeds 3")  # fmt: skip
+    sub.add_argument("recipe", type=Path, help="YAML file: model, data and the settings that all rows share")
+    sub.add_argument(
+        "--out", type=Path, help="folder (default runs/NAME-compare); processes that share it share the work"
+    )
+    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: the ten of the paper)")
+    sub.add_argument("--seeds", type=int, default=1, help="training seeds a row (default 1)")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
+
+    sub = add(
+        "sweep",
+        "compare methods over sparsity levels",
+        example="recipes/math.yaml --levels 0 0.3 0.6 2:4",
+    )
+    sub.add_argument("recipe", type=Path, help="YAML file: model, data and the settings that all rows share")
+    sub.add_argument("--levels", nargs="+", default=["0", "0.3", "0.5", "0.7"], metavar="LEVEL",
+                     help="sparsities, 0 for none, and patterns such as 2:4 (default 0 0.3 0.5 0.7)")  # fmt: skip
+    sub.add_argument("--out", type=Path, help="folder (default runs/NAME-sweep)")
+    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: one rank and NLS of each)")
+    sub.add_argument("--seeds", type=int, default=1, help="training seeds a row (default 1)")
+    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
+
+    sub = add("merge", "merge an adapter into its base", MergeConfig, example="sparse sub_adapter merged")
+    sub.add_argument("model", type=Path, help="the base model's folder")
+    sub.add_argument("adapter", type=Path, help="the adapter's folder")
+    sub.add_argument("out", type=Path, help="folder to make")
+
+    sub = add("verify", "prove that a merged model is its base with its adapter", VerifyConfig, DataConfig,
+              example="merged --base sparse --adapter sub_adapter")  # fmt: skip
+    sub.add_argument("merged", type=Path, help="the merged model's folder")
+    sub.add_argument("--base", type=Path, required=True, help="the base model's folder")
+    sub.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
+    sub.add_argument("--out", type=Path, help="JSON file to write (default: verify.json beside MERGED)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = add("inspect", "show the zeros, patterns, precision and size of a model", example="merged --json")
+    sub.add_argument("model", type=Path, help="model folder")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = add("evaluate", "measure a model on tasks through lm-eval", EvaluateConfig, DataConfig,
+              example="merged --task gsm8k --limit 100")  # fmt: skip
+    sub.add_argument("model", help="Hub id, folder, or .gguf file")
+    sub.add_argument("--adapter", type=Path, help="an adapter to attach, unmerged")
+    sub.add_argument("--out", type=Path, help="JSON file to write (default runs/evaluate/eval.json)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    return root

@@ -1,0 +1,228 @@
+"""What a recipe will need before it runs: disk, peak memory and time of every stage.
+
+No formula per stage, which would rot: the recipe itself runs, in a process of its own, on two shortened copies of its
+model (a few decoder blocks, random weights, the real data), and each stage's figures are drawn on to all blocks, which
+is what stages are linear in. Training runs a few steps and evaluation a few rows; their times are scaled to the
+recipe's. A random model never ends its answers, so the time of a generated task is an upper bound.
+
+Holds on a CPU. On a GPU the peak of the host's memory is predicted, and not the device's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqft.artifact import Artifact
+from sqft.errors import InputError
+from sqft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
+
+PROBE_STEPS = 3
+_BLOCKS = (2, 6)
+_FOLDERS = {
+    "sparse": "sparsify",
+    "quantized": "quantize",
+    "adapter": "finetune",
+    "sub_adapter": "search",
+    "merged": "merge",
+}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one stage will need.
+
+    Attributes:
+        stage: its name.
+        disk_bytes: of what it leaves.
+        memory_bytes: peak resident memory of the process, libraries included.
+        seconds: wall time, on this machine as loaded as during the probe.
+        fits: whether memory and disk are there.
+    """
+
+    stage: str
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+    fits: bool
+
+
+def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logger.info) -> list[Forecast]:
+    """Return a forecast of each stage of a recipe.
+
+    Args:
+        recipe: the recipe.
+        workspace: where its run will stand; probes use a temporary folder beside it.
+        announce: told each probe as it begins.
+
+    Raises:
+        InputError: the model has too few blocks to shorten, or the recipe itself cannot be used.
+    """
+    from transformers import AutoConfig
+
+    from sqft.model.load import localize
+
+    workspace.mkdir(parents=True, exist_ok=True)
+    model = localize(recipe.model, workspace, trust_remote_code=recipe.trust_remote_code)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=recipe.trust_remote_code)
+    blocks = config.get_text_config(decoder=True).num_hidden_layers
+    if blocks <= _BLOCKS[0]:
+        raise InputError(f"model {recipe.model}: has {blocks} blocks, so few that a run is its own probe")
+    sizes = _BLOCKS if blocks > _BLOCKS[1] else (1, blocks)
+    found = []
+    with tempfile.TemporaryDirectory(dir=workspace, prefix=".plan-") as temporary:
+        for count in sizes:
+            announce(f"probe with {count} of {blocks} blocks")
+            folder = Path(temporary) / str(count)
+            _shorten(model, config, count, folder / "model")
+            found.append(_run_apart(recipe, folder))
+    free_memory, free_disk = available_memory(), shutil.disk_usage(workspace).free
+    forecasts, left = [], free_disk
+    for stage in found[0]:
+        few, many = found[0][stage], found[1][stage]
+
+        def at_all_blocks(key: str, few: Mapping[str, float] = few, many: Mapping[str, float] = many) -> float:
+            slope = (many[key] - few[key]) / (sizes[1] - sizes[0])
+            return max(few[key] + slope * (blocks - sizes[0]), 0.0)
+
+        disk, memory = int(at_all_blocks("disk")), int(at_all_blocks("memory"))
+        left -= disk
+        fits = memory <= free_memory and left >= 0
+        forecasts.append(Forecast(stage, disk, memory, round(at_all_blocks("seconds"), 1), fits))
+    return forecasts
+
+
+def as_json(forecasts: list[Forecast]) -> dict[str, Any]:
+    """Return forecasts with their totals."""
+    return {
+        "stages": [asdict(forecast) for forecast in forecasts],
+        "disk_bytes": sum(forecast.disk_bytes for forecast in forecasts),
+        "peak_memory_bytes": max(forecast.memory_bytes for forecast in forecasts),
+        "seconds": round(sum(forecast.seconds for forecast in forecasts), 1),
+    }
+
+
+def available_memory() -> int:
+    """Return the bytes that processes may still take: the kernel's figure, or the control group's limit if lower."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return min(found, default=2**63)
+
+
+def _shorten(model: Path, config: PretrainedConfig, count: int, folder: Path) -> None:
+    """Write a model of the same shapes with `count` blocks and random weights."""
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    from sqft.model.checkpoint import copy_side_files
+    from sqft.model.load import quiet_transformers
+
+    short = copy.deepcopy(config)
+    inner = short.get_text_config(decoder=True)
+    inner.num_hidden_layers = count
+    if getattr(inner, "layer_types", None):
+        inner.layer_types = inner.layer_types[:count]
+    with quiet_transformers():
+        AutoModelForCausalLM.from_config(short, dtype=config.dtype).save_pretrained(folder)
+    copy_side_files(model, folder, index=False)
+    short.save_pretrained(folder)
+
+
+def _run_apart(recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
+    """Run the probe in a fresh process, so that its peak memory is that of a run, and return its figures."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_probe, args=(recipe.model_dump_json(), str(folder), sender))
+    process.start()
+    sender.close()
+    try:
+        kind, value = receiver.recv()
+    except EOFError as error:
+        process.join()
+        raise InputError(
+            f"the probe was ended by signal {-(process.exitcode or 0)}; is there too little memory?"
+        ) from error
+    process.join()
+    if kind == "error":
+        raise InputError(str(value))
+    return dict(value)
+
+
+def _probe(recipe_json: str, folder: str, sender: Any) -> None:
+    """Run a shortened recipe and send {stage: {disk, memory, seconds}}; the body of the probe's process."""
+    from sqft import pipeline
+    from sqft.data.load import load_tasks
+    from sqft.errors import SqftError
+    from sqft.model.load import load_tokenizer
+
+    logging.disable(logging.INFO)
+    recipe = Recipe.model_validate_json(recipe_json)
+    out = Path(folder)
+    values: dict[str, Any] = {"model": str(out / "model")}
+    if recipe.finetune is not None:
+        values["finetune"] = recipe.finetune.model_copy(update={"max_steps": PROBE_STEPS, "evaluate_every": None})
+        values["search"] = recipe.search.model_copy(update={"strategy": "heuristic"})
+    rows = 0
+    if recipe.evaluate is not None:
+        rows = min(recipe.evaluate.batch, recipe.evaluate.limit or recipe.evaluate.batch)
+        values["evaluate"] = recipe.evaluate.model_copy(update={"limit": rows, "baselines": []})
+    try:
+        pipeline.run(recipe.model_copy(update=values), out / "run")
+        tokenizer = load_tokenizer(out / "model")
+        asked = sum(len(part) for _, part in load_tasks(recipe.data, "test", tokenizer)) if rows else 0
+        found = _figures(recipe, out / "run", rows, asked)
+    except SqftError as error:
+        sender.send(("error", str(error)))
+        return
+    sender.send(("found", found))
+
+
+def _figures(recipe: Recipe, run: Path, rows: int, asked: int) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name, stage in _FOLDERS.items():
+        if not (run / name).is_dir():
+            continue
+        manifest = Artifact.open(run / name).manifest
+        seconds = float(manifest["seconds"])
+        if stage == "finetune":
+            assert recipe.finetune is not None
+            result = manifest["result"]
+            steps = recipe.finetune.max_steps or max(
+                1,
+                round(
+                    recipe.finetune.epochs
+                    * result["packed_rows"]
+                    / (recipe.finetune.batch * recipe.finetune.accumulation)
+                ),
+            )
+            seconds += result["train_seconds"] / result["steps"] * (steps - result["steps"])
+        found[stage] = {"disk": manifest["size_bytes"], "memory": manifest["peak_memory_bytes"], "seconds": seconds}
+    if (run / "verify.json").is_file():
+        cost = json.loads((run / "verify.json").read_text())["cost"]
+        found["verify"] = {"disk": 0, "memory": cost["peak_memory_bytes"], "seconds": cost["seconds"]}
+    for file in sorted((run / "evaluations").glob("*.json")):
+        cost = json.loads(file.read_text())["cost"]
+        limit = min(asked, recipe.evaluate.limit or asked) if recipe.evaluate is not None else 0
+        found[f"evaluate {file.stem}"] = {
+            "disk": 0,
+            "memory": cost["peak_memory_bytes"],
+            "seconds": cost["seconds"] * limit / rows,
+        }
+    return found
