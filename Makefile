@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: help install quickstart serving test lint format types imports pytest
+.PHONY: help install quickstart serving test lint format types imports docs pytest
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,7 +35,7 @@ serving: $(STAMP) ## MODEL=path: serve a model with vLLM on the CPU, in its own 
 	@test -n "$(MODEL)" || { echo "make serving: which model? Use: make serving MODEL=path/to/folder"; exit 2; }
 	@$(BIN)/python tests/serving/serve_vllm.py "$(MODEL)" $(SERVING_ARGS)
 
-test: lint types imports pytest ## everything that CI runs
+test: lint types imports docs pytest ## everything that CI runs
 
 lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check .
@@ -50,6 +50,9 @@ types: $(STAMP) ## mypy --strict over src
 
 imports: $(STAMP) ## imports point one way
 	@$(BIN)/lint-imports --no-cache
+
+docs: $(STAMP) ## the documentation site in site/, without warnings
+	@$(BIN)/mkdocs build --strict --quiet
 
 pytest: $(STAMP) ## the tests
 	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(TEST_WORKERS)

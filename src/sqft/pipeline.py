@@ -209,7 +209,7 @@ def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
                 attempt(lambda: _check_quantised_targets(recipe, network))
             if train:
                 attempt(lambda: finetune.label(tuned, tokenizer, [(e.prompt, e.answer) for e in train], network.config))
-    source = {"data": recipe.data.model_dump(mode="json"), "train_examples": len(train)}
+    source = {"data": recipe.data.model_dump(mode="json")}
     # The proof's behaviour checks ask the first task's questions.
     task, held_out = test[0] if test else (None, [])
     return _Inputs(tokens, quantize_tokens, train, validation, held_out, task, selection, source)

@@ -96,7 +96,7 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
 
         def at_all_blocks(key: str, few: Mapping[str, float] = few, many: Mapping[str, float] = many) -> float:
             slope = (many[key] - few[key]) / (sizes[1] - sizes[0])
-            return max(few[key] + slope * (blocks - sizes[0]), 0.0)
+            return float(max(0.0, few[key] + slope * (blocks - sizes[0])))
 
         disk, memory = int(at_all_blocks("disk")), int(at_all_blocks("memory"))
         left -= disk
@@ -156,9 +156,8 @@ def _run_apart(recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
         kind, value = receiver.recv()
     except EOFError as error:
         process.join()
-        raise InputError(
-            f"the probe was ended by signal {-(process.exitcode or 0)}; is there too little memory?"
-        ) from error
+        ended = f"the probe was ended by signal {-(process.exitcode or 0)}"
+        raise InputError(f"{ended}; is there too little memory for even a few blocks?") from error
     process.join()
     if kind == "error":
         raise InputError(str(value))

@@ -40,7 +40,7 @@ ROWS: list[tuple[str, dict[str, Any], Example]] = [
     (
         "mawps",
         {"question": "3 hours for 6 days ?", "equation": "x=3*6", "answer": "18.0"},
-        Example(INSTRUCTION.format("3 hours for 6 days ?"), " 18"),
+        Example(INSTRUCTION.format("3 hours for 6 days ?"), " 3*6 = 18"),
     ),
     (
         "mawps",
@@ -254,7 +254,7 @@ def test_normalised_questions_fold_case_space_and_punctuation() -> None:
 
 
 def test_every_task_knows_its_hub_data_and_its_splits() -> None:
-    names = "gsm8k mawps svamp boolq piqa hellaswag winogrande arc_easy arc_challenge openbookqa"
+    names = "gsm8k mawps gsm8k_instruct svamp boolq piqa hellaswag winogrande arc_easy arc_challenge openbookqa"
     assert " ".join(BUILTIN) == names
     for task in BUILTIN.values():
         assert task.hub is not None

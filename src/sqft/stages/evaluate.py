@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqft.artifact import costing, describe, finished_result, write_result
 from sqft.data.load import load_examples, load_file, member_configs, resolve_task
+from sqft.data.taskfile import is_task_file, load_task_file
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task
 from sqft.errors import InputError, Problems
 from sqft.model.held import held_weights
@@ -69,6 +70,8 @@ def run(
         path = Path(task_data.task).expanduser()
         if task_data.task not in BUILTIN and path.exists():
             inputs[f"data_{number}"] = path
+            if is_task_file(str(path)) and (rows_at := load_task_file(path).rows):
+                inputs[f"rows_{number}"] = Path(rows_at)
     # `rows` and `baselines` say which evaluations a run makes and shows; they change none.
     settings = {
         "evaluate": config.model_dump(mode="json", exclude={"rows", "baselines"}),

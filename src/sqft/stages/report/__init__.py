@@ -3,7 +3,7 @@
 Reads the manifests and results in a run's folder and writes `report.html` (one file that asks for no other, readable
 in light, dark, on a phone and by a screen reader) and `report.md`. It measures nothing itself: every number shown
 names the file or folder it was read from. What the recipe asks for and the folder lacks is listed, not passed over.
-The same inputs give the same bytes; there is no date in it.
+A merged model gets its model card, `merged/README.md`. The same inputs give the same bytes; there is no date in it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from sqft.stages.report import words
+from sqft.stages.report.card import CARD, base_card, model_card
 from sqft.stages.report.facts import check_baselines, gather
 from sqft.stages.report.markdown import markdown
 from sqft.stages.report.page import page
@@ -25,7 +26,7 @@ __all__ = ["check_baselines", "run", "summary_table"]
 
 
 def run(out: Path, recipe: Recipe) -> Path:
-    """Write `report.md` and `report.html` into a run's folder.
+    """Write `report.md` and `report.html` into a run's folder, and the model card into its merged model.
 
     Args:
         out: the run's folder.
@@ -40,6 +41,8 @@ def run(out: Path, recipe: Recipe) -> Path:
     facts = gather(out, recipe)
     _write(out / "report.md", markdown(facts))
     _write(out / "report.html", page(facts))
+    if "merged" in facts.manifests and (base := base_card(out / "merged", facts.manifests["merged"])) is not None:
+        _write(out / "merged" / CARD, model_card(facts, base))
     return out / "report.html"
 
 

@@ -96,7 +96,7 @@ def line_chart(series: list[tuple[str, str, list[Point]]], label: str, x_title: 
     """Draw lines over a common x axis.
 
     Args:
-        series: (name, CSS class, points); the class `marks` draws the points too.
+        series: (name, CSS class, points); the class `marks` draws the points too, `marks trial` without a line.
         label: what the chart shows, for screen readers.
         x_title: under the x axis.
         y_title: above the y axis.
@@ -106,7 +106,8 @@ def line_chart(series: list[tuple[str, str, list[Point]]], label: str, x_title: 
         return ""
     marks_y = ticks(min(y for _, y in points), max(y for _, y in points))
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    marks_x = [m for m in ticks(x_low, x_high) if x_low <= m <= x_high and m == int(m)] or [x_low]
+    whole = all(x == int(x) for x, _ in points)  # such as steps: 2.5 of them would make no sense
+    marks_x = [m for m in ticks(x_low, x_high) if x_low <= m <= x_high and (m == int(m) or not whole)] or [x_low]
 
     def across(x: float) -> float:
         return 50.0 if x_high == x_low else 100 * (x - x_low) / (x_high - x_low)
@@ -121,7 +122,7 @@ def line_chart(series: list[tuple[str, str, list[Point]]], label: str, x_title: 
     for name, style, values in series:
         if not values:
             continue
-        drawn.append(_line(style, [(across(x), down(y), f"{name} at step {x:g}: {y:.4f}") for x, y in values]))
+        drawn.append(_line(style, [(across(x), down(y), f"{name}, {x_title} {x:g}: {y:.4g}") for x, y in values]))
         legend.append(f'<span class="key {style}"><i></i>{escape(name)}</span>')
     labels_y = "".join(f'<span style="top:{down(m):.2f}%">{_short(m)}</span>' for m in marks_y)
     labels_x = "".join(f'<span style="left:{across(m):.2f}%">{_short(m)}</span>' for m in marks_x)

@@ -89,7 +89,9 @@ class Facts:
         manifests: {folder: manifest} of the finished stages, in the order of the flow.
         training: adapter/sqft/training_log.json.
         ranks: sub_adapter/sqft/ranks.json.
+        search: sub_adapter/sqft/search.json.
         verify: verify.json.
+        merged_config: merged/config.json.
         missing: what the recipe asks for and the folder lacks.
     """
 
@@ -98,7 +100,9 @@ class Facts:
     manifests: dict[str, dict[str, Any]]
     training: dict[str, Any] | None
     ranks: dict[str, Any] | None
+    search: dict[str, Any] | None
     verify: dict[str, Any] | None
+    merged_config: dict[str, Any] | None
     missing: list[str]
 
     @property
@@ -133,20 +137,36 @@ def gather(out: Path, recipe: Recipe) -> Facts:
         InputError: a file is there but cannot be read, or a baseline file is not there.
     """
     manifests = {name: read_json(out / name / MANIFEST) for name in STAGES if (out / name / MANIFEST).is_file()}
-    facts = Facts(
+    return Facts(
         recipe=recipe,
         rows=_rows(out, recipe, manifests),
         manifests=manifests,
         training=_optional(out / "adapter" / "sqft" / "training_log.json"),
         ranks=_optional(out / "sub_adapter" / "sqft" / "ranks.json"),
+        search=_search(out / "sub_adapter" / "sqft" / "search.json"),
         verify=_optional(out / "verify.json"),
+        merged_config=_optional(out / "merged" / "config.json"),
         missing=_missing(out, recipe, manifests),
     )
-    return facts
 
 
 def _optional(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
+
+
+def _search(path: Path) -> dict[str, Any] | None:
+    if (value := _optional(path)) is None:
+        return None
+    try:
+        for trial in [value["chosen"], value["heuristic"], *value["front"], *value["trials"]]:
+            if not (math.isfinite(trial["accuracy"]) and trial["parameters"] >= 0 and trial["ranks"]):
+                raise ValueError(trial)
+        if not (sum(value["rows"].values()) and value["trials"]):
+            raise ValueError("no rows or no trials")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        wanted = "a trial has ranks, accuracy and parameters"
+        raise InputError(f"{path}: is no record of a search: {error!r}; {wanted}") from error
+    return value
 
 
 def _missing(out: Path, recipe: Recipe, manifests: dict[str, dict[str, Any]]) -> list[str]:
@@ -202,7 +222,7 @@ def _rows(out: Path, recipe: Recipe, manifests: dict[str, dict[str, Any]]) -> li
                 source=f"evaluations/{key}.json",
                 precision=_precision(model),
                 size_bytes=_size([model, *(out / part for part in parts[1:])]),
-                zeros=_zeros(parts[0], base, manifests),
+                zeros=zeros_of(parts[0], base, manifests),
                 scores=_scores(value, path),
                 seed=value.get("seed"),
                 versions=value.get("versions", {}),
@@ -286,7 +306,11 @@ def _name(out: Path, part: str, recipe: Recipe) -> str:
 def _precision(folder: Path | None) -> str | None:
     if folder is None or not (folder / "config.json").is_file():
         return None
-    config = read_json(folder / "config.json")
+    return stored_precision(read_json(folder / "config.json"))
+
+
+def stored_precision(config: dict[str, Any]) -> str | None:
+    """Return how a model's config says that its weights are stored: 'BF16', 'INT4'."""
     quantization = config.get("quantization_config") or {}
     groups = quantization.get("config_groups") or {}
     bits = {(group.get("weights") or {}).get("num_bits") for group in groups.values()} or {quantization.get("bits")}
@@ -303,7 +327,8 @@ def _size(folders: list[Path | None]) -> int | None:
     return sum(sizes) if all(sizes) else None
 
 
-def _zeros(part: str, base: str, manifests: dict[str, dict[str, Any]]) -> float | None:
+def zeros_of(part: str, base: str, manifests: dict[str, dict[str, Any]]) -> float | None:
+    """Return the share of zeros in the targeted linears of a model of the run, None where no file states it."""
     compressed = part if part in ("sparse", "quantized") else base
     if part == "dense" or compressed not in ("sparse", "quantized"):
         return None

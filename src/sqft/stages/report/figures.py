@@ -1,8 +1,9 @@
-"""The figures of a report: what a log, a mask and a rank choice look like, with the numbers behind each."""
+"""The figures of a report: what a log, a mask, a search and a rank choice look like, with the numbers behind each."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import accumulate
 from typing import Any
 
 from sqft.stages.report.charts import Cell, Point, grid_chart, line_chart, place, scale_legend, smooth
@@ -87,3 +88,60 @@ def ranks(value: dict[str, Any]) -> tuple[str, list[tuple[str, Counter[int]]]]:
 def counts_text(found: Counter[int]) -> str:
     """Return '48 in 10 layers, 32 in 20 layers'."""
     return ", ".join(f"{rank} in {n} layer{'' if n == 1 else 's'}" for rank, n in sorted(found.items(), reverse=True))
+
+
+def best_so_far(trials: list[dict[str, Any]]) -> list[float]:
+    """Return, for each configuration in order of evaluation, the highest accuracy up to it."""
+    return list(accumulate((float(trial["accuracy"]) for trial in trials), max))
+
+
+def search_path(record: dict[str, Any]) -> str:
+    """Draw the accuracy of each configuration in order of evaluation, and the best so far as steps."""
+    trials = record["trials"]
+    best = best_so_far(trials)
+    steps: list[Point] = []
+    for number, value in enumerate(best, 1):
+        steps += [(number, steps[-1][1])] if steps else []
+        steps.append((number, 100 * value))
+    points = {number: (float(number), 100 * float(trial["accuracy"])) for number, trial in enumerate(trials, 1)}
+    series = [("configuration", "marks trial", list(points.values())), ("best so far", "main", steps)]
+    series += _singled_out(record, [(trial, points[number]) for number, trial in enumerate(trials, 1)])
+    label = (
+        f"Accuracy on the validation rows of {len(trials)} configurations in order of evaluation: "
+        f"the first {percent_text(trials[0]['accuracy'])}, the best {percent_text(best[-1])}"
+    )
+    return line_chart(series, label, "order of evaluation", "accuracy on the validation rows (%)")
+
+
+def search_front(record: dict[str, Any]) -> str:
+    """Draw each configuration's accuracy over its size, and the front that no other beats in both."""
+    trials, front = record["trials"], sorted(record["front"], key=lambda trial: int(trial["parameters"]))
+    largest = max(int(trial["parameters"]) for trial in [*trials, *front])
+    unit, name = next(
+        ((size, f" ({word})") for size, word in ((1e6, "millions"), (1e3, "thousands")) if largest >= size), (1, "")
+    )
+
+    def place_of(trial: dict[str, Any]) -> Point:
+        return int(trial["parameters"]) / unit, 100 * float(trial["accuracy"])
+
+    series = [
+        ("configuration", "marks trial", [place_of(trial) for trial in trials]),
+        ("Pareto front", "marks front", [place_of(trial) for trial in front]),
+        *_singled_out(record, [(trial, place_of(trial)) for trial in trials]),
+    ]
+    ends = [f"{trial['parameters']:,} with {percent_text(trial['accuracy'])}" for trial in (front or trials)]
+    label = (
+        f"Accuracy over adapter parameters of {len(trials)} configurations; {len(front)} on the Pareto front, "
+        f"from {ends[0]} to {ends[-1]}"
+    )
+    return line_chart(series, label, f"adapter parameters{name}", "accuracy on the validation rows (%)")
+
+
+def _singled_out(
+    record: dict[str, Any], placed: list[tuple[dict[str, Any], Point]]
+) -> list[tuple[str, str, list[Point]]]:
+    """Return the heuristic and the chosen configuration as series of one point each."""
+    return [
+        (name, f"marks {name}", [point for trial, point in placed if trial["ranks"] == record[name]["ranks"]][:1])
+        for name in ("heuristic", "chosen")
+    ]

@@ -24,6 +24,7 @@ def markdown(facts: Facts) -> str:
         *_verification(facts),
         *_training(facts),
         *_sparsity(facts),
+        *_search(facts),
         *_ranks(facts),
         *_cost(facts),
         _bullets("## Read this before quoting a number\n", words.notes(facts)),
@@ -54,7 +55,7 @@ def _results(facts: Facts) -> str:
         scores = [words.score_text(row.scores.get(column)) for column in facts.columns]
         rest = [words.percent_text(row.zeros), row.precision or words.ABSENT, words.bytes_text(row.size_bytes)]
         rows.append([name, *scores, *rest, f"{_code(row.artefact)}, {_code(row.source)}"])
-    return _table(heads, rows) + "\n\nValue ± one standard error. Zeros: share of the weights of the targeted linears."
+    return table(heads, rows) + "\n\nValue ± one standard error. Zeros: share of the weights of the targeted linears."
 
 
 def _verification(facts: Facts) -> list[str]:
@@ -70,8 +71,8 @@ def _verification(facts: Facts) -> list[str]:
         ]
         for check in facts.verify.get("checks", [])
     ]
-    table = _table(["result", "check", "measured", "bound", "detail"], rows)
-    return ["## Is the merge exact?", table, "Source: `verify.json`."]
+    shown = table(["result", "check", "measured", "bound", "detail"], rows)
+    return ["## Is the merge exact?", shown, "Source: `verify.json`."]
 
 
 def _training(facts: Facts) -> list[str]:
@@ -80,10 +81,10 @@ def _training(facts: Facts) -> list[str]:
     _, train, held_out = figures.loss(facts.training)
     heads = ["step", "training loss"]
     rows = [[f"{step:g}", f"{value:.4f}"] for step, value in figures.thin(train, 10)]
-    lines = ["## Training", _table(heads, rows)]
+    lines = ["## Training", table(heads, rows)]
     if held_out:
         lines.append(
-            _table(["step", "validation loss"], [[f"{s:g}", f"{v:.4f}"] for s, v in figures.thin(held_out, 10)])
+            table(["step", "validation loss"], [[f"{s:g}", f"{v:.4f}"] for s, v in figures.thin(held_out, 10)])
         )
     return [*lines, "Evenly chosen steps. Source: `adapter/sqft/training_log.json`."]
 
@@ -94,7 +95,37 @@ def _sparsity(facts: Facts) -> list[str]:
     _, summary = figures.sparsity(facts.layers)
     rows = [[name, *map(words.percent_text, values), f"{weights:,}"] for name, values, weights in summary]
     heads = ["linear, over the layers", "lowest", "mean", "highest", "weights"]
-    return ["## Where the zeros are", _table(heads, rows), f"Source: `{facts.compressed[0]}/sqft/manifest.json`."]
+    return ["## Where the zeros are", table(heads, rows), f"Source: `{facts.compressed[0]}/sqft/manifest.json`."]
+
+
+def _search(facts: Facts) -> list[str]:
+    record = facts.search
+    if record is None:
+        return []
+    best = figures.best_so_far(record["trials"])
+    better = [
+        [f"{number:,}", words.percent_text(trial["accuracy"]), f"{trial['parameters']:,}"]
+        for number, trial in enumerate(record["trials"], 1)
+        if number == 1 or best[number - 1] > best[number - 2]
+    ]
+    front = [
+        [
+            words.percent_text(trial["accuracy"])
+            + (" (chosen)" if trial["ranks"] == record["chosen"]["ranks"] else ""),
+            f"{trial['parameters']:,}",
+        ]
+        for trial in record["front"]
+    ]
+    source = f"Strategy “{record.get('strategy')}”; {record.get('metric')}. Source: `sub_adapter/sqft/search.json`."
+    return [
+        "## Search",
+        words.search_sentence(record),
+        "Configurations better than all before them, in order of evaluation:",
+        table(["evaluated as number", "accuracy", "adapter parameters"], better),
+        "The Pareto front: no other configuration is both more accurate and smaller.",
+        table(["accuracy", "adapter parameters"], front),
+        source,
+    ]
 
 
 def _ranks(facts: Facts) -> list[str]:
@@ -103,7 +134,7 @@ def _ranks(facts: Facts) -> list[str]:
     _, counts = figures.ranks(facts.ranks)
     rows = [[name, figures.counts_text(found)] for name, found in counts]
     source = f"Strategy “{facts.ranks.get('strategy')}”. Source: `sub_adapter/sqft/ranks.json`."
-    return ["## Ranks", _table(["group", "rank"], rows), source]
+    return ["## Ranks", table(["group", "rank"], rows), source]
 
 
 def _cost(facts: Facts) -> list[str]:
@@ -120,8 +151,8 @@ def _cost(facts: Facts) -> list[str]:
     ]
     if not rows:
         return []
-    table = _table(["stage", "folder", "time", "peak memory", "size", "coverage"], rows)
-    return ["## What it cost", table, "Source: `sqft/manifest.json` in each folder."]
+    shown = table(["stage", "folder", "time", "peak memory", "size", "coverage"], rows)
+    return ["## What it cost", shown, "Source: `sqft/manifest.json` in each folder."]
 
 
 def _provenance(facts: Facts) -> list[str]:
@@ -132,10 +163,11 @@ def _provenance(facts: Facts) -> list[str]:
     for name in dict.fromkeys([*seeds, *versions]):
         libraries = " ".join(f"{library} {version}" for library, version in versions.get(name, {}).items())
         rows.append([_code(name), str(seeds.get(name, words.ABSENT)), libraries])
-    return ["## Where the numbers come from", _table(["artefact", "seed", "versions"], rows)]
+    return ["## Where the numbers come from", table(["artefact", "seed", "versions"], rows)]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 

@@ -31,6 +31,7 @@ def page(facts: Facts) -> str:
         ("verification", "Is the merge exact?", _verification(facts)),
         ("training", "Training", _training(facts)),
         ("sparsity", "Where the zeros are", _sparsity(facts)),
+        ("search", "Search", _search(facts)),
         ("ranks", "Ranks", _ranks(facts)),
         ("cost", "What it cost", _cost(facts)),
         ("notes", "Read this before quoting a number", _list(words.notes(facts))),
@@ -200,6 +201,37 @@ def _sparsity(facts: Facts) -> str:
     text = f"{coverage}. {source}" if coverage else source
     shown = table(heads, rows, "Over the layers.")
     return f'{chart}<p class="source-line">{escape(text)}</p>{_details("Sparsity by kind of linear", shown)}'
+
+
+def _search(facts: Facts) -> str:
+    record = facts.search
+    if record is None:
+        return ""
+    chosen = record["chosen"]["ranks"]
+    front = [
+        table_row(
+            words.percent_text(trial["accuracy"])
+            + (' <span class="tag chosen">chosen</span>' if trial["ranks"] == chosen else ""),
+            [f"{trial['parameters']:,}"],
+        )
+        for trial in record["front"]
+    ]
+    rows = [
+        table_row(f"{number}", [*map(words.percent_text, (trial["accuracy"], best)), f"{trial['parameters']:,}"])
+        for number, (trial, best) in enumerate(
+            zip(record["trials"], figures.best_so_far(record["trials"]), strict=True), 1
+        )
+    ]
+    heads = [("Configuration", ""), ("Accuracy", "num"), ("Best so far", "num"), ("Adapter parameters", "num")]
+    caption = "The Pareto front: no other configuration is both more accurate and smaller."
+    source = f"Strategy “{record.get('strategy')}”; {record.get('metric')}. Source: sub_adapter/sqft/search.json."
+    return (
+        f"<p>{escape(words.search_sentence(record))}</p><h3>In order of evaluation</h3>{figures.search_path(record)}"
+        f"<h3>Accuracy against size</h3>{figures.search_front(record)}"
+        f"{table([('Accuracy on the validation rows', ''), ('Adapter parameters', 'num')], front, caption)}"
+        f'<p class="source-line">{escape(source)}</p>'
+        f"{_details('Every configuration', table(heads, rows, 'In order of evaluation.'))}"
+    )
 
 
 def _ranks(facts: Facts) -> str:

@@ -144,9 +144,23 @@ def _short(score: Score) -> str:
     return f"{value_text(score)} {error_text(score)}".strip()
 
 
+def search_sentence(record: dict[str, Any]) -> str:
+    """Return what a search did, in one sentence."""
+    chosen, heuristic = (percent_text(record[key]["accuracy"]) for key in ("chosen", "heuristic"))
+    rows = record["rows"]
+    counts = (
+        f" ({', '.join(f'{task} {n:,}' for task, n in rows.items())})" if len(rows) > 1 else f" of {next(iter(rows))}"
+    )
+    return (
+        f"{len(record['trials']):,} configurations were evaluated on {sum(rows.values()):,} validation rows{counts}: "
+        f"the heuristic scores {heuristic} on them, the chosen configuration {chosen}; these rows are none of those "
+        "that the results table reports."
+    )
+
+
 def notes(facts: Facts) -> list[str]:
     """Return what a careful reader must know before quoting a number of this report."""
-    found = [*_sampling_notes(facts), *_baseline_notes(facts), *_sparsity_notes(facts)]
+    found = [*_sampling_notes(facts), *_search_notes(facts), *_baseline_notes(facts), *sparsity_notes(facts)]
     recipe = facts.recipe
     if facts.row("dense") is not None and recipe.finetune and not any(row.key == "baseline" for row in facts.rows):
         found.append(
@@ -194,6 +208,17 @@ def _sampling_notes(facts: Facts) -> list[str]:
     return found
 
 
+def _search_notes(facts: Facts) -> list[str]:
+    if facts.search is None:
+        return []
+    chosen, count = float(facts.search["chosen"]["accuracy"]), sum(facts.search["rows"].values())
+    error = 100 * math.sqrt(max(0.0, chosen * (1 - chosen)) / count)
+    return [
+        f"The chosen configuration's {percent_text(chosen)} was picked out of {len(facts.search['trials']):,} on "
+        f"{count:,} validation rows (about ± {error:.1f} points), so it flatters; quote the results table."
+    ]
+
+
 def _baseline_notes(facts: Facts) -> list[str]:
     return [
         f"“{row.label}” was not measured by this run; it comes from {row.source}{f': {row.note}' if row.note else '.'}"
@@ -202,7 +227,8 @@ def _baseline_notes(facts: Facts) -> list[str]:
     ]
 
 
-def _sparsity_notes(facts: Facts) -> list[str]:
+def sparsity_notes(facts: Facts) -> list[str]:
+    """Return what the zeros are good for, and whether merging filled some."""
     sparsify = facts.recipe.sparsify
     if sparsify is None or not facts.compressed[0]:
         return []

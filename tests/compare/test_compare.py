@@ -1,0 +1,198 @@
+"""The grid of methods on a tiny model: shared stages run once, rows go on, failures stop nobody, pairs are paired."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqft import pipeline
+from sqft.artifact import Artifact
+from sqft.compare import sweep
+from sqft.compare.methods import METHODS, PAPER, method_recipe, with_level
+from sqft.compare.run import row_file, run
+from sqft.compare.table import compare_pair, summarise
+from sqft.errors import InputError
+from sqft.recipe import Recipe
+
+CHOSEN = ("dense", "dense_lora", "sparse", "shears", "sparsepeft", "int4", "sqft", "qa_sparsepeft")
+
+
+@pytest.fixture
+def recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> Recipe:
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, first in (("train", 0), ("test", 40)):
+        rows = [{"prompt": f"{a} + 1 =", "completion": f" {a + 1}"} for a in range(first, first + 24)]
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return Recipe.model_validate(
+        {
+            "name": "grid",
+            "model": str(tiny_model("llama", "bfloat16")),
+            "data": {"task": str(data)},
+            "sparsify": {"calibration": {"samples": 4, "length": 32}},
+            "quantize": {"group_size": 16},
+            "finetune": {
+                "kind": "quantized", "ranks": [4, 2], "max_steps": 2, "length": 64, "batch": 2, "learning_rate": 0.02,
+                "lora_alpha": 8,
+            },
+            "verify": {"prompts": 2, "accuracy_rows": 4},
+            "evaluate": {"batch": 8},
+        }
+    )  # fmt: skip
+
+
+def test_the_paper_has_ten_rows_and_each_is_three_choices() -> None:
+    assert len(PAPER) == 10
+    kinds = {name: (m.base, m.kind, m.elastic, m.merged) for name, m in METHODS.items() if name in PAPER}
+    assert kinds["lora"] == ("sparse", "dense", False, False)
+    assert kinds["shears"] == ("sparse", "dense", True, False)
+    assert kinds["sparsepeft"] == ("sparse", "sparse", True, True)
+    assert kinds["gptq_lora"] == ("int4", "dense", False, False)
+    assert kinds["sqft"] == ("int4", "dense", True, False)
+    assert kinds["qa_sparsepeft"] == ("int4", "quantized", True, True)
+
+
+def test_a_row_differs_from_the_recipe_in_its_choices_alone(recipe: Recipe) -> None:
+    lora = method_recipe(recipe, METHODS["lora"], 2)
+    assert lora.finetune is not None
+    assert recipe.finetune is not None
+    assert lora.finetune == recipe.finetune.model_copy(update={"kind": "dense", "ranks": [4], "seed": 2})
+    assert (lora.quantize, lora.merge, lora.sparsify) == (None, None, recipe.sparsify)
+    dense = method_recipe(recipe, METHODS["dense_lora"], 0)
+    assert (dense.sparsify, dense.quantize) == (None, None)
+    assert dense.merge is not None
+    for name, method in METHODS.items():  # every row is a recipe that could be written down
+        Recipe.model_validate(method_recipe(recipe, method, 0).model_dump(exclude={"quantize": {"joint"}})), name
+
+
+@pytest.mark.slow
+def test_the_grid_runs_shares_stops_and_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    ran: list[str] = []
+    original = pipeline.run
+
+    def counted(made: Recipe, folder: Path, *options: Any) -> Any:
+        ran.append(folder.name)
+        if folder.name == "shears-0" and ran.count("shears-0") == 1:
+            raise RuntimeError("the first time it breaks")
+        if folder.name == "sqft-0" and ran.count("sqft-0") == 1:
+            raise KeyboardInterrupt
+        return original(made, folder, *options)
+
+    monkeypatch.setattr(pipeline, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, out, CHOSEN)
+    assert json.loads(row_file(out, "shears", 0).read_text())["status"] == "failed"
+    assert json.loads(row_file(out, "int4", 0).read_text())["status"] == "done"  # it came after the failure
+    table = (out / "compare.md").read_text()
+    assert "failed: seed 0: RuntimeError: the first time it breaks" in table
+    assert "not run yet" in table
+    first = list(ran)
+    run(recipe, out, CHOSEN)
+    assert ran[len(first) :] == ["shared", "shears-0", "sqft-0", "qa_sparsepeft-0"]  # the failed, the cut, the rest
+    summary = json.loads((out / "compare.json").read_text())
+    assert [method["method"] for method in summary["methods"]] == list(CHOSEN)
+    assert not any(method["failed"] or method["pending"] for method in summary["methods"])
+    by_name = {method["method"]: method for method in summary["methods"]}
+    assert by_name["qa_sparsepeft"]["verified"] is True
+    assert by_name["sqft"]["verified"] is None
+    assert (by_name["sqft"]["precision"], by_name["qa_sparsepeft"]["precision"]) == ("INT4 + adapter", "INT4")
+    assert by_name["qa_sparsepeft"]["stored_bytes"] < by_name["dense"]["stored_bytes"]
+    # Bases were made once and are the same for all rows on them.
+    digest = Artifact.open(out / "shared" / "sparse").digest
+    for name in ("shears", "sparsepeft", "qa_sparsepeft"):
+        assert (out / "runs" / f"{name}-0" / "sparse").is_symlink()
+        assert Artifact.open(out / "runs" / f"{name}-0" / "sparse").digest == digest
+    page = (out / "compare.html").read_text()
+    assert "SQFT + QA-SparsePEFT" in page
+    # Further seeds are added to what is there; an untuned row has one.
+    ran.clear()
+    run(recipe, out, ("dense", "sparsepeft"), seeds=2)
+    assert ran == ["shared", "sparsepeft-1"]
+    changed = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"max_steps": 3})})
+    with pytest.raises(InputError, match="was made with other settings"):
+        run(changed, out, ("sparsepeft",))
+
+
+def test_what_cannot_be_compared_is_refused_before_any_work(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        run(recipe.model_copy(update={"sparsify": None, "evaluate": None}), tmp_path / "o", ("shears", "shear"))
+    text = str(caught.value)
+    assert "there is no method 'shear'" in text
+    assert "evaluate: null" in text
+    assert "no sparsify" in text
+    assert not (tmp_path / "o").exists()
+
+
+def row(seed: int, correct: str) -> dict[str, Any]:
+    value = correct.count("1") / len(correct)
+    return {"seed": seed, "status": "done", "tasks": {"t": {"metric": "x", "value": value, "correct": correct}}}
+
+
+def test_pairs_are_compared_row_by_row() -> None:
+    one = [row(0, "1110"), row(1, "1100")]
+    other = [row(0, "1000"), row(1, "0100"), row(7, "1111")]
+    found = compare_pair(one, other)
+    assert found is not None
+    differences = [1 - 0.5, 1 - 0.5, 0.5 - 0, 0 - 0]  # seeds 0 and 1, averaged, by row
+    half = 1.959964 * statistics.stdev(differences) / 2
+    assert found["difference"] == pytest.approx(statistics.mean(differences))
+    assert (found["low"], found["high"]) == pytest.approx((0.375 - half, 0.375 + half))
+    assert (found["n"], found["seeds"]) == (4, 2)
+    assert compare_pair(one, [row(7, "1111")]) is None
+    same = compare_pair(one, one)
+    assert same is not None
+    assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
+
+
+def test_means_have_errors_over_rows_and_over_seeds(recipe: Recipe, tmp_path: Path) -> None:
+    for seed, correct in enumerate(("1110", "1100", "1111")):
+        value = correct.count("1") / 4
+        entry = {"metric": "acc", "value": value, "stderr": 0.2, "n": 4, "correct": correct}
+        values = {
+            "method": "lora", "label": "LoRA", "seed": seed, "status": "done", "tasks": {"a": entry, "b": entry},
+            "verified": None, "precision": "16 bit", "stored_bytes": 5, "training": None,
+        }  # fmt: skip
+        row_file(tmp_path, "lora", seed).parent.mkdir(exist_ok=True)
+        row_file(tmp_path, "lora", seed).write_text(json.dumps(values))
+    (method,) = summarise(recipe, tmp_path, ["lora"], 3)["methods"]
+    assert method["tasks"]["a"]["value"] == pytest.approx(0.75)
+    assert method["tasks"]["a"]["stderr_seeds"] == pytest.approx(0.25 / 3**0.5)
+    assert method["tasks"]["a"]["stderr_rows"] == pytest.approx(0.2)
+    assert method["all"]["n"] == 8
+    assert method["all"]["stderr_rows"] == pytest.approx((0.75 * 0.25 / 7) ** 0.5)
+
+
+def test_levels_of_a_sweep(recipe: Recipe) -> None:
+    assert with_level(recipe, "0").sparsify is None
+    third = with_level(recipe, "0.3").sparsify
+    assert third is not None
+    assert recipe.sparsify is not None
+    assert (third.sparsity, third.calibration) == (0.3, recipe.sparsify.calibration)
+    pattern = with_level(recipe, "2:4").sparsify
+    assert pattern is not None
+    assert pattern.pattern == "2:4"
+    for bad in ("many", "1.5", "4:2"):
+        with pytest.raises(InputError, match="level"):
+            with_level(recipe, bad)
+    unpruned = sweep.methods_at(with_level(recipe, "0"), sweep.DEFAULT)
+    assert unpruned == ["dense", "dense_lora", "int4", "gptq_lora", "sqft", "qa_lora", "qa_sparsepeft"]
+
+
+@pytest.mark.slow
+def test_a_sweep_draws_every_level(recipe: Recipe, tmp_path: Path) -> None:
+    page = sweep.run(recipe, tmp_path / "out", ["0", "0.6"], ["sparse", "sparsepeft", "int4"])
+    summary = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert {name: sorted(values) for name, values in summary["methods"].items()} == {
+        "sparse": ["0", "0.6"], "sparsepeft": ["0.6"], "int4": ["0", "0.6"],
+    }  # fmt: skip
+    assert "<svg" in page.read_text()
+    made = Artifact.open(tmp_path / "out" / "sparsity-0.6" / "shared" / "sparse").manifest["result"]
+    assert made["sparsity"] == pytest.approx(0.6, abs=0.02)
