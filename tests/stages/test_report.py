@@ -825,7 +825,7 @@ class TestModelCard:
             "**The merge is verified: all 5 checks of verify.json passed.**",
             "| logits equal | passed | 0 | 0 | largest difference of a logit over 16 held-out prompts |",
             "| Tuned and merged (this model) | 47.5 % ± 3.2 (n = 238) | 42.7 % ± 3.5 (n = 196) | 50.07 % | BF16 | 2.7 kB |",
-            "An ordinary 16-bit folder for transformers and vLLM.",
+            "An ordinary BF16 model folder: transformers and vLLM open it as it is.",
             'AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
             "vllm serve path/to/this/folder\n",
             "Unstructured zeros alone make a model neither smaller nor faster",
