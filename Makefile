@@ -52,7 +52,7 @@ imports: $(STAMP) ## imports point one way
 	@$(BIN)/lint-imports --no-cache
 
 docs: $(STAMP) ## the documentation site in site/, without warnings
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pytest: $(STAMP) ## the tests
 	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(TEST_WORKERS)

@@ -78,6 +78,8 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     workspace.mkdir(parents=True, exist_ok=True)
     model = localize(recipe.model, workspace, trust_remote_code=recipe.trust_remote_code)
     config = AutoConfig.from_pretrained(model, trust_remote_code=recipe.trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"model {recipe.model}: is quantised; a forecast needs a float model, whose copy it shortens")
     blocks = config.get_text_config(decoder=True).num_hidden_layers
     if blocks <= _BLOCKS[0]:
         raise InputError(f"model {recipe.model}: has {blocks} blocks, so few that a run is its own probe")

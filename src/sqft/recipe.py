@@ -49,7 +49,8 @@ class DataConfig(Config):
         False, description="ask through the tokenizer's chat template, as chat models are asked"
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="settings of a generated task: {size, seed, ...} of reasoning-gym"
+        default_factory=dict,
+        description="settings of a generated task: {train_size, validation_size, test_size, seed, choices, config}",
     )
 
 

@@ -101,8 +101,9 @@ def test_the_grid_runs_shares_stops_and_goes_on(
     assert [method["method"] for method in summary["methods"]] == list(CHOSEN)
     assert not any(method["failed"] or method["pending"] for method in summary["methods"])
     by_name = {method["method"]: method for method in summary["methods"]}
-    assert by_name["qa_sparsepeft"]["verified"] is True
-    assert by_name["sqft"]["verified"] is None
+    assert by_name["qa_sparsepeft"]["one_model"] == "yes, verified"
+    assert by_name["sqft"]["one_model"] == "–"
+    assert by_name["dense_lora"]["one_model"].startswith("yes")
     assert (by_name["sqft"]["precision"], by_name["qa_sparsepeft"]["precision"]) == ("INT4 + adapter", "INT4")
     assert by_name["qa_sparsepeft"]["stored_bytes"] < by_name["dense"]["stored_bytes"]
     # Bases were made once and are the same for all rows on them.
@@ -158,7 +159,7 @@ def test_means_have_errors_over_rows_and_over_seeds(recipe: Recipe, tmp_path: Pa
         entry = {"metric": "acc", "value": value, "stderr": 0.2, "n": 4, "correct": correct}
         values = {
             "method": "lora", "label": "LoRA", "seed": seed, "status": "done", "tasks": {"a": entry, "b": entry},
-            "verified": None, "precision": "16 bit", "stored_bytes": 5, "training": None,
+            "verified": None, "checks": None, "precision": "16 bit", "stored_bytes": 5, "training": None,
         }  # fmt: skip
         row_file(tmp_path, "lora", seed).parent.mkdir(exist_ok=True)
         row_file(tmp_path, "lora", seed).write_text(json.dumps(values))

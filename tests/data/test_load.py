@@ -349,8 +349,8 @@ def test_every_public_row_reads_and_overlaps_are_those_known(
 ) -> None:
     monkeypatch.setenv("SQFT_DATA_DIR", str(data_dir))
     rows = {
-        "gsm8k": 1319, "gsm8k_instruct": 1319, "mawps": 238, "svamp": 1000, "boolq": 3270, "piqa": 1838, "hellaswag": 10042,
-        "winogrande": 1267, "arc_easy": 2376, "arc_challenge": 1172, "openbookqa": 500,
+        "gsm8k": 1319, "gsm8k_instruct": 1319, "mawps": 238, "svamp": 1000, "boolq": 3270, "piqa": 1838,
+        "hellaswag": 10042, "winogrande": 1267, "arc_easy": 2376, "arc_challenge": 1172, "openbookqa": 500,
     }  # fmt: skip
     assert {name: len(load_examples(DataConfig(task=name), "test", 0)) for name in BUILTIN} == rows
     # The data's README counts test rows (7, 7, 23, 1); two train rows of ARC-e and two test rows of ARC-c are twins.

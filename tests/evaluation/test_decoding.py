@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sqft.evaluation import decoding
 from sqft.evaluation.decoding import _common_length, generate, likelihoods
 
 SHAPE = dict(
@@ -74,8 +75,10 @@ def naive_generate(model: Any, prompt: list[int], count: int, end: int) -> list[
     return found
 
 
+@pytest.mark.parametrize("room", [2048, 40])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_likelihoods_equal_those_of_single_forwards(name: str) -> None:
+def test_likelihoods_equal_those_of_single_forwards(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_TOKENS", room)
     model, groups = tiny(name), sequences(1)
     # One answer that is greedy, so that the flag is seen true as well.
     prompt = groups[0][0][0]
@@ -91,8 +94,10 @@ def test_likelihoods_equal_those_of_single_forwards(name: str) -> None:
     assert not all(value.greedy for values in found for value in values)
 
 
+@pytest.mark.parametrize("room", [2048, 40])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_generation_equals_a_loop_without_cache(name: str) -> None:
+def test_generation_equals_a_loop_without_cache(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_TOKENS", room)  # prompts are read in parts, whose caches are joined
     model = tiny(name)
     prompts = [prompt for group in sequences(2) for prompt, _ in group]
     whole = [naive_generate(model, prompt, 12, -1) for prompt in prompts]

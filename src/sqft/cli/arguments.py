@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     subcommands = root.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, help_: str, *configs: type[Config], example: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, help_: str, *configs: type[Config], example: str, defaults: dict[str, str] | None = None
+    ) -> argparse.ArgumentParser:
         sub = subcommands.add_parser(
             name,
             parents=[shared],
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for config in configs:
-            add_flags(sub, config)
+            add_flags(sub, config, defaults=defaults or {})
         sub.set_defaults(command=getattr(commands, name))
         return sub
 
@@ -95,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("out", type=Path, help="folder to make")
 
     sub = add("search", "find the best sub-adapter of a super-adapter on validation rows", SearchConfig,
-              DataConfig, example="adapter out --base sparse --task mawps --strategy hill_climbing")  # fmt: skip
+              DataConfig, example="adapter out --base sparse --task mawps", defaults={"strategy": "hill_climbing"})  # fmt: skip
     sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
     sub.add_argument("out", type=Path, help="folder to make; started twice with one OUT, two processes share the work")
     sub.add_argument("--base", type=Path, required=True, help="the base model's folder")

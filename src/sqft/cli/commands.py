@@ -144,8 +144,6 @@ def search(options: argparse.Namespace) -> int:
     from sqft.stages import search
 
     config = read_config(options, SearchConfig)
-    if "strategy" not in config.model_fields_set:
-        config = config.model_copy(update={"strategy": "hill_climbing"})
     rows = load_tasks(_data(options), "validation", load_tokenizer(options.base)) if config.searches else []
     artifact = search.run(
         config, options.adapter, options.out, seed=options.seed, base=options.base, rows=rows,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -21,8 +22,13 @@ _SKIPPED = {"seed", "rows", "baselines", "template", "options", "rank_groups", "
 """Settings that only a recipe can hold."""
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type[BaseModel], prefix: str = "") -> None:
-    """Add a flag for every setting of a config, with its description and default."""
+def add_flags(
+    parser: argparse.ArgumentParser,
+    config: type[BaseModel],
+    prefix: str = "",
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> None:
+    """Add a flag for every setting of a config, with its description and default; `defaults` are the command's own."""
     group = (
         parser if prefix else parser.add_argument_group(f"settings of {config.__name__.removesuffix('Config').lower()}")
     )
@@ -37,11 +43,13 @@ def add_flags(parser: argparse.ArgumentParser, config: type[BaseModel], prefix: 
             add_flags(parser, inner, f"{prefix}{name}.")
             continue
         default = field.default if field.default is not PydanticUndefined else None
+        default = defaults.get(name, default)
         required = field.is_required() and config is DataConfig and parser.prog.split()[-1] != "verify"
         text = (field.description or "").replace("%", "%%")
         if not required:
             text += f"{' ' if text else ''}(default: {'off' if default is None else default})"
-        options: dict[str, Any] = {"dest": f"set:{prefix}{name}", "help": text, "default": argparse.SUPPRESS}
+        given = defaults.get(name, argparse.SUPPRESS)
+        options: dict[str, Any] = {"dest": f"set:{prefix}{name}", "help": text, "default": given}
         flag = f"--{prefix}{name.replace('_', '-')}"
         if inner is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)

@@ -160,6 +160,7 @@ def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, comma
             "status": "done",
             "tasks": values["tasks"],
             "verified": result.verified,
+            "checks": _checks(folder) if method.merged else None,
             "stored_bytes": _stored(method, folder, dense),
             "precision": _precision(method),
             "training": _training(folder) if method.kind is not None else None,
@@ -167,6 +168,10 @@ def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, comma
         },
     )
     return True
+
+
+def _checks(folder: Path) -> dict[str, bool]:
+    return {check["name"]: check["passed"] for check in read_json(folder / "verify.json")["checks"]}
 
 
 def _stored(method: Method, folder: Path, dense: Path) -> int:

@@ -9,7 +9,7 @@ Metrics
   choice's length in characters).
 - `generate`: greedy generation; the last number of the text (after `####`, if the task has that marker) is within
   0.001 of the right one. No marker or no number is a wrong answer.
-- `perplexity`: exp of the mean negative log-likelihood of a text's tokens (:mod:`sqft.data.perplexity`).
+- `perplexity`: exp of the mean negative log-likelihood of a text's tokens (:mod:`sqft.evaluation.perplexity`).
 - `exact`: greedy decoding would yield exactly the answer and then the end token. One forward decides it: the answer is
   greedy if each of its tokens is the most likely one after the tokens before it. A generated task that accepts several
   answers is scored on its one stored answer.

@@ -31,7 +31,7 @@ from sqft.model.formats import PackedCheckpoint
 from sqft.model.held import held_weights
 from sqft.model.load import load_model, load_tokenizer
 from sqft.model.merged import BaseWeights
-from sqft.model.stored import load_mask
+from sqft.model.stored import SPARSE_FROM, load_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +88,7 @@ def run(
     saved = SavedAdapter.open(adapter)
     weights = BaseWeights(base, saved, trust_remote_code=trust_remote_code)
     output = Checkpoint(merged)
-    checks = [_zeros_kept(weights, output, merged), *_weights(weights, saved, output)]
+    checks = [_zeros_kept(weights, output, merged, dense=saved.kind == "dense"), *_weights(weights, saved, output)]
     # Two matmuls against one: bfloat16 rounds them differently. Rounding onto a grid is a loss, not rounding.
     two_matmuls = saved.kind == "dense" and not weights.any_packed
     bound = max(config.logit_bound, 0.5) if two_matmuls else config.logit_bound
@@ -102,7 +102,7 @@ def _check(name: str, value: float, bound: float, detail: str) -> dict[str, Any]
     return {"name": name, "passed": value <= bound, "value": value, "bound": bound, "detail": detail}
 
 
-def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path) -> dict[str, Any]:
+def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path, *, dense: bool) -> dict[str, Any]:
     new: dict[str, int] = {}
     pruned = 0
     adapted = {name: module for module, name in weights.names.items()}
@@ -112,6 +112,9 @@ def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path) -> dict[
         mask = load_mask(weights.base, name)
         if mask is None and name in adapted:
             mask = weights.mask(adapted[name], transpose=False)
+            # The few zeros of a model that was never pruned are no promise of a dense adapter.
+            if dense and mask is not None and int((~mask).count_nonzero()) < SPARSE_FROM * mask.numel():
+                mask = None
         if mask is None:
             continue
         if packed is not None and name in packed.shapes:
@@ -127,7 +130,7 @@ def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path) -> dict[
         count = int((kept & ~mask).count_nonzero())
         if count:
             new[name] = count
-    detail = f"{pruned} pruned weights are zero"
+    detail = f"{pruned} pruned weights are zero" if pruned else "the base is not pruned"
     if new:
         worst = sorted(new.items(), key=lambda item: -item[1])[:5]
         detail = "new non-zeros in " + ", ".join(f"{name} ({count})" for name, count in worst)

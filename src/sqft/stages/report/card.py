@@ -185,8 +185,7 @@ def _loading(facts: Facts) -> list[str]:
     elif quantization:
         opens = "transformers opens it with the package `compressed-tensors` installed, vLLM as it is."
     else:
-        precision = stored_precision(facts.merged_config or {})
-        opens = f"An ordinary {precision + ' ' if precision else ''}model folder: transformers and vLLM open it as it is."
+        opens = "An ordinary model folder without quantisation: transformers and vLLM open it as it is."
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'folder = "{FOLDER}"\ntokenizer = AutoTokenizer.from_pretrained(folder{_trust(trust)})\n'
