@@ -96,8 +96,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
     sub.add_argument("out", type=Path, help="folder to make")
 
-    sub = add("search", "find the best sub-adapter of a super-adapter on validation rows", SearchConfig,
-              DataConfig, example="adapter out --base sparse --task mawps", defaults={"strategy": "hill_climbing"})  # fmt: skip
+    sub = add(
+        "search",
+        "find the best sub-adapter of a super-adapter on validation rows",
+        SearchConfig,
+        DataConfig,
+        example="adapter best --base sparse --task mawps",
+        defaults={"strategy": "hill_climbing"},
+    )
     sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
     sub.add_argument("out", type=Path, help="folder to make; started twice with one OUT, two processes share the work")
     sub.add_argument("--base", type=Path, required=True, help="the base model's folder")

@@ -12,7 +12,7 @@ import json
 import logging
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -201,6 +201,13 @@ def load_model(
 
         model = attach_saved(model, folder, adapter, elastic=elastic)
     model.eval()
+    return model
+
+
+def to_device(model: PreTrainedModel) -> PreTrainedModel:
+    """Move a model to the first CUDA device, where there is one."""
+    if torch.cuda.is_available():
+        cast("Any", model).to("cuda")
     return model
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sqft.artifact import costing, describe, finished_result, write_result
 from sqft.data.load import load_examples, load_file, member_configs, resolve_task
@@ -22,7 +22,7 @@ from sqft.data.taskfile import is_task_file, load_task_file
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task
 from sqft.errors import InputError, Problems
 from sqft.model.held import held_weights
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.load import load_model, load_tokenizer, to_device
 from sqft.recipe import DataConfig
 
 if TYPE_CHECKING:
@@ -156,14 +156,10 @@ def _evaluate_all(
     tokenizer: PreTrainedTokenizerBase,
     trust_remote_code: bool,
 ) -> dict[str, dict[str, Any]]:
-    import torch
-
     from sqft.evaluation.harness import evaluate_examples
     from sqft.evaluation.perplexity import perplexity
 
-    model = load_model(model_dir, adapter, trust_remote_code=trust_remote_code)
-    if torch.cuda.is_available():
-        cast("Any", model).to("cuda")
+    model = to_device(load_model(model_dir, adapter, trust_remote_code=trust_remote_code))
     results = {}
     model.eval()
     with held_weights(model):

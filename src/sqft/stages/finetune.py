@@ -246,6 +246,9 @@ def _trainer(
         data_seed=seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:
+        # One process trains on one device; transformers would wrap the model in DataParallel, which packing cannot.
+        arguments._n_gpu = 1
     trainer = PackedTrainer(
         model=model,
         args=arguments,

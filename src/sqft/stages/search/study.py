@@ -34,7 +34,7 @@ from sqft.core.climb import Climb, Configuration, as_configuration, climb
 from sqft.errors import InputError
 from sqft.evaluation.harness import evaluate_examples
 from sqft.model.held import held_weights, switch_ranks
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.load import load_model, load_tokenizer, to_device
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -319,7 +319,7 @@ def _evaluate_all(
 ) -> None:
     config, study = searcher.config, searcher.study
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    model = load_model(base, adapter.path, elastic=True, trust_remote_code=trust_remote_code)
+    model = to_device(load_model(base, adapter.path, elastic=True, trust_remote_code=trust_remote_code))
     bar = tqdm(total=config.budget, desc="searching", unit="configuration", disable=None, leave=False)
     with held_weights(model), bar:
         while (trial := searcher.ask()) is not None:
