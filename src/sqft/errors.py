@@ -20,6 +20,10 @@ class InputError(SqftError):
     """The recipe, the model, the data or the machine cannot be used as given."""
 
 
+class SplitAbsentError(InputError):
+    """A data set has no such split here; a mix of tasks may do without one member's."""
+
+
 class NumericalError(SqftError):
     """A computation met NaN or Inf or a singular matrix where only good data gives none."""
 

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqft.artifact import Artifact
 from sqft.errors import InputError
-from sqft.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from sqft.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _run_apart(recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
     """Run the probe in a fresh process, so that its peak memory is that of a run, and return its figures."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_probe, args=(recipe.model_dump_json(), str(folder), sender))
+    process = context.Process(target=_probe, args=(recipe, folder, sender))
     process.start()
     sender.close()
     try:
@@ -166,36 +167,42 @@ def _run_apart(recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
     return dict(value)
 
 
-def _probe(recipe_json: str, folder: str, sender: Any) -> None:
+def _probe(recipe: Recipe, out: Path, sender: Any) -> None:
     """Run a shortened recipe and send {stage: {disk, memory, seconds}}; the body of the probe's process."""
     from sqft import pipeline
-    from sqft.data.load import load_tasks
+    from sqft.data.load import member_configs
     from sqft.errors import SqftError
     from sqft.model.load import load_tokenizer
+    from sqft.stages import evaluate
 
     logging.disable(logging.INFO)
-    recipe = Recipe.model_validate_json(recipe_json)
-    out = Path(folder)
     values: dict[str, Any] = {"model": str(out / "model")}
     if recipe.finetune is not None:
         values["finetune"] = recipe.finetune.model_copy(update={"max_steps": PROBE_STEPS, "evaluate_every": None})
         values["search"] = recipe.search.model_copy(update={"strategy": "heuristic"})
-    rows = 0
-    if recipe.evaluate is not None:
-        rows = min(recipe.evaluate.batch, recipe.evaluate.limit or recipe.evaluate.batch)
-        values["evaluate"] = recipe.evaluate.model_copy(update={"limit": rows, "baselines": []})
+    share = 0.0
     try:
+        if recipe.evaluate is not None:
+            tokenizer = load_tokenizer(out / "model")
+            names = recipe.evaluate.tasks or [member.task for member in member_configs(recipe.data)]
+            sizes = [len(evaluate.read_task(name, recipe.data, tokenizer)) for name in names]
+            limit, few = recipe.evaluate.limit or max(sizes), recipe.evaluate.batch
+            asked = sum(min(size, limit) for size in sizes)
+            share = asked / max(1, sum(min(size, limit, few) for size in sizes))
+            values["evaluate"] = recipe.evaluate.model_copy(update={"limit": min(limit, few), "baselines": []})
         pipeline.run(recipe.model_copy(update=values), out / "run")
-        tokenizer = load_tokenizer(out / "model")
-        asked = sum(len(part) for _, part in load_tasks(recipe.data, "test", tokenizer)) if rows else 0
-        found = _figures(recipe, out / "run", rows, asked)
+        found = _figures(recipe, out / "run", share)
     except SqftError as error:
         sender.send(("error", str(error)))
-        return
-    sender.send(("found", found))
+    except Exception as error:
+        logger.exception("the probe failed")
+        sender.send(("error", f"the probe failed: {type(error).__name__}: {error}"))
+    else:
+        sender.send(("found", found))
 
 
-def _figures(recipe: Recipe, run: Path, rows: int, asked: int) -> dict[str, dict[str, float]]:
+def _figures(recipe: Recipe, run: Path, share: float) -> dict[str, dict[str, float]]:
+    """Return what the probe's stages took; times are scaled to the recipe's steps and, by `share`, to its test rows."""
     found: dict[str, dict[str, float]] = {}
     for name, stage in _FOLDERS.items():
         if not (run / name).is_dir():
@@ -220,10 +227,9 @@ def _figures(recipe: Recipe, run: Path, rows: int, asked: int) -> dict[str, dict
         found["verify"] = {"disk": 0, "memory": cost["peak_memory_bytes"], "seconds": cost["seconds"]}
     for file in sorted((run / "evaluations").glob("*.json")):
         cost = json.loads(file.read_text())["cost"]
-        limit = min(asked, recipe.evaluate.limit or asked) if recipe.evaluate is not None else 0
         found[f"evaluate {file.stem}"] = {
             "disk": 0,
             "memory": cost["peak_memory_bytes"],
-            "seconds": cost["seconds"] * limit / rows,
+            "seconds": cost["seconds"] * share,
         }
     return found

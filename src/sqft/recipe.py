@@ -211,6 +211,12 @@ class SearchConfig(Config):
     samples: PositiveInt = Field(100, description="M, validation rows of each task that a configuration is judged on")
     batch: PositiveInt = Field(32, description="sequences at a time")
 
+    @model_validator(mode="after")
+    def _population(self) -> Self:
+        if self.strategy == "nsga2" and self.neighbours < 2:
+            raise ValueError("strategy nsga2 needs neighbours of 2 or more: they are its population")
+        return self
+
     @property
     def searches(self) -> bool:
         """Whether configurations are evaluated, which takes the base and validation rows."""

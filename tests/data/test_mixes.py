@@ -68,13 +68,39 @@ def test_a_mix_trains_on_what_there_is_and_tests_on_all(folder: Callable[..., No
     data = DataConfig(task="arc_easy+piqa", validation_rows=2)
     with caplog.at_level("INFO", "sqft"):
         assert [task.name for task, _ in load_tasks(data, "train")] == ["arc_easy"]
-    assert "leaves piqa out of its train rows" in caplog.text
+    assert "leaves piqa out of the train rows of the mix" in caplog.text
     assert [task.name for task, _ in load_tasks(data, "test")] == ["arc_easy", "piqa"]
     validation = load_examples(data, "validation", 0)
     assert len(validation) == 2
     assert not {e.question for e in validation} & {e.question for e in load_examples(data, "train", 0)}
     with pytest.raises(InputError, match="boolq"):
         load_tasks(DataConfig(task="arc_easy+boolq"), "test")
+
+
+def test_a_member_without_a_split_still_guards_the_others(folder: Callable[..., None]) -> None:
+    """SVAMP has a test split alone: its questions must not be selected on or trained on under another name."""
+    row = {"Body": "Ann has 3 figs", "Question": "How many figs?", "Answer": "3", "Equation": "3"}
+    folder("svamp/test", [row])
+    twin = {"question": "Ann has 3 figs. How many figs?", "answer": "3"}
+    folder("mawps/train", [twin, {"question": "another", "answer": "1"}])
+    folder("mawps/validation", [twin, {"question": "a third", "answer": "1"}])
+    folder("mawps/test", [{"question": "reported", "answer": "1"}])
+    data = DataConfig(task="mawps+svamp")
+    assert [e.question for e in load_examples(data, "validation", 0)] == ["a third"]
+    assert [e.question for e in load_examples(data, "train", 0)] == ["another"]
+
+
+def test_a_malformed_member_is_an_error_and_no_absence(folder: Callable[..., None], tmp_path: Path) -> None:
+    folder("arc_easy/train", [arc("fine")])
+    folder("arc_easy/test", [arc("reported")])
+    folder("boolq/train", [boolq("fine")])
+    folder("boolq/validation", [boolq("reported too")])
+    (tmp_path / "boolq" / "train.jsonl").write_text("{broken")
+    with pytest.raises(InputError, match="malformed"):
+        load_examples(DataConfig(task="arc_easy+boolq"), "train", 0)
+    folder("boolq/train", [boolq("fine")])
+    with pytest.raises(InputError, match="validation_rows is 5"):
+        load_examples(DataConfig(task="arc_easy+boolq", validation_rows=5), "train", 0)
 
 
 def test_mawps_trains_on_the_equation() -> None:
@@ -111,7 +137,7 @@ class Chat:
         return "<s>" + "".join(f"<{turn['role']}>{turn['content']}" for turn in turns) + "<assistant>\n"
 
 
-def test_the_chat_template_asks_and_answers_lose_their_space(folder: Callable[..., None]) -> None:
+def test_the_chat_template_asks_and_answers_lose_their_space(folder: Callable[..., None], tmp_path: Path) -> None:
     folder("arc_easy/test", [arc("Ice is what")])
     data = DataConfig(task="arc_easy", chat_template=True)
     (example,) = load_examples(data, "test", 0, Chat())  # type: ignore[arg-type]
@@ -119,6 +145,11 @@ def test_the_chat_template_asks_and_answers_lose_their_space(folder: Callable[..
     assert (example.answer, example.choices) == ("one", ("one", "two"))
     with pytest.raises(InputError, match="has no chat template"):
         load_examples(data, "test", 0, None)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    folder("own/train", [{"messages": turns}])
+    own = DataConfig(task=str(tmp_path / "own"), chat_template=True)
+    with pytest.raises(InputError, match="rows are chats already"):
+        load_examples(own, "train", 0, Chat())  # type: ignore[arg-type]
     folder("winogrande/validation", [{"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "1"}])
     with pytest.raises(InputError, match="winogrande compares whole sentences"):
         load_examples(DataConfig(task="winogrande", chat_template=True), "test", 0, Chat())  # type: ignore[arg-type]

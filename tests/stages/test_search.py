@@ -186,20 +186,41 @@ def test_the_front_drops_what_is_worse_and_larger() -> None:
     assert [(t["accuracy"], t["parameters"]) for t in pareto_front(trials)] == [(0.7, 8), (0.4, 2)]
 
 
-def test_a_dead_worker_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_dead_worker_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = RankSpace((4, 2), {"a": ("a",), "b": ("b",)})
     study = open_study(tmp_path / "s.study", "s", pareto=False)
     study.sampler = sampler = HillClimbing(space, turns=2, neighbours=2, steps=1)
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
     gone.wait()
     trial = study.ask(study_module.distributions(space))
-    trial.set_user_attr("worker", f"{study_module.socket.gethostname()}:{gone.pid}")
+    trial.set_user_attr("worker", f"{study_module.socket.gethostname()}:{gone.pid}:0.0")
     assert _running(study) == []
     assert sampler.free(study) == [as_configuration(space, space.heuristic())]
     alive = study.ask(study_module.distributions(space))
-    alive.set_user_attr("worker", f"{study_module.socket.gethostname()}:{os.getpid()}")
+    alive.set_user_attr("worker", study_module._worker())
     assert [t.number for t in _running(study)] == [alive.number]
     assert sampler.free(study) == []  # the heuristic is being evaluated, and all else waits for it
+    # However long it takes: a process of this machine is dead when it is gone. Another one with its number is not it.
+    monkeypatch.setattr(study_module, "_STALE_SECONDS", -1.0)
+    assert [t.number for t in _running(study)] == [alive.number]
+    alive.set_user_attr("worker", f"{study_module.socket.gethostname()}:{os.getpid()}:1.0")
+    assert _running(study) == []
+
+
+@pytest.mark.parametrize("strategy", ["random", "nsga2"])
+def test_the_heuristic_is_asked_for_again_when_its_process_is_gone(strategy: str, tmp_path: Path) -> None:
+    space = RankSpace((4, 2), {"a": ("a",), "b": ("b",), "c": ("c",)})
+    study = open_study(tmp_path / "s.study", "s", pareto=strategy == "nsga2")
+    study.enqueue_trial(space.heuristic())
+    lost = study.ask(study_module.distributions(space))
+    lost.set_user_attr("worker", f"{study_module.socket.gethostname()}:999999999:0.0")
+    config = SearchConfig.model_validate(SETTINGS | {"strategy": strategy})
+    searcher = study_module._Searcher(config, space, study, seed=2**40)
+    while (trial := searcher.ask()) is not None:
+        value = sum(trial.params.values()) / 12
+        study.tell(trial, [value, -value] if strategy == "nsga2" else value)
+    assert as_configuration(space, space.heuristic()) in searcher.scores()
+    assert len([t for t in study.get_trials() if t.state.name == "COMPLETE"]) == config.budget
 
 
 def test_the_study_is_an_ordinary_one_that_optuna_opens(sparse: tuple[Path, Path], tmp_path: Path) -> None:

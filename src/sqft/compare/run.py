@@ -12,7 +12,9 @@ seeds vary initialisation, data order and rank draws; an untuned row has one see
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,8 +25,10 @@ from sqft import pipeline
 from sqft.artifact import Artifact, digest_text, exclusive, run_lock, write_json
 from sqft.compare.methods import METHODS, base_recipe, method_recipe
 from sqft.compare.table import write_table
+from sqft.data.load import load_examples, member_configs
 from sqft.errors import InputError, Problems, SqftError
-from sqft.model.load import read_json
+from sqft.model.load import load_tokenizer, localize, read_json
+from sqft.stages import evaluate
 
 if TYPE_CHECKING:
     from sqft.compare.methods import Base, Method
@@ -67,8 +71,9 @@ def run(
     wanted = [(name, seed) for seed in range(seeds) for name in methods if seed == 0 or METHODS[name].kind is not None]
     bases = _make_bases(recipe, out, {METHODS[name].base for name in methods}, announce)
     failed: set[tuple[str, int]] = set()
+    data, began = _data_digest(recipe, bases), time.time()
     while True:
-        left = [row for row in wanted if row not in failed and not _is_recorded(recipe, out, *row, bases)]
+        left = [row for row in wanted if row not in failed and not _is_over(recipe, out, *row, data, began)]
         if not left:
             break
         begun = False
@@ -79,15 +84,17 @@ def run(
                 except InputError:
                     continue  # another process is at it
                 begun = True
-                if not _is_recorded(recipe, out, name, seed, bases):
+                if not _is_over(recipe, out, name, seed, data, began):
                     announce(f"{METHODS[name].label}, seed {seed}")
-                    if not _run_row(recipe, out, name, seed, bases, command):
+                    if not _run_row(recipe, out, name, seed, bases, data, command):
                         failed.add((name, seed))
-            write_table(recipe, out, methods, seeds)
+            with exclusive(out / "compare"):
+                write_table(recipe, out, methods, seeds)
             break
         if not begun:
             time.sleep(_WAIT_SECONDS)
-    return write_table(recipe, out, methods, seeds)
+    with exclusive(out / "compare"):
+        return write_table(recipe, out, methods, seeds)
 
 
 def _run_folder(out: Path, name: str, seed: int) -> Path:
@@ -106,39 +113,52 @@ def _make_bases(recipe: Recipe, out: Path, bases: set[Base], announce: Callable[
         announce("the bases that rows share")
         needed: Base = "int4" if "int4" in bases else "sparse" if "sparse" in bases else "dense"
         pipeline.run(base_recipe(recipe, needed), shared, announce)
-    unpacked = shared / "dense"
-    return unpacked if unpacked.is_dir() else Path(recipe.model)
+        return localize(recipe.model, shared, trust_remote_code=recipe.trust_remote_code)
 
 
-def _key(recipe: Recipe, method: Method, seed: int, dense: Path) -> str:
-    return digest_text(method_recipe(recipe, method, seed, dense).model_dump_json(exclude={"note", "threads", "name"}))
+def _data_digest(recipe: Recipe, model: Path) -> str:
+    """Return a digest of the rows that every method trains on and is judged on."""
+    assert recipe.evaluate is not None
+    tokenizer = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
+    names = recipe.evaluate.tasks or [member.task for member in member_configs(recipe.data)]
+    parts = [load_examples(recipe.data, "train", recipe.seed, tokenizer)]
+    parts += [evaluate.read_task(name, recipe.data, tokenizer) for name in names]
+    return digest_text(json.dumps([[(e.prompt, e.answer, e.choices) for e in part] for part in parts]))
 
 
-def _is_recorded(recipe: Recipe, out: Path, name: str, seed: int, dense: Path) -> bool:
+def _key(recipe: Recipe, method: Method, seed: int, data: str) -> str:
+    text = method_recipe(recipe, method, seed).model_dump_json(exclude={"note", "threads", "name"})
+    return digest_text(text + data)
+
+
+def _is_over(recipe: Recipe, out: Path, name: str, seed: int, data: str, began: float) -> bool:
+    """Tell whether a row is done, or has failed in another process since this one began."""
     file = row_file(out, name, seed)
     if not file.is_file():
         return False
     row = read_json(file)
-    if row.get("key") != _key(recipe, METHODS[name], seed, dense):
-        raise InputError(f"{file}: was made with other settings; delete it, or choose another --out")
-    return bool(row["status"] == "done")
+    if row.get("key") != _key(recipe, METHODS[name], seed, data):
+        raise InputError(f"{file}: was made with other settings or data; delete it, or choose another --out")
+    return row["status"] == "done" or file.stat().st_mtime > began
 
 
-def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, command: str) -> bool:
+def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, data: str, command: str) -> bool:
     """Run one row and record it; return whether it succeeded."""
     method = METHODS[name]
     folder = _run_folder(out, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     for base in ("sparse", "quantized"):
         link, target = folder / base, out / "shared" / base
+        if link.is_symlink() and not link.exists():
+            link.unlink()  # the comparison was moved
         if target.is_dir() and not link.exists():
-            link.symlink_to(target.resolve())
+            link.symlink_to(os.path.relpath(target, folder))
     made = method_recipe(recipe, method, seed, dense)
     row: dict[str, Any] = {
         "method": name,
         "label": method.label,
         "seed": seed,
-        "key": _key(recipe, method, seed, dense),
+        "key": _key(recipe, method, seed, data),
         "command": command,
     }
     try:

@@ -82,9 +82,11 @@ def write_sweep(recipe: Recipe, out: Path, levels: Sequence[str], methods: Seque
     for name in methods:
         values = {}
         for level, rows in tables.items():
-            here = [row for row in rows if row["method"] in (name, _UNPRUNED.get(name))]
-            if here and "tasks" in here[0]:
-                values[level] = here[0]["all"] or next(iter(here[0]["tasks"].values()))
+            called = name if ":" in level or float(level) else _UNPRUNED.get(name, name)
+            row: dict[str, Any] = next((row for row in rows if row["method"] == called), {})
+            shares = [task for task in row.get("tasks", {}).values() if task["metric"] != "perplexity"]
+            if shares:
+                values[level] = row["all"] or shares[0]
         summary["methods"][name] = values
     write_json(out / "sweep.json", summary)
     (out / "sweep.md").write_text(markdown(summary), encoding="utf-8")

@@ -34,7 +34,7 @@ from sqft.data import generated
 from sqft.data.own import as_chat, build_examples, own_builder, read_lines
 from sqft.data.taskfile import is_task_file, load_task_file
 from sqft.data.tasks import BUILTIN, MIXES, Example, Metric, Row, Split, Task, mix_members, normalise
-from sqft.errors import InputError
+from sqft.errors import InputError, SplitAbsentError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,17 +137,13 @@ def load_tasks(
         InputError: as for :func:`load_examples`.
     """
     members = member_configs(config)
-    parts: dict[str, dict[Split, list[Example]]] = {}
-    tasks: dict[str, Task] = {}
-    for member in members:
-        task = tasks[member.task] = resolve_task(member)
-        try:
-            parts[member.task] = _read_splits(member, task, split, tokenizer)
-        except InputError as error:
-            if len(members) == 1 or split == "test":
-                raise
-            logger.info("%s: leaves %s out of its %s rows: %s", config.task, task.name, split, error)
-            parts[member.task] = {split: []}
+    tasks = {member.task: resolve_task(member) for member in members}
+    parts = {
+        member.task: _read_splits(
+            member, tasks[member.task], split, tokenizer, optional=len(members) > 1 and split != "test"
+        )
+        for member in members
+    }
     guarded = {"test": (), "validation": ("test",), "train": ("test", "validation")}[split]
     found = []
     for name, task in tasks.items():
@@ -173,17 +169,32 @@ def member_configs(config: DataConfig) -> list[DataConfig]:
 
 
 def _read_splits(
-    config: DataConfig, task: Task, split: Split, tokenizer: PreTrainedTokenizerBase | None
+    config: DataConfig, task: Task, split: Split, tokenizer: PreTrainedTokenizerBase | None, *, optional: bool
 ) -> dict[Split, list[Example]]:
-    """Return the wanted split and those that guard it, as they are at their source; validation cut if asked for."""
+    """Return the wanted split and those that guard it, as they are at their source; validation cut if asked for.
+
+    With `optional` a split that is nowhere is empty, and those that guard other members' rows are there all the same.
+    """
     reader = _Reader(config, task, tokenizer)
+
+    def wanted(split: Split) -> list[Example]:
+        try:
+            return reader.read(split, needed=True)
+        except SplitAbsentError as error:
+            if not optional:
+                raise
+            logger.info("leaves %s out of the %s rows of the mix: %s", task.name, split, error)
+            return []
+
     test = reader.read("test", needed=split == "test")
     if split == "test":
         return {"test": test}
     if split == "validation" and not config.validation_rows:
-        return {"test": test, "validation": reader.read("validation", needed=True)}
-    pool = _drop(task, reader.read("train", needed=True), _questions(task, test), "train", "test")
-    if config.validation_rows:
+        return {"test": test, "validation": wanted("validation")}
+    pool = wanted("train")
+    if pool:
+        pool = _drop(task, pool, _questions(task, test), "train", "test")
+    if config.validation_rows and pool:
         validation, pool = _cut(task, pool, config.validation_rows)
     else:
         validation = reader.read("validation", needed=False)
@@ -236,7 +247,9 @@ class _Reader:
         self.config = config
         self.task = task
         self.where = f"data {config.task}"
-        self.build = task.build or own_builder(config.template, tokenizer, self.where)
+        self.build = task.build or own_builder(
+            config.template, tokenizer, self.where, chat_template=config.chat_template
+        )
 
     def read(self, split: Split, *, needed: bool) -> list[Example]:
         """Return a split's examples; an empty list if it does not exist and is not needed.
@@ -254,7 +267,7 @@ class _Reader:
             return self._read_path(Path(task.rows or config.task).expanduser(), split, needed=needed)
         if split not in task.splits:
             if needed:
-                raise InputError(f"{self.where}: has no {split} split{self._remedy(split)}")
+                raise SplitAbsentError(f"{self.where}: has no {split} split{self._remedy(split)}")
             return []
         folder = data_folder() if task.name in BUILTIN else None
         local = folder / (task.folder or task.name) / f"{task.splits[split]}.jsonl" if folder else None
@@ -282,11 +295,11 @@ class _Reader:
         if not needed:
             return self._absent(split)
         if path.is_file():
-            raise InputError(
+            raise SplitAbsentError(
                 f"{self.where}: is one file, so it has no {split} split; "
                 f"make it a folder with train.jsonl and {split}.jsonl{self._remedy(split).replace('; set', ', or set')}"
             )
-        raise InputError(f"{self.where}: has no {split}.jsonl{self._remedy(split)}")
+        raise SplitAbsentError(f"{self.where}: has no {split}.jsonl{self._remedy(split)}")
 
     def _read_hub(self, split: Split, local: Path | None, *, needed: bool) -> list[Example]:
         task = self.task
@@ -306,7 +319,7 @@ class _Reader:
             if task.name not in BUILTIN:
                 here = f"a file or folder {name}"
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise InputError(
+            raise SplitAbsentError(
                 f"{self.where}: no {split} split: looked for {here} and for the Hub data set {name}"
                 f"{f' ({configuration})' if configuration else ''}, split {hub_split!r} ({reason}){self._remedy(split)}"
             ) from error

@@ -99,14 +99,23 @@ def build_examples(
 
 
 def own_builder(
-    template: Template | None, tokenizer: PreTrainedTokenizerBase | None, where: str
+    template: Template | None, tokenizer: PreTrainedTokenizerBase | None, where: str, *, chat_template: bool = False
 ) -> Callable[[Row], Example]:
-    """Return the function that reads rows of the user's own data."""
+    """Return the function that reads rows of the user's own data.
+
+    Args:
+        template: how a row reads, if the recipe says so.
+        tokenizer: needed for chat rows.
+        where: names the data in messages.
+        chat_template: whether prompts are put into the chat template afterwards; chat rows are in it already.
+    """
 
     def build(row: Row) -> Example:
         if template is not None:
             return Example(fill(template.prompt, row), fill(template.completion, row))
         if "messages" in row:
+            if chat_template:
+                raise InputError(f"{where}: its rows are chats already; set data.chat_template to false")
             if tokenizer is None or not getattr(tokenizer, "chat_template", None):
                 raise InputError(
                     f"{where}: its rows are chats (column messages), and the model's tokenizer has no chat template; "

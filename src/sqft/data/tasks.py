@@ -29,10 +29,12 @@ Differs from the reference:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Metric = Literal["choice", "generate", "exact", "perplexity"]
@@ -104,6 +106,13 @@ class Task:
     max_new_tokens: int = 0
     fold_punctuation: bool = True
     version: int = 1
+
+
+def judged_digest(task: Task, examples: Sequence[Example]) -> str:
+    """Return a digest of rows and of how they are asked and judged: what a score depends on besides the model."""
+    asked = {name: getattr(task, name) for name in ("name", "metric", "acc_norm", "marker", "until", "max_new_tokens")}
+    rows = [asdict(example) for example in examples]
+    return hashlib.sha256(json.dumps([asked, task.version, rows]).encode()).hexdigest()
 
 
 def normalise(text: str, *, punctuation: bool = True) -> str:

@@ -153,12 +153,9 @@ def _task_config(task: Task, examples: Sequence[Example], shots: Sequence[Exampl
 
 
 def _row(example: Example, end: str) -> dict[str, Any]:
-    """Return an example's columns; choices go without the space that lm-eval puts before them.
-
-    That space is no part of the length by which acc_norm divides.
-    """
+    """Return an example's columns; lm-eval puts the space between contexts and what they share."""
     answer = example.answer.removeprefix(" ") if example.contexts else example.answer
-    choices = example.contexts or tuple(choice.removeprefix(" ") for choice in example.choices)
+    choices = example.contexts or example.choices
     gold = -1 if example.gold is None else example.gold
     return {
         "prompt": example.prompt,
@@ -173,16 +170,37 @@ def _judgement(task: Task, first: Example) -> dict[str, Any]:
     """Return the part of lm-eval's configuration that asks and judges."""
     mean = {"aggregation": "mean", "higher_is_better": True}
     if task.metric == "choice":
-        contexts = bool(first.contexts)
-        spaced = contexts or first.choices[0].startswith(" ")
-        # With contexts lm-eval swaps the roles: the text is the index of the right one, the target is shared.
+        metrics = [{"metric": "acc", **mean}] + ([{"metric": "acc_norm", **mean}] if task.acc_norm else [])
+        if first.contexts:
+            # lm-eval swaps the roles: the text is the index of the right one, the target is shared.
+            return {
+                "output_type": "multiple_choice",
+                "doc_to_text": "gold",
+                "doc_to_target": "answer",
+                "doc_to_choice": "choices",
+                "target_delimiter": " ",
+                "metric_list": metrics,
+            }
+
+        def choose(row: Mapping[str, Any], responses: Sequence[tuple[float, bool]]) -> dict[str, int]:
+            totals = [total for total, _ in responses]
+            by_length = [
+                total / len(choice.removeprefix(" ")) for total, choice in zip(totals, row["choices"], strict=True)
+            ]
+            found = {"acc": int(totals.index(max(totals)) == row["gold"])}
+            if task.acc_norm:
+                found["acc_norm"] = int(by_length.index(max(by_length)) == row["gold"])
+            return found
+
+        # Choices bring their own spaces, row by row: lm-eval knows one delimiter a task, and counts its length if told.
         return {
             "output_type": "multiple_choice",
-            "doc_to_text": "gold" if contexts else "prompt",
-            "doc_to_target": "answer" if contexts else "gold",
+            "doc_to_text": "prompt",
+            "doc_to_target": "gold",
             "doc_to_choice": "choices",
-            "target_delimiter": " " if spaced else "",
-            "metric_list": [{"metric": "acc", **mean}] + ([{"metric": "acc_norm", **mean}] if task.acc_norm else []),
+            "target_delimiter": "",
+            "process_results": choose,
+            "metric_list": metrics,
         }
     if task.metric == "exact":
 
@@ -254,6 +272,12 @@ def _language_model() -> type[Any]:
             self.shortened += 1
             return prompt[excess:], answer
 
+        def _end_tokens(self) -> set[int]:
+            """Return the ids that end an answer: the tokenizer's, and those of the model's generation settings."""
+            own = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+            listed = own if isinstance(own, list) else [own]
+            return {int(token) for token in (self.eot_token_id, *listed) if token is not None}
+
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             # All requests are of one task, and so are their options.
             options = requests[0].args[1]
@@ -269,8 +293,10 @@ def _language_model() -> type[Any]:
             # A stop of n bytes lies within its last n tokens and the one that it begins in.
             window = max((len(stop.encode()) for stop in stops), default=0) + 1
 
+            ends = self._end_tokens()
+
             def ended(tokens: Sequence[int]) -> bool:
-                if tokens[-1] == self.eot_token_id:
+                if tokens[-1] in ends:
                     return True
                 recent = self.tokenizer.decode(tokens[-window:]) if stops else ""
                 return any(stop in recent for stop in stops)
@@ -285,9 +311,7 @@ def _language_model() -> type[Any]:
                     bar.update,
                 )
             texts = [
-                self.tokenizer.decode(
-                    [token for token in tokens if token != self.eot_token_id], skip_special_tokens=True
-                )
+                self.tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True)
                 for tokens in found
             ]
             return [_cut(text, stops) for text in texts]

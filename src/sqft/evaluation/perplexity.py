@@ -1,4 +1,4 @@
-"""Perplexity of WikiText-2's test text, as the GPTQ, SparseGPT and Wanda papers measure it.
+"""Perplexity of WikiText-2's test text, in the way of the GPTQ, SparseGPT and Wanda papers, on the tokenised text.
 
 The text is one stream of tokens, cut into windows that do not overlap; each is predicted from its own start. The window
 is 2,048 tokens, or the model's context where that is shorter. Not lm-eval's word perplexity, which divides by words.

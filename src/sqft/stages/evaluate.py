@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqft.artifact import costing, describe, finished_result, write_result
 from sqft.data.load import load_examples, load_file, member_configs, resolve_task
-from sqft.data.taskfile import is_task_file, load_task_file
-from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task
+from sqft.data.own import as_chat
+from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task, judged_digest, normalise
 from sqft.errors import InputError, Problems
 from sqft.model.held import held_weights
 from sqft.model.load import load_model, load_tokenizer, to_device
@@ -65,23 +65,17 @@ def run(
     """
     inputs = {"model": model_dir} | ({"adapter": adapter} if adapter is not None else {})
     names = config.tasks or [member.task for member in member_configs(data)]
-    tasks = {name: _task_data(name, data) for name in names}
-    for number, task_data in enumerate(tasks.values()):
-        path = Path(task_data.task).expanduser()
-        if task_data.task not in BUILTIN and path.exists():
-            inputs[f"data_{number}"] = path
-            if is_task_file(str(path)) and (rows_at := load_task_file(path).rows):
-                inputs[f"rows_{number}"] = Path(rows_at)
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    rows = _read_all(names, data, config, tokenizer, seed)
     # `rows` and `baselines` say which evaluations a run makes and shows; they change none.
     settings = {
         "evaluate": config.model_dump(mode="json", exclude={"rows", "baselines"}),
         "data": data.model_dump(mode="json"),
+        "data_digest": {name: judged_digest(task, [*shots, *part]) for name, (task, part, shots) in rows.items()},
     }
     description = describe("evaluate", settings, inputs, seed)
     if (done := finished_result(out_file, description)) is not None:
         return done
-    tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
-    rows = _read_all(tasks, data, config, tokenizer, seed)
     with costing() as cost:
         results = _evaluate_all(rows, config, model_dir, adapter, tokenizer, trust_remote_code)
     value = {"tasks": results, "seed": seed, "fewshot": config.fewshot, "cost": cost}
@@ -99,7 +93,7 @@ def _task_data(name: str, data: DataConfig) -> DataConfig:
 
 
 def _read_all(
-    tasks: dict[str, DataConfig],
+    names: Sequence[str],
     data: DataConfig,
     config: EvaluateConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -108,14 +102,14 @@ def _read_all(
     """Return task, rows and worked examples of each; every task that cannot be read is reported."""
     rows: dict[str, tuple[Task, list[Example], list[Example]]] = {}
     with Problems("evaluate") as problems:
-        for name, task_data in tasks.items():
+        for name in names:
             try:
                 if name == PERPLEXITY.name:
                     rows[name] = (PERPLEXITY, [], [])
                     continue
-                task = resolve_task(task_data)
+                task = resolve_task(_task_data(name, data))
                 examples = read_task(name, data, tokenizer)
-                shots = _shots(task_data, config.fewshot, seed, tokenizer)
+                shots = _shots(name, data, examples, config.fewshot, seed, tokenizer)
             except InputError as error:
                 problems.add(str(error))
                 continue
@@ -124,27 +118,38 @@ def _read_all(
     return rows
 
 
+def _is_rows_file(name: str, data: DataConfig) -> bool:
+    """Tell whether a task to evaluate is one file of rows that read as the recipe's own."""
+    return name != data.task and name.endswith(".jsonl") and Path(name).expanduser().is_file()
+
+
 def read_task(name: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Return the rows that evaluating `name` reports.
 
     Raises:
         InputError: they are nowhere or malformed.
     """
-    path = Path(name).expanduser()
     if name == PERPLEXITY.name:
         return []
-    if name != data.task and name not in BUILTIN and path.is_file() and path.suffix == ".jsonl":
-        return load_file(path, data.template, tokenizer)
+    if _is_rows_file(name, data):
+        rows = load_file(Path(name).expanduser(), data.template, tokenizer)
+        return [as_chat(row, tokenizer, resolve_task(data)) for row in rows] if data.chat_template else rows
     return load_examples(_task_data(name, data), "test", 0, tokenizer)
 
 
-def _shots(data: DataConfig, count: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Return worked examples from train, the same for every question."""
+def _shots(
+    name: str, data: DataConfig, reported: Sequence[Example], count: int, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """Return worked examples from train, the same for every question and none of them reported."""
     if not count:
         return []
-    train = load_examples(data, "train", seed, tokenizer)
+    source = data if _is_rows_file(name, data) else _task_data(name, data)
+    asked = {normalise(example.question or example.prompt) for example in reported}
+    train = [
+        e for e in load_examples(source, "train", seed, tokenizer) if normalise(e.question or e.prompt) not in asked
+    ]
     if count > len(train):
-        raise InputError(f"evaluate.fewshot is {count}, but {data.task} has {len(train)} training rows; choose fewer")
+        raise InputError(f"evaluate.fewshot is {count}, but {name} has {len(train)} training rows; choose fewer")
     return random.Random(seed).sample(train, count)  # noqa: S311
 
 

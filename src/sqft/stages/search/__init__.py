@@ -8,14 +8,14 @@ accuracy, parameters, seconds, turn}], chosen, heuristic, front}.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.artifact import Artifact, describe, digest_text, exclusive, finished, write_json, writing
+from sqft.artifact import Artifact, describe, exclusive, finished, write_json, writing
+from sqft.data.tasks import judged_digest
 from sqft.errors import InputError
 from sqft.model.adapter import SavedAdapter, write_sub_adapter
 from sqft.model.load import read_json
@@ -71,9 +71,7 @@ def run(
         inputs["base"] = base
         rows = [(task, examples[: config.samples]) for task, examples in rows]
         settings = config.model_dump(mode="json", exclude={"ranks_file", "batch"})
-        settings["data_digest"] = digest_text(
-            json.dumps([[task.name, task.version, [[e.prompt, e.answer] for e in part]] for task, part in rows])
-        )
+        settings["data_digest"] = [judged_digest(task, part) for task, part in rows]
     description = describe("search", settings, inputs, seed)
     if done := finished(out, description):
         return done

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import optuna
+import psutil
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -181,21 +182,24 @@ def _running(study: Study) -> list[FrozenTrial]:
 
 
 def _alive(trial: FrozenTrial, patience: float) -> bool:
-    host, _, process = str(trial.user_attrs.get(_WORKER, "")).rpartition(":")
-    if host == socket.gethostname() and not _exists(int(process)):
-        return False
+    host, _, rest = str(trial.user_attrs.get(_WORKER, "")).partition(":")
+    if host == socket.gethostname():
+        process, _, born = rest.partition(":")
+        return _born(int(process)) == born
     started = trial.datetime_start
     return started is not None and (datetime.now() - started).total_seconds() < patience
 
 
-def _exists(process: int) -> bool:
+def _born(process: int) -> str | None:
+    """Return when a process began, None if there is none; a number alone may belong to another one by now."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        return str(psutil.Process(process).create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _worker() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid())}"
 
 
 class _Searcher:
@@ -209,10 +213,6 @@ class _Searcher:
                 space, turns=config.turns, neighbours=config.neighbours, steps=config.steps, seed=seed
             )
             study.sampler = self.hill
-        else:
-            begun = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
-            if not study.get_trials(deepcopy=False, states=begun):
-                study.enqueue_trial(space.heuristic())
 
     def scores(self) -> dict[Configuration, float]:
         return scores_of(self.study, self.space)
@@ -224,7 +224,17 @@ class _Searcher:
         if self.hill is not None:
             state = self.hill.climb(self.study)
             return state.anchor is not None and not state.wanted
-        return self._complete() >= self.config.budget
+        heuristic = as_configuration(self.space, self.space.heuristic())
+        return self._complete() >= self.config.budget and heuristic in self.scores()
+
+    def _ensure_heuristic(self) -> None:
+        """Ask for the heuristic first, and again where the process that had it is gone."""
+        heuristic = self.space.heuristic()
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        asked = [trial.system_attrs.get("fixed_params") for trial in waiting]
+        asked += [trial.params for trial in _running(self.study)]
+        if heuristic not in asked and as_configuration(self.space, heuristic) not in self.scores():
+            self.study.enqueue_trial(heuristic)
 
     def ask(self) -> optuna.trial.Trial | None:
         """Return the next trial; None when the search is over. Waits while all that is left is being evaluated."""
@@ -232,19 +242,21 @@ class _Searcher:
             if self.hill is not None:
                 ready = bool(self.hill.free(self.study))
             else:
+                self._ensure_heuristic()
                 begun = self._complete() + len(_running(self.study))
-                ready = begun < self.config.budget
+                waiting = bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+                ready = begun < self.config.budget or waiting
                 self.study.sampler = self._sampler(begun)
             if ready:
                 trial = self.study.ask(cast("dict[str, BaseDistribution]", distributions(self.space)))
-                trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{os.getpid()}")
+                trial.set_user_attr(_WORKER, _worker())
                 return trial
             time.sleep(_POLL_SECONDS)
         return None
 
     def _sampler(self, begun: int) -> optuna.samplers.BaseSampler:
         """Return the strategy's sampler, seeded by how far the study is: a resumed one draws what it would have."""
-        seed = self.seed * 1_000_003 + begun
+        seed = (self.seed * 1_000_003 + begun) % 2**32
         if self.config.strategy == "nsga2":
             return optuna.samplers.NSGAIISampler(population_size=self.config.neighbours, seed=seed)
         return optuna.samplers.RandomSampler(seed=seed)
