@@ -229,7 +229,9 @@ def _refuse_foreign(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
         new = _flatten({"config": wanted["config"], "seed": wanted["seed"]})
         for name in {**new, **old}:
             before, now = old.get(name, "absent"), new.get(name, "absent")
-            if before != now:
+            if before != now and "digest" in name:
+                problems.add(f"its data has changed ({name.removeprefix('config.')})")
+            elif before != now:
                 problems.add(f"{name.removeprefix('config.')} was {before!r}, is now {now!r}")
         for name, value in wanted["inputs"].items():
             if found["inputs"].get(name, {}).get("digest") != value["digest"]:

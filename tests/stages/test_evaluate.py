@@ -81,7 +81,7 @@ def test_the_recipes_own_task_is_evaluated_and_written(model_dir: Path, data: Pa
         "metric": "number_match",
         "value": 0.5,
         "n": 4,
-        "version": 1,
+        "version": 2,
     }
     assert entry["stderr"] == pytest.approx((0.25 / 3) ** 0.5)
     assert entry["mawps_unseen"] == {
@@ -129,14 +129,14 @@ def test_a_finished_result_is_returned_and_a_foreign_one_refused(
     with pytest.raises(InputError, match=r"limit was None, is now 2"):
         evaluate.run(EvaluateConfig(limit=2), own, model_dir, None, out, seed=0)
     (data / "own" / "test.jsonl").write_text(json.dumps(OWN[0]) + "\n")
-    with pytest.raises(InputError, match=r"its input data_0 \(.*own\) has changed"):
+    with pytest.raises(InputError, match=r"its data has changed \(data_digest.own\)"):
         evaluate.run(EvaluateConfig(), own, model_dir, None, out, seed=0)
 
 
 def test_worked_examples_come_from_train_by_seed(
     model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sqft.data import harness
+    from sqft.evaluation import harness
 
     given: list[list[str]] = []
     original = harness.evaluate_examples
@@ -189,7 +189,7 @@ def test_an_adapter_is_scored_with_its_base(model_dir: Path, data: Path, tmp_pat
         model.save_pretrained(tmp_path / name)
         result = evaluate.run(EvaluateConfig(), own, model_dir, tmp_path / name, tmp_path / f"{name}.json", seed=0)
         values[name] = result["tasks"]["own"]["value"]
-        assert set(result["made_from"]["inputs"]) == {"model", "adapter", "data_0"}
+        assert set(result["made_from"]["inputs"]) == {"model", "adapter"}
     assert values == {"nothing": pytest.approx(2 / 3), "noise": 0.0}
     # The same file for another adapter would be another model's number.
     with pytest.raises(InputError, match=r"its input adapter \(.*noise\) has changed"):
