@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # (method, against): what each pair answers.
 PAIRS = (
     ("sparsepeft", "shears", "does masking cost accuracy? (merged against unmerged, float)"),
+    ("sparsepeft", "lora", "one sparse model against a sparse base with LoRA beside it"),
     ("qa_sparsepeft", "sqft", "does merging into INT4 cost accuracy? (merged against unmerged, INT4)"),
     ("sqft", "shears", "does an INT4 base cost accuracy?"),
     ("shears", "lora", "do elastic ranks help? (float)"),
@@ -36,6 +37,7 @@ PAIRS = (
     ("qa_sparsepeft", "qa_lora", "do elastic ranks help? (quantisation-aware)"),
     ("qa_sparsepeft", "qa_dequantized", "start at the compensated or at GPTQ's weight?"),
     ("qa_sparsepeft", "qa_float", "start at the compensated or at the float weight?"),
+    ("qa_sparsepeft", "sparsepeft", "what does INT4 cost, both as one model?"),
     ("sparsepeft", "dense_lora", "what do the zeros cost, tuned?"),
     ("qa_sparsepeft", "dense_lora", "what do zeros and INT4 cost, tuned?"),
 )
@@ -84,8 +86,14 @@ def _method(name: str, rows: list[dict[str, Any]], done: list[dict[str, Any]], s
     }
     if not done:
         return value
-    tasks = {task: mean_over_seeds([row["tasks"][task] for row in done]) for task in done[0]["tasks"]}
-    shares = [task for task in tasks.values() if task["metric"] != "perplexity"]
+    tasks = {}
+    for task, entry in done[0]["tasks"].items():
+        tasks[task] = mean_over_seeds([row["tasks"][task] for row in done])
+        # Parts of a task's rows that are reported apart.
+        for part in (name for name, value in entry.items() if isinstance(value, dict) and "value" in value):
+            parts = [{"metric": entry["metric"], **row["tasks"][task][part]} for row in done]
+            tasks[part] = mean_over_seeds(parts)
+    shares = [entry for entry in done[0]["tasks"].values() if entry["metric"] != "perplexity"]
     trained = [row["training"] for row in done if row["training"]]
     return {
         **value,
