@@ -180,6 +180,8 @@ def test_levels_of_a_sweep(recipe: Recipe) -> None:
     pattern = with_level(recipe, "2:4").sparsify
     assert pattern is not None
     assert pattern.pattern == "2:4"
+    with pytest.raises(InputError, match="there is no method 'nope'"):
+        sweep.run(recipe, Path("nowhere"), ["0"], ["nope"])
     for bad in ("many", "1.5", "4:2"):
         with pytest.raises(InputError, match="level"):
             with_level(recipe, bad)

@@ -17,6 +17,7 @@ from sqft.recipe import (
     FinetuneConfig,
     MergeConfig,
     QuantizeConfig,
+    Recipe,
     SearchConfig,
     SparsifyConfig,
     VerifyConfig,
@@ -25,17 +26,21 @@ from sqft.recipe import (
 )
 
 
+def _recipe(options: argparse.Namespace) -> Recipe:
+    recipe = load_recipe(options.recipe, options.set)
+    return recipe if options.threads is None else recipe.model_copy(update={"threads": options.threads})
+
+
+def _announce(stage: str) -> None:
+    print(f"▸ {stage}", file=sys.stderr, flush=True)
+
+
 def run(options: argparse.Namespace) -> int:
     from sqft import pipeline
 
-    recipe = load_recipe(options.recipe, options.set)
-    if options.threads is not None:
-        recipe = recipe.model_copy(update={"threads": options.threads})
+    recipe = _recipe(options)
 
-    def announce(stage: str) -> None:
-        print(f"▸ {stage}", file=sys.stderr, flush=True)
-
-    result = pipeline.run(recipe, options.out, announce)
+    result = pipeline.run(recipe, options.out, _announce)
     _print_summary(result.out, recipe)
     print(f"report: {result.report}")
     return 0 if result.verified is not False else 1
@@ -161,16 +166,11 @@ def compare(options: argparse.Namespace) -> int:
     from sqft.compare.methods import PAPER
     from sqft.compare.run import run as run_comparison
 
-    recipe = load_recipe(options.recipe, options.set)
-    if options.threads is not None:
-        recipe = recipe.model_copy(update={"threads": options.threads})
-
-    def announce(stage: str) -> None:
-        print(f"▸ {stage}", file=sys.stderr, flush=True)
+    recipe = _recipe(options)
 
     out = options.out or Path("runs") / f"{recipe.name}-compare"
     typed = "sqft " + " ".join(sys.argv[1:])
-    page = run_comparison(recipe, out, options.methods or PAPER, options.seeds, announce, typed)
+    page = run_comparison(recipe, out, options.methods or PAPER, options.seeds, _announce, typed)
     print((out / "compare.md").read_text())
     print(f"table: {page}")
     failed = [m for m in json.loads((out / "compare.json").read_text())["methods"] if m["failed"]]
@@ -180,17 +180,12 @@ def compare(options: argparse.Namespace) -> int:
 def sweep(options: argparse.Namespace) -> int:
     from sqft.compare import sweep
 
-    recipe = load_recipe(options.recipe, options.set)
-    if options.threads is not None:
-        recipe = recipe.model_copy(update={"threads": options.threads})
-
-    def announce(stage: str) -> None:
-        print(f"▸ {stage}", file=sys.stderr, flush=True)
+    recipe = _recipe(options)
 
     out = options.out or Path("runs") / f"{recipe.name}-sweep"
     typed = "sqft " + " ".join(sys.argv[1:])
     page = sweep.run(
-        recipe, out, options.levels, options.methods or sweep.DEFAULT, options.seeds, announce, typed
+        recipe, out, options.levels, options.methods or sweep.DEFAULT, options.seeds, _announce, typed
     )  # fmt: skip
     print((out / "sweep.md").read_text())
     print(f"table and chart: {page}")
@@ -201,14 +196,9 @@ def plan(options: argparse.Namespace) -> int:
     from sqft.plan import as_json
     from sqft.plan import plan as make_plan
 
-    recipe = load_recipe(options.recipe, options.set)
-    if options.threads is not None:
-        recipe = recipe.model_copy(update={"threads": options.threads})
+    recipe = _recipe(options)
 
-    def announce(stage: str) -> None:
-        print(f"▸ {stage}", file=sys.stderr, flush=True)
-
-    forecasts = make_plan(recipe, options.out or Path("runs") / recipe.name, announce)
+    forecasts = make_plan(recipe, options.out or Path("runs") / recipe.name, _announce)
     if options.json:
         print(json.dumps(as_json(forecasts), indent=2))
         return 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sqft.errors import InputError
+from sqft.errors import InputError, Problems
 from sqft.recipe import (
     FinetuneConfig,
     MergeConfig,
@@ -118,6 +119,13 @@ def method_recipe(recipe: Recipe, method: Method, seed: int, model: Path | None 
             values["merge"] = MergeConfig()
             values["verify"] = recipe.verify or VerifyConfig()
     return made.model_copy(update=values)
+
+
+def check_methods(methods: Sequence[str], problems: Problems) -> None:
+    """Add a problem for every name that is no method."""
+    for name in methods:
+        if name not in METHODS:
+            problems.add(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
 
 
 def with_level(recipe: Recipe, level: str) -> Recipe:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqft import pipeline
 from sqft.artifact import Artifact, digest_text, exclusive, run_lock, write_json
-from sqft.compare.methods import METHODS, base_recipe, method_recipe
+from sqft.compare.methods import METHODS, base_recipe, check_methods, method_recipe
 from sqft.compare.table import write_table
 from sqft.data.load import load_examples, member_configs
 from sqft.errors import InputError, Problems, SqftError
@@ -61,9 +61,7 @@ def run(
         InputError: an unknown method, or a recipe without evaluation; before any work.
     """
     with Problems("compare") as problems:
-        for name in methods:
-            if name not in METHODS:
-                problems.add(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
+        check_methods(methods, problems)
         if recipe.evaluate is None:
             problems.add("the recipe has evaluate: null, so there would be nothing to compare")
         if recipe.sparsify is None and any(name in ("sparse", "lora", "shears") for name in methods):
@@ -137,9 +135,11 @@ def _is_over(recipe: Recipe, out: Path, name: str, seed: int, data: str, began: 
     if not file.is_file():
         return False
     row = read_json(file)
+    if row["status"] == "failed":  # tried again, whatever it failed with
+        return file.stat().st_mtime > began
     if row.get("key") != _key(recipe, METHODS[name], seed, data):
         raise InputError(f"{file}: was made with other settings or data; delete it, or choose another --out")
-    return row["status"] == "done" or file.stat().st_mtime > began
+    return True
 
 
 def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, data: str, command: str) -> bool:
@@ -163,13 +163,10 @@ def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, data:
     }
     try:
         result = pipeline.run(made, folder, logger.info)
-    except SqftError as error:
-        logger.warning("%s, seed %d failed: %s", method.label, seed, error)
-        write_json(row_file(out, name, seed), {**row, "status": "failed", "reason": str(error)})
-        return False
-    except Exception as error:
-        logger.exception("%s, seed %d failed", method.label, seed)
-        reason = f"{type(error).__name__}: {error}"
+    except Exception as error:  # whatever it is, the other rows go on
+        expected = isinstance(error, SqftError)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        logger.warning("%s, seed %d failed: %s", method.label, seed, reason, exc_info=not expected)
         write_json(row_file(out, name, seed), {**row, "status": "failed", "reason": reason})
         return False
     values = read_json(folder / "evaluations" / f"{method.evaluated}.json")

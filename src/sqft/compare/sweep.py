@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft.artifact import write_json
-from sqft.compare.methods import METHODS, with_level
+from sqft.compare.methods import METHODS, check_methods, with_level
 from sqft.compare.run import run as run_comparison
 from sqft.compare.table import score_text
+from sqft.errors import Problems
 from sqft.model.load import read_json
 from sqft.stages.report.charts import line_chart
 from sqft.stages.report.page import document, table, table_row
@@ -58,6 +59,8 @@ def run(
     Raises:
         InputError: a level that is neither, or as for a comparison; before any work.
     """
+    with Problems("sweep") as problems:
+        check_methods(methods, problems)
     recipes = {level: with_level(recipe, level) for level in levels}
     for level, made in recipes.items():
         announce(f"sparsity {level}")
