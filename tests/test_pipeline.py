@@ -238,7 +238,10 @@ def test_shears_is_a_dense_elastic_adapter_on_a_sparse_base_left_unmerged(recipe
     assert list(rows) == ["dense", "sparse", "tuned"]
 
 
-def test_the_stages_as_single_commands(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stages_as_single_commands(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what has no --out goes under runs/
     values: dict[str, Any] = yaml.safe_load(recipe.read_text())
     model, task = values["model"], values["data"]["task"]
     at = {name: str(tmp_path / name) for name in ("sparse", "adapter", "sub", "merged")}
@@ -262,6 +265,9 @@ def test_the_stages_as_single_commands(recipe: Path, tmp_path: Path, capsys: pyt
     assert "sparsity of the blocks' linears 0.5" in sqft("inspect", at["merged"])
     out = ["--out", str(tmp_path / "eval.json"), "--json"]
     assert json.loads(sqft("evaluate", at["merged"], "--task", task, *out))["tasks"]
+    for limit in ("1", "2", "1"):  # other arguments, another file; the same ones find what is there
+        assert "written: " in sqft("evaluate", at["merged"], "--task", task, "--limit", limit)
+    assert len(list((tmp_path / "runs" / "evaluate").glob(f"{tmp_path.name}-merged-*.json"))) == 2
     # A damaged merge: exit code 1 and the weight that fails.
     checkpoint = Checkpoint(at["merged"])
     name = "model.layers.0.mlp.up_proj.weight"
@@ -272,8 +278,9 @@ def test_the_stages_as_single_commands(recipe: Path, tmp_path: Path, capsys: pyt
 
 
 def test_the_quantised_stages_as_single_commands(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     values: dict[str, Any] = yaml.safe_load(recipe.read_text())
     model, task = values["model"], values["data"]["task"]
     at = {name: str(tmp_path / name) for name in ("sparse", "int4", "two", "adapter", "merged")}

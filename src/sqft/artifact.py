@@ -18,17 +18,16 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from sqft.errors import InputError, Problems
+from sqft.memory import costing
 
 MANIFEST = Path("sqft") / "manifest.json"
 DESCRIPTION = Path("sqft") / "description.json"
@@ -268,13 +267,12 @@ def writing(folder: Path, description: Mapping[str, Any], *, keep_partial: bool 
     if partial.exists() and not keep_partial:
         shutil.rmtree(partial)
     draft = Draft(partial)
-    started = time.monotonic()
-    _reset_peak_memory()
     try:
         partial.mkdir(parents=True, exist_ok=True)
         write_json(partial / DESCRIPTION, description)
-        yield draft
-        _seal(draft, folder, description, started)
+        with costing() as cost:
+            yield draft
+        _seal(draft, folder, description, cost)
     except BaseException as error:
         if not keep_partial:
             shutil.rmtree(partial, ignore_errors=True)
@@ -288,7 +286,7 @@ def _disk_is_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
-def _seal(draft: Draft, folder: Path, description: Mapping[str, Any], started: float) -> None:
+def _seal(draft: Draft, folder: Path, description: Mapping[str, Any], cost: Mapping[str, Any]) -> None:
     """Write the manifest and give the partial folder its final name."""
     partial = draft.path
     digests = file_digests(partial)
@@ -299,8 +297,7 @@ def _seal(draft: Draft, folder: Path, description: Mapping[str, Any], started: f
         "digest": digest_text(json.dumps(digests, sort_keys=True)),
         "files": digests,
         "versions": versions(),
-        "seconds": round(time.monotonic() - started, 2),
-        "peak_memory_bytes": peak_memory_bytes(),
+        **cost,
         "size_bytes": sum((partial / name).stat().st_size for name in digests),
         "result": draft.result,
     }
@@ -327,36 +324,11 @@ def finished_result(path: Path, description: Mapping[str, Any]) -> dict[str, Any
     return value
 
 
-@contextmanager
-def costing() -> Iterator[dict[str, Any]]:
-    """Yield a dict that holds {seconds, peak_memory_bytes} of the block once it has ended."""
-    found: dict[str, Any] = {}
-    started = time.monotonic()
-    _reset_peak_memory()
-    yield found
-    found.update(seconds=round(time.monotonic() - started, 2), peak_memory_bytes=peak_memory_bytes())
-
-
 def write_result(path: Path, description: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
     """Write a JSON result with what it was made from; whole or not at all."""
     result = {**value, "versions": versions(), "made_from": dict(description)}
     write_json(path, result)
     return result
-
-
-def _reset_peak_memory() -> None:
-    """Start the kernel's high-water mark anew, so that a stage reports its own peak; Linux only, else a no-op."""
-    with suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
-        stream.write("5")
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak resident memory of this process since the stage began (Linux) or since its start."""
-    with suppress(OSError), open("/proc/self/status") as stream:
-        for line in stream:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _sync(folder: Path) -> None:

@@ -19,13 +19,15 @@ from sqft.recipe import (
     VerifyConfig,
 )
 
+# Commands that take a recipe find both in there.
+_DRAWING = ("sparsify", "quantize", "finetune", "search", "verify", "evaluate")
+_LOADING = (*_DRAWING, "merge", "inspect")
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; the name of a command is that of its function in :mod:`sqft.cli.commands`."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
     shared.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    shared.add_argument("--trust-remote-code", action="store_true", help="run code that a model's repository brings")
     shared.add_argument("-v", "--verbose", action="store_true", help="show the libraries' own messages too")
     root = argparse.ArgumentParser(
         prog="sqft",
@@ -48,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
         )
         for config in configs:
             add_flags(sub, config, defaults=defaults or {})
+        if name in _DRAWING:
+            sub.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
+        if name in _LOADING:
+            sub.add_argument(
+                "--trust-remote-code", action="store_true", help="run code that a model's repository brings"
+            )
         sub.set_defaults(command=getattr(commands, name))
         return sub
 
@@ -89,12 +97,22 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add(
         "extract",
-        "take a sub-adapter out of a super-adapter",
-        SearchConfig,
+        "take a sub-adapter of given ranks out of a super-adapter; `search` looks for the best",
         example="adapter sub_adapter",
     )
     sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
     sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument(
+        "--strategy", choices=["heuristic", "maximal", "minimal", "file"], dest="set:strategy", default="heuristic",
+        help="heuristic: the median rank of each group; file: the ranks in --ranks-file (default: heuristic)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--ranks-file",
+        dest="set:ranks_file",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="JSON object {group: rank}",
+    )
 
     sub = add(
         "search",
@@ -141,7 +159,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("merged", type=Path, help="the merged model's folder")
     sub.add_argument("--base", type=Path, required=True, help="the base model's folder")
     sub.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
-    sub.add_argument("--out", type=Path, help="JSON file to write (default: verify.json beside MERGED)")
+    sub.add_argument(
+        "--out", type=Path, help="JSON file to write (default: one under runs/verify for these very arguments)"
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = add("inspect", "show the zeros, patterns, precision and size of a model", example="merged --json")
@@ -152,6 +172,8 @@ def parser() -> argparse.ArgumentParser:
               example="merged --task gsm8k --limit 100")  # fmt: skip
     sub.add_argument("model", help="Hub id, folder, or .gguf file")
     sub.add_argument("--adapter", type=Path, help="an adapter to attach, unmerged")
-    sub.add_argument("--out", type=Path, help="JSON file to write (default runs/evaluate/eval.json)")
+    sub.add_argument(
+        "--out", type=Path, help="JSON file to write (default: one under runs/evaluate for these very arguments)"
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
     return root

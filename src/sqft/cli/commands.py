@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sqft.artifact import digest_text
 from sqft.cli.flags import read_config
 from sqft.errors import SqftError
 from sqft.recipe import (
@@ -260,7 +261,7 @@ def verify(options: argparse.Namespace) -> int:
         data = _data(options)
         task = resolve_task(data)
         examples = load_examples(data, "test", options.seed, load_tokenizer(options.base))
-    out = options.out or options.merged.parent / "verify.json"
+    out = options.out or _result_file(options, "verify", options.merged)
     result = verify.run(
         config, options.merged, options.base, options.adapter, out,
         task=task, examples=examples, seed=options.seed, trust_remote_code=options.trust_remote_code,
@@ -304,9 +305,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from sqft.model.load import localize
     from sqft.stages import evaluate
 
-    workspace = options.out.parent if options.out else Path("runs") / "evaluate"
-    model = localize(options.model, workspace, trust_remote_code=options.trust_remote_code)
-    out = options.out or workspace / "eval.json"
+    out = options.out or _result_file(options, "evaluate", Path(options.model))
+    model = localize(options.model, out.parent, trust_remote_code=options.trust_remote_code)
     result = evaluate.run(
         read_config(options, EvaluateConfig), _data(options), model, options.adapter, out,
         seed=options.seed, trust_remote_code=options.trust_remote_code,
@@ -334,6 +334,14 @@ def _print_summary(out: Path, recipe: Any) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
+
+
+def _result_file(options: argparse.Namespace, command: str, model: Path) -> Path:
+    """Return where a result goes without --out: another file for other arguments, and so never one that is taken."""
+    given = {name: str(value) for name, value in vars(options).items() if name not in ("command", "json", "threads")}
+    folder = model.absolute()
+    name = "-".join(part for part in (folder.parent.name, folder.name) if part)
+    return Path("runs") / command / f"{name}-{digest_text(json.dumps(given, sort_keys=True))[:8]}.json"
 
 
 def _data(options: argparse.Namespace) -> DataConfig:

@@ -181,6 +181,7 @@ def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, data:
             "stored_bytes": _stored(method, folder, dense),
             "precision": _precision(method),
             "training": _training(folder) if method.kind is not None else None,
+            "evaluation": values["cost"],
             "versions": values["versions"],
         },
     )

@@ -110,7 +110,19 @@ def _method(name: str, rows: list[dict[str, Any]], done: list[dict[str, Any]], s
         }
         if trained
         else None,
+        "rows_per_second": _rows_per_second(done),
     }
+
+
+def _rows_per_second(done: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return how many test rows the model answered a second, all tasks together; None where that was not recorded."""
+    speeds = [
+        sum(entry["n"] for entry in row["tasks"].values() if entry["metric"] != "perplexity")
+        / row["evaluation"]["seconds"]
+        for row in done
+        if row.get("evaluation")
+    ]
+    return round(statistics.median(speeds), 2) if speeds else None
 
 
 def _one_model(name: str, done: Sequence[Mapping[str, Any]]) -> str:
@@ -211,11 +223,12 @@ def _cells(method: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> lis
     cost = ("–", "–")
     if trained:
         cost = (f"{trained['seconds_per_step']:.2f}", bytes_text(trained["peak_memory_bytes"]))
+    speed = "–" if method["rows_per_second"] is None else f"{method['rows_per_second']:.1f}"
     seeds = str(len(method["seeds"])) + (f" ({method['pending']} pending)" if method["pending"] else "")
-    return [*scores, method["one_model"], method["precision"], bytes_text(method["stored_bytes"]), *cost, seeds]
+    return [*scores, method["one_model"], method["precision"], bytes_text(method["stored_bytes"]), *cost, speed, seeds]
 
 
-_HEADS = ("one model", "precision", "stored", "s / step", "peak memory", "seeds")
+_HEADS = ("one model", "precision", "stored", "s / step", "peak memory", "rows / s", "seeds")
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -241,8 +254,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 _CAPTION = (
-    "Seconds a step and peak memory are those of the training process as it ran, other work on the machine included; "
-    "stored is what the model's weight files take."
+    "Seconds a step and peak memory are those of training as it ran, rows a second those of answering the test rows, "
+    "other work on the machine included; stored is what the model's weight files take."
 )
 
 

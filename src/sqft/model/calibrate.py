@@ -14,9 +14,7 @@ the model's own forward holds to its end), the statistics, and the activations o
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from sqft.core.statistics import Statistics
+from sqft.memory import release_memory
 from sqft.model.checkpoint import Checkpoint
 from sqft.model.targets import DiskNames, Target, decoder_blocks, skeleton
 
@@ -162,13 +161,13 @@ class _Run:
         targets = [t for t in self.targets if t.module.startswith(f"{prefix}.")]
         observer = _Observer({t: t.view(self.model) for t in targets}, hessian=self.hessian)
         self._forward(real, hidden, args, kwargs, observer, keep=False)
-        _release()
+        release_memory()
         self.visit(Block(index, targets, observer.statistics, self.names, prefix))
-        _release()
+        release_memory()
         output = self._forward(real, hidden, args, kwargs, None, keep=True)
         real.to_empty(device="meta")
         self.blocks[index] = stand_in
-        _release()
+        release_memory()
         self.progress.update()
         return output
 
@@ -206,18 +205,6 @@ class _Run:
             if kept is not None:
                 kept[rows] = output[0] if isinstance(output, tuple) else output
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
-
-
-def _release() -> None:
-    """Give freed memory back to the system.
-
-    glibc keeps what is freed in pieces under 32 MB, which most weights and activations are, for later allocations of
-    the same kind. Between loading, running and pruning the kinds differ, and the holes grew to twice what was in use.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
 
 
 @torch.no_grad()

@@ -16,11 +16,12 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.artifact import costing, describe, finished_result, write_result
+from sqft.artifact import describe, finished_result, write_result
 from sqft.data.load import load_examples, load_file, member_configs, resolve_task
 from sqft.data.own import as_chat
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task, judged_digest, normalise
 from sqft.errors import InputError, Problems
+from sqft.memory import costing
 from sqft.model.held import held_weights
 from sqft.model.load import load_model, load_tokenizer, to_device
 from sqft.recipe import DataConfig

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sqft.artifact import costing, describe, digest_text, finished_result, write_result
+from sqft.artifact import describe, digest_text, finished_result, write_result
 from sqft.data.encode import encode
 from sqft.evaluation.harness import score_examples
+from sqft.memory import costing
 from sqft.model.adapter import SavedAdapter
 from sqft.model.attach import check_base
 from sqft.model.checkpoint import Checkpoint
