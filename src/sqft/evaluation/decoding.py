@@ -7,6 +7,7 @@ What makes it fast, on a CPU above all, where lm-eval's own way spends most of i
 - sequences that begin alike, a prompt with each of its choices, read the common part once: its keys and values are
   copied for each.
 - a row of a generation leaves the batch when it has ended.
+- the linears' weights are laid out once for the processor's matrix kernels (:mod:`sqft.evaluation.prepacked`).
 
 Padding stands on the left and is masked; position ids count real tokens alone. Likelihoods are taken in float32 from
 the model's logits; lm-eval takes them in the logits' own dtype, which in bfloat16 makes ties.
@@ -23,6 +24,7 @@ import torch
 from torch.nn import functional
 
 from sqft.evaluation.attention import RoomyLayer, decoding_attention, join_caches, roomy_cache, select_rows
+from sqft.evaluation.prepacked import prepacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,19 +84,20 @@ def likelihoods(
         return len(prompt) + len(answer)
 
     alone.sort(key=length, reverse=True)
-    for places in _chunks(alone, length, batch, reader.tokens):
-        pairs = [groups[index][member] for index, member in places]
-        for (index, member), value in zip(places, reader.score(pairs), strict=True):
-            found[index][member] = value
-        progress(len(places))
     shared.sort(key=lambda place: place[1], reverse=True)
-    for chunk in _chunks(shared, lambda place: place[1], batch, reader.tokens):
-        begins = [list(_whole(groups[index][0]))[:common] for index, common in chunk]
-        members = [(row, pair) for row, (index, _) in enumerate(chunk) for pair in groups[index]]
-        values = iter(reader.score_after(begins, members, batch))
-        for index, _ in chunk:
-            found[index] = [next(values) for _ in groups[index]]
-        progress(len(members))
+    with prepacked(reader.inner):
+        for places in _chunks(alone, length, batch, reader.tokens):
+            pairs = [groups[index][member] for index, member in places]
+            for (index, member), value in zip(places, reader.score(pairs), strict=True):
+                found[index][member] = value
+            progress(len(places))
+        for chunk in _chunks(shared, lambda place: place[1], batch, reader.tokens):
+            begins = [list(_whole(groups[index][0]))[:common] for index, common in chunk]
+            members = [(row, pair) for row, (index, _) in enumerate(chunk) for pair in groups[index]]
+            values = iter(reader.score_after(begins, members, batch))
+            for index, _ in chunk:
+                found[index] = [next(values) for _ in groups[index]]
+            progress(len(members))
     return found
 
 
@@ -120,12 +123,12 @@ def generate(
     reader = _Reader(model)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     found: list[list[int]] = [[] for _ in prompts]
-    for chunk in _chunks(order, lambda _: 1, batch, batch):
-        with decoding_attention(reader.inner):
+    with decoding_attention(reader.inner), prepacked(reader.inner):
+        for chunk in _chunks(order, lambda _: 1, batch, batch):
             continued = reader.continue_([prompts[index] for index in chunk], max_new_tokens, ended)
-        for index, tokens in zip(chunk, continued, strict=True):
-            found[index] = tokens
-        progress(len(chunk))
+            for index, tokens in zip(chunk, continued, strict=True):
+                found[index] = tokens
+            progress(len(chunk))
     return found
 
 

@@ -1,0 +1,66 @@
+"""Weights in the layout of the processor's kernels: the same bits, and nothing left behind."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from sqft.evaluation import prepacked as module
+from sqft.evaluation.prepacked import prepacked
+
+needs_kernels = pytest.mark.skipif(not module._has_kernels(), reason="this processor has no bfloat16 products")
+
+
+def model_of(*linears: nn.Module) -> Any:
+    return cast("Any", nn.Sequential(*linears))
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(64, 48), (70, 300), (1, 16), (256, 1)])
+def test_the_product_is_the_same_to_the_bit(shape: tuple[int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], bias=bias, dtype=torch.bfloat16)
+    model = model_of(linear)
+    for rows in (1, 2, 7, 64, 333):
+        x = torch.randn(rows, shape[1], dtype=torch.bfloat16)
+        with torch.no_grad():
+            expected = model(x)
+            with prepacked(model) as count:
+                assert count == 1
+                assert torch.equal(model(x), expected)
+                assert torch.equal(model(x.reshape(rows, 1, -1)), expected.reshape(rows, 1, -1))
+    assert "forward" not in vars(linear)
+
+
+@needs_kernels
+def test_only_what_can_be_reordered_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Linear):
+        pass
+
+    half = nn.Linear(4, 4, dtype=torch.bfloat16)
+    model = model_of(half, nn.Linear(4, 4), Own(4, 4, dtype=torch.bfloat16))
+    with prepacked(model) as count:
+        assert count == 1
+        with prepacked(model) as again:  # what is reordered already stays so
+            assert again == 0
+        assert "forward" in vars(half)
+    monkeypatch.setattr(module, "MOST_BYTES", 31)
+    with prepacked(model) as count:
+        assert count == 0
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    linear = nn.Linear(4, 4, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="stop"), prepacked(model_of(linear)):
+        raise RuntimeError("stop")
+    assert "forward" not in vars(linear)
+
+
+def test_another_processor_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_kernels", lambda: False)
+    with prepacked(model_of(nn.Linear(4, 4, dtype=torch.bfloat16))) as count:
+        assert count == 0
