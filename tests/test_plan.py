@@ -11,7 +11,7 @@ import pytest
 from sqft import pipeline
 from sqft.artifact import Artifact
 from sqft.errors import InputError
-from sqft.plan import as_json, plan
+from sqft.plan import _figures, _short_search, as_json, plan
 from sqft.recipe import Recipe
 
 
@@ -52,3 +52,19 @@ def test_what_has_no_shorter_form_is_refused(tiny_model: Callable[..., Path], tm
     recipe = make_recipe(tiny_model("llama", "bfloat16"), tmp_path)
     with pytest.raises(InputError, match="has 2 blocks, so few that a run is its own probe"):
         plan(recipe, tmp_path / "out")
+
+
+def test_a_search_is_drawn_on_to_all_configurations_and_rows(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "model", tmp_path)
+    config = recipe.search.model_copy(update={"strategy": "hill_climbing", "turns": 5, "neighbours": 8, "samples": 100})
+    short = _short_search(config)
+    assert (short.strategy, short.budget, short.samples) == ("hill_climbing", 3, config.batch)
+    assert _short_search(config.model_copy(update={"strategy": "file"})).strategy == "heuristic"
+    folder = tmp_path / "run" / "sub_adapter" / "sqft"
+    folder.mkdir(parents=True)
+    manifest = {"seconds": 10.0, "size_bytes": 7, "peak_memory_bytes": 9}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "search.json").write_text(json.dumps({"trials": [{"seconds": 2.0}] * 3, "rows": {"a": 6, "b": 4}}))
+    found = _figures(recipe.model_copy(update={"search": config}), tmp_path / "run", 0.0, judged=100)
+    # 4 s for the model, 41 configurations of 100 rows at 0.2 s a row.
+    assert found == {"search": {"disk": 7, "memory": 9, "seconds": pytest.approx(4 + 41 * 100 * 0.2)}}

@@ -2,18 +2,19 @@
 
 No formula per stage, which would rot: the recipe itself runs, in a process of its own, on two shortened copies of its
 model (a few decoder blocks, random weights, the real data), and each stage's figures are drawn on to all blocks, which
-is what stages are linear in. Training runs a few steps and evaluation a few rows; their times are scaled to the
-recipe's. A random model never ends its answers, so the time of a generated task is an upper bound.
+is what stages are linear in. Training runs a few steps, a search a few configurations and evaluation a few rows; their
+times are scaled to the recipe's. A random model never ends its answers, so the time of a generated task is an upper
+bound.
 
 Holds on a CPU. On a GPU the peak of the host's memory is predicted, and not the device's.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import shutil
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from sqft.artifact import Artifact
 from sqft.errors import InputError
+from sqft.model.load import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from sqft.recipe import Recipe
+    from sqft.recipe import Recipe, SearchConfig
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +172,7 @@ def _run_apart(recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
 def _probe(recipe: Recipe, out: Path, sender: Any) -> None:
     """Run a shortened recipe and send {stage: {disk, memory, seconds}}; the body of the probe's process."""
     from sqft import pipeline
-    from sqft.data.load import member_configs
+    from sqft.data.load import load_tasks, member_configs
     from sqft.errors import SqftError
     from sqft.model.load import load_tokenizer
     from sqft.stages import evaluate
@@ -179,11 +181,14 @@ def _probe(recipe: Recipe, out: Path, sender: Any) -> None:
     values: dict[str, Any] = {"model": str(out / "model")}
     if recipe.finetune is not None:
         values["finetune"] = recipe.finetune.model_copy(update={"max_steps": PROBE_STEPS, "evaluate_every": None})
-        values["search"] = recipe.search.model_copy(update={"strategy": "heuristic"})
-    share = 0.0
+        values["search"] = _short_search(recipe.search)
+    share, judged = 0.0, 0
     try:
+        tokenizer = load_tokenizer(out / "model")
+        if recipe.finetune is not None and recipe.search.searches:
+            rows = load_tasks(recipe.data, "validation", tokenizer)
+            judged = sum(min(len(part), recipe.search.samples) for _, part in rows)
         if recipe.evaluate is not None:
-            tokenizer = load_tokenizer(out / "model")
             names = recipe.evaluate.tasks or [member.task for member in member_configs(recipe.data)]
             sizes = [len(evaluate.read_task(name, recipe.data, tokenizer)) for name in names]
             limit, few = recipe.evaluate.limit or max(sizes), recipe.evaluate.batch
@@ -191,7 +196,7 @@ def _probe(recipe: Recipe, out: Path, sender: Any) -> None:
             share = asked / max(1, sum(min(size, limit, few) for size in sizes))
             values["evaluate"] = recipe.evaluate.model_copy(update={"limit": min(limit, few), "baselines": []})
         pipeline.run(recipe.model_copy(update=values), out / "run")
-        found = _figures(recipe, out / "run", share)
+        found = _figures(recipe, out / "run", share, judged)
     except SqftError as error:
         sender.send(("error", str(error)))
     except Exception as error:
@@ -201,8 +206,21 @@ def _probe(recipe: Recipe, out: Path, sender: Any) -> None:
         sender.send(("found", found))
 
 
-def _figures(recipe: Recipe, run: Path, share: float) -> dict[str, dict[str, float]]:
-    """Return what the probe's stages took; times are scaled to the recipe's steps and, by `share`, to its test rows."""
+def _short_search(config: SearchConfig) -> SearchConfig:
+    """Return a search of three configurations on one batch of rows; what does not search is the heuristic's work."""
+    if not config.searches:
+        return config.model_copy(update={"strategy": "heuristic"})
+    return config.model_copy(update={"turns": 1, "neighbours": 2, "samples": min(config.samples, config.batch)})
+
+
+def _figures(recipe: Recipe, run: Path, share: float, judged: int) -> dict[str, dict[str, float]]:
+    """Return what the probe's stages took.
+
+    Times are scaled to the recipe's steps, to its configurations on `judged` rows each and, by `share`, to its test
+    rows.
+    """
+    from sqft.stages import search
+
     found: dict[str, dict[str, float]] = {}
     for name, stage in _FOLDERS.items():
         if not (run / name).is_dir():
@@ -221,12 +239,17 @@ def _figures(recipe: Recipe, run: Path, share: float) -> dict[str, dict[str, flo
                 ),
             )
             seconds += result["train_seconds"] / result["steps"] * (steps - result["steps"])
+        if stage == "search" and recipe.search.searches:
+            record = read_json(run / name / search.RECORD)
+            each = statistics.mean(trial["seconds"] for trial in record["trials"])
+            seconds -= each * len(record["trials"])
+            seconds += each * judged / sum(record["rows"].values()) * recipe.search.budget
         found[stage] = {"disk": manifest["size_bytes"], "memory": manifest["peak_memory_bytes"], "seconds": seconds}
     if (run / "verify.json").is_file():
-        cost = json.loads((run / "verify.json").read_text())["cost"]
+        cost = read_json(run / "verify.json")["cost"]
         found["verify"] = {"disk": 0, "memory": cost["peak_memory_bytes"], "seconds": cost["seconds"]}
     for file in sorted((run / "evaluations").glob("*.json")):
-        cost = json.loads(file.read_text())["cost"]
+        cost = read_json(file)["cost"]
         found[f"evaluate {file.stem}"] = {
             "disk": 0,
             "memory": cost["peak_memory_bytes"],

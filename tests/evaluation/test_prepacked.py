@@ -42,12 +42,18 @@ def test_only_what_can_be_reordered_is(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     half = nn.Linear(4, 4, dtype=torch.bfloat16)
-    model = model_of(half, nn.Linear(4, 4), Own(4, 4, dtype=torch.bfloat16))
+    packed = nn.Linear(4, 4)
+    del packed.weight  # as compressed-tensors leaves it until the first forward
+    model = model_of(half, nn.Linear(4, 4), Own(4, 4, dtype=torch.bfloat16), packed)
     with prepacked(model) as count:
         assert count == 1
         with prepacked(model) as again:  # what is reordered already stays so
             assert again == 0
         assert "forward" in vars(half)
+    model.hf_quantizer = object()
+    with prepacked(model) as count:
+        assert count == 0
+    model.hf_quantizer = None
     monkeypatch.setattr(module, "MOST_BYTES", 31)
     with prepacked(model) as count:
         assert count == 0

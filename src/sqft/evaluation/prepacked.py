@@ -40,10 +40,12 @@ def prepacked(model: PreTrainedModel) -> Iterator[int]:
     """Use reordered weights in the block for the plain linears of a model; yield how many linears have them.
 
     None have where it does not pay or cannot be: weights that are not on a CPU or not in bfloat16, linears of more than
-    `MOST_BYTES`, a processor without bfloat16 products. Weights must not change inside the block.
+    `MOST_BYTES`, a processor without bfloat16 products, a model that a library of quantised models has loaded: it makes
+    weights and forwards of its own, at the first forward. Weights must not change inside the block.
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear and _is_plain(module)]
-    if sum(linear.weight.nbytes for linear in linears) > MOST_BYTES or not _has_kernels():
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    if quantised or sum(linear.weight.nbytes for linear in linears) > MOST_BYTES or not _has_kernels():
         linears = []
     try:
         for linear in linears:
@@ -60,5 +62,7 @@ def _has_kernels() -> bool:
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    weight = linear.weight
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and "forward" not in vars(linear)
+    weight = getattr(linear, "weight", None)
+    if weight is None or "forward" in vars(linear):
+        return False
+    return bool(weight.device.type == "cpu" and weight.dtype == torch.bfloat16)
