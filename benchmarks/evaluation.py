@@ -71,7 +71,7 @@ def main() -> None:
             {
                 "task": name,
                 "rows_per_second": {
-                    label: round(options.rows / statistics.median(t), 3) for label, t in seconds.items()
+                    label: round(len(examples) / statistics.median(t), 3) for label, t in seconds.items()
                 },
                 "speed_up": round(ratio(seconds, "lm-eval", "sqft"), 2),
                 "judged_alike": sum(a == b for a, b in zip(judged["lm-eval"], judged["sqft"], strict=True)),
@@ -79,7 +79,13 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    settings = {"rows": options.rows, "batch": options.batch, "rounds": options.rounds}
+    folder = options.model.resolve()
+    settings = {
+        "model": f"{folder.parent.name}/{folder.name}",
+        "rows": options.rows,
+        "batch": options.batch,
+        "rounds": options.rounds,
+    }
     dtype = "float32" if options.float32 else "as stored"
     save("evaluation_float32" if options.float32 else "evaluation", {**settings, "dtype": dtype, "tasks": rows})
 

@@ -132,6 +132,54 @@ def costs(result: dict[str, Any]) -> str:
     )
 
 
+def memory(result: dict[str, Any]) -> str:
+    parts = []
+    for model, found in result["models"].items():
+        rows = [
+            {
+                "fine-tuning": row["run"],
+                "weights held, GB": f"{row['model'] / 1e9:.2f}",
+                "quantised linears / their bf16 size": row.get("packed_share", ""),
+                "peak, GB": f"{row['peak'] / 1e9:.2f}",
+                "peak above the libraries, GB": f"{(row['peak'] - row['libraries']) / 1e9:.2f}",
+            }
+            for row in found
+        ]
+        parts.append(f"**{model}**\n\n{table(rows)}")
+    return (
+        f"`sqft finetune` in a process of its own, {result['steps']} steps of {result['tokens']} tokens, rank 32 on q, k, v, up and "
+        "down, eager attention; highest resident memory of the process.\n\n" + "\n\n".join(parts)
+    )
+
+
+def searching(result: dict[str, Any]) -> str:
+    hourly = result["configurations_per_hour"]
+    return (
+        f"{result['configurations']} configurations of an adapter of kind {result['kind']}, {result['rows']} rows of "
+        f"{result['task']}, alternating: {hourly['sqft']} configurations an hour switched in place against "
+        f"{hourly['reference']} loaded and run by lm-eval, **{result['speed_up']} ×** (medians). Rows judged alike: "
+        f"{result['rows_judged_alike']}. The one load takes {result['load_seconds_once']} s more."
+    )
+
+
+def evaluation(result: dict[str, Any]) -> str:
+    rows = [
+        {
+            "task": row["task"],
+            "lm-eval, rows/s": row["rows_per_second"]["lm-eval"],
+            "sqft, rows/s": row["rows_per_second"]["sqft"],
+            "speed-up": row["speed_up"],
+            "judged alike": f"{row['judged_alike']} of {result['rows']}",
+            "right (lm-eval / sqft)": f"{row['right']['lm-eval']} / {row['right']['sqft']}",
+        }
+        for row in result["tasks"]
+    ]
+    return (
+        f"lm-eval's evaluator with its own Hugging Face model and with our decoding, {result['rows']} rows of each task in "
+        f"batches of {result['batch']}, {result['rounds']} alternating rounds, {result['model']}.\n\n{table(rows)}"
+    )
+
+
 def serving(result: dict[str, Any]) -> str:
     summary, difference = result["summary"], result["summary"]["logprob_difference"]
     return (
@@ -165,6 +213,9 @@ SECTIONS = {
         "python benchmarks/costs.py runs/quickstart/dense --threads 1 --rounds 1",
         costs,
     ),
+    "memory": ("Memory of fine-tuning", "python benchmarks/memory.py runs/quickstart/dense", memory),
+    "evaluation": ("Evaluation", "python benchmarks/evaluation.py MODEL", evaluation),
+    "search": ("Search", "python benchmarks/search.py BASE ADAPTER", searching),
     "serving": ("Serving in vLLM", "make serving MODEL=runs/quickstart/merged", serving),
 }
 
