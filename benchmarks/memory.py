@@ -62,7 +62,8 @@ def write_llama(folder: Path, like: Path) -> None:
 
     config = LlamaConfig(
         vocab_size=AutoConfig.from_pretrained(like).vocab_size, hidden_size=2048, intermediate_size=8192,
-        num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16",
+        num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
+        dtype="bfloat16",
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

@@ -112,6 +112,58 @@ def test_generation_equals_a_loop_without_cache(name: str, room: int, monkeypatc
         assert sum(seen) == len(prompts)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_all_rows_begin_with_changes_no_answer(name: str) -> None:
+    model, begin = tiny(name), list(range(40, 65))
+    groups = [[(begin + prompt, answer) for prompt, answer in group] for group in sequences(3)]
+    found = likelihoods(model, groups, 4)
+    for group, values in zip(groups, found, strict=True):
+        for (prompt, answer), value in zip(group, values, strict=True):
+            assert value.total == pytest.approx(naive_likelihood(model, prompt, answer)[0], abs=2e-3)
+    prompts = [prompt for group in groups for prompt, _ in group]
+    end = naive_generate(model, prompts[0], 12, -1)[2]
+    expected = [naive_generate(model, prompt, 12, end) for prompt in prompts]
+    assert len({len(tokens) for tokens in expected}) > 1
+    assert generate(model, prompts, 12, 4, lambda tokens: tokens[-1] == end) == expected
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_what_all_rows_begin_with_is_read_once(choices: int) -> None:
+    model, begin = tiny("llama"), list(range(3, 63))
+    read: list[int] = []
+    model.register_forward_pre_hook(lambda _m, _a, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
+    rows = [[(begin + [70 + row] * 4, [80 + choice]) for choice in range(choices)] for row in range(6)]
+    likelihoods(model, rows, 100)
+    assert sum(read) == 60 + 6 * (4 if choices == 1 else 3 + choices)
+    read.clear()
+    generate(model, [pairs[0][0] for pairs in rows], 1, 4, lambda _: False)
+    assert sum(read) == 60 + 6 * 4
+
+
+def test_the_next_prompts_take_the_places_of_ended_rows() -> None:
+    model = tiny("llama")
+    prompts = [prompt for seed in (4, 5) for group in sequences(seed) for prompt, _ in group]
+    whole = [naive_generate(model, prompt, 24, -1) for prompt in prompts]
+    end = whole[0][2]
+    expected = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in whole]
+    steps: list[tuple[int, int]] = []
+
+    def note(_module: Any, _arguments: Any, given: dict[str, Any]) -> None:
+        if given["input_ids"].shape[1] == 1:
+            steps.append(tuple(given["attention_mask"].shape))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    assert generate(model, prompts, 24, 4, lambda tokens: tokens[-1] == end) == expected
+    replaced = len(steps)
+    # Four places are busy nearly all the time, and padding that nobody needs is dropped.
+    assert sum(rows for rows, _ in steps) < 1.3 * sum(len(tokens) for tokens in expected)
+    assert max(width for _, width in steps) <= max(map(len, prompts)) + 24 + 2 * decoding._UNUSED
+    steps.clear()
+    for start in range(0, len(prompts), 4):
+        generate(model, prompts[start : start + 4], 24, 4, lambda tokens: tokens[-1] == end)
+    assert replaced < len(steps)
+
+
 def test_the_common_part_ends_before_the_token_that_predicts_an_answer() -> None:
     assert _common_length([([5, 6, 7], [8]), ([5, 6, 7], [9, 9])]) == 2
     assert _common_length([([5, 6, 7], [8]), ([5, 9, 7], [8])]) == 1

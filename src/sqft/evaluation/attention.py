@@ -142,6 +142,14 @@ def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache:
     return whole
 
 
+def select_columns(cache: DynamicCache, columns: torch.Tensor) -> None:
+    """Keep those tokens of a cache whose rows were just chosen. Every layer must be a :class:`RoomyLayer`."""
+    for layer in cache.layers:
+        layer = cast("RoomyLayer", layer)
+        for name in ("keys", "values"):
+            setattr(layer, name, getattr(layer, name)[:, :, columns])
+
+
 def select_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
     """Return a cache of these rows, which may repeat; the given one stays as it is."""
     chosen = copy.copy(cache)

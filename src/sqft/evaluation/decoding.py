@@ -4,9 +4,9 @@ What makes it fast, on a CPU above all, where lm-eval's own way spends most of i
 - the output head runs over the positions that are asked for, not over whole prompts (`logits_to_keep`), and no
   log-softmax over the vocabulary is written out.
 - rows are sorted by length and read some 2,000 tokens at a time, whatever the batch: little of it is padding.
-- sequences that begin alike, a prompt with each of its choices, read the common part once: its keys and values are
-  copied for each.
-- a row of a generation leaves the batch when it has ended.
+- sequences that begin alike read the common part once: its keys and values are copied for each. A prompt and its
+  choices do, and all rows of a task that begins with instructions or worked examples.
+- a row of a generation leaves the batch when it has ended, and the next prompt takes its place.
 - the linears' weights are laid out once for the processor's matrix kernels (:mod:`sqft.evaluation.prepacked`).
 
 Padding stands on the left and is masked; position ids count real tokens alone. Likelihoods are taken in float32 from
@@ -23,15 +23,24 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.nn import functional
 
-from sqft.evaluation.attention import RoomyLayer, decoding_attention, join_caches, roomy_cache, select_rows
+from sqft.evaluation.attention import (
+    RoomyLayer,
+    decoding_attention,
+    join_caches,
+    roomy_cache,
+    select_columns,
+    select_rows,
+)
 from sqft.evaluation.prepacked import prepacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tokens = Sequence[int]
-# Rows of a generation that have ended are dropped once they are this share of the batch: dropping copies the cache.
+# Rows of a generation that have ended are replaced once they are this share of the batch: that copies the cache.
 _ENDED_SHARE = 0.25
+# Columns of the cache that are padding in all rows go once they are so many: that copies it too.
+_UNUSED = 16
 # A common beginning is read once where that saves at least this share of the tokens; it costs a forward of its own.
 _WORTHWHILE = 0.2
 # Tokens of a forward that fills a cache, on a CPU.
@@ -79,6 +88,11 @@ def likelihoods(
         else:
             alone.extend((index, member) for member in range(len(group)))
 
+    if len(groups) > 1:
+        # A group's own beginning goes on after what all begin with.
+        most = min((common - 1 for _, common in shared), default=len(groups[0][0][0]))
+        reader.begin([pair for group in groups for pair in group], most)
+
     def length(place: tuple[int, int]) -> int:
         prompt, answer = groups[place[0]][place[1]]
         return len(prompt) + len(answer)
@@ -86,12 +100,12 @@ def likelihoods(
     alone.sort(key=length, reverse=True)
     shared.sort(key=lambda place: place[1], reverse=True)
     with prepacked(reader.inner):
-        for places in _chunks(alone, length, batch, reader.tokens):
+        for places in _chunks(alone, lambda place: reader.cost(length(place)), batch, reader.tokens):
             pairs = [groups[index][member] for index, member in places]
             for (index, member), value in zip(places, reader.score(pairs), strict=True):
                 found[index][member] = value
             progress(len(places))
-        for chunk in _chunks(shared, lambda place: place[1], batch, reader.tokens):
+        for chunk in _chunks(shared, lambda place: reader.cost(place[1]), batch, reader.tokens):
             begins = [list(_whole(groups[index][0]))[:common] for index, common in chunk]
             members = [(row, pair) for row, (index, _) in enumerate(chunk) for pair in groups[index]]
             values = iter(reader.score_after(begins, members, batch))
@@ -118,17 +132,17 @@ def generate(
         max_new_tokens: tokens of a continuation at most.
         batch: prompts at a time.
         ended: told a continuation so far, says whether it ends here.
-        progress: told the number of prompts that are done, batch by batch.
+        progress: told how many more prompts are done, now and then.
     """
     reader = _Reader(model)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     found: list[list[int]] = [[] for _ in prompts]
     with decoding_attention(reader.inner), prepacked(reader.inner):
-        for chunk in _chunks(order, lambda _: 1, batch, batch):
-            continued = reader.continue_([prompts[index] for index in chunk], max_new_tokens, ended)
-            for index, tokens in zip(chunk, continued, strict=True):
-                found[index] = tokens
-            progress(len(chunk))
+        if len(prompts) > 1:
+            reader.begin([(prompt, ()) for prompt in prompts], len(prompts[0]))
+        continued = reader.continue_([prompts[index] for index in order], batch, max_new_tokens, ended, progress)
+    for index, tokens in zip(order, continued, strict=True):
+        found[index] = tokens
     return found
 
 
@@ -181,6 +195,21 @@ class _Reader:
         self.joins = all(isinstance(layer, RoomyLayer) for layer in roomy_cache(inner).layers)
         self.tokens: float = _TOKENS if inner.device.type == "cpu" else float("inf")
         self.device = inner.device
+        # What all sequences begin with, once it is read: its length, and its cache of one row.
+        self.common = 0
+        self.begun: Any = None
+
+    def begin(self, pairs: Sequence[tuple[Tokens, Tokens]], most: int) -> None:
+        """Read what all (prompt, answer) begin with, up to `most` tokens, if that is worth a forward of its own."""
+        common = min(_common_length(pairs), most)
+        whole = sum(len(prompt) + len(answer) for prompt, answer in pairs)
+        if self.joins and common * (len(pairs) - 1) >= _WORTHWHILE * whole:
+            _, _, self.begun = self.read_rows([_whole(pairs[0])[:common]], 1, use_cache=True)
+            self.common = common
+
+    def cost(self, length: int) -> int:
+        """Return how many tokens a row of some length counts for: what is copied for it is cheap but takes room."""
+        return length - self.common + self.common // 8
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, keep: int, cache: Any, *, use_cache: bool) -> Any:
         """Return (logits [B, keep, V], cache) of the rows `ids`, the last columns of what `mask` covers."""
@@ -198,18 +227,29 @@ class _Reader:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return ids, mask
 
+    def read_rows(
+        self, rows: Sequence[Tokens], keep: int, *, use_cache: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Return (logits [B, keep, V], mask [B, L], cache or None) of whole sequences."""
+        ids, mask = self.pad([row[self.common :] for row in rows])
+        if self.common:
+            every = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+            mask = functional.pad(mask, (self.common, 0), value=1)
+            logits, cache = self(ids, mask, keep, select_rows(self.begun, every), use_cache=True)
+        else:
+            logits, cache = self(ids, mask, keep, roomy_cache(self.inner) if use_cache else None, use_cache=use_cache)
+        return logits, mask, cache
+
     def score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Likelihood]:
-        ids, mask = self.pad([_whole(pair)[:-1] for pair in pairs])
         longest = max(len(answer) for _, answer in pairs)
-        logits, _ = self(ids, mask, longest, None, use_cache=False)
+        logits, _, _ = self.read_rows([_whole(pair)[:-1] for pair in pairs], longest, use_cache=False)
         return [_judge(row, answer) for row, (_, answer) in zip(logits, pairs, strict=True)]
 
     def score_after(
         self, begins: Sequence[Tokens], members: Sequence[tuple[int, tuple[Tokens, Tokens]]], batch: int
     ) -> list[Likelihood]:
         """Score sequences of which each begins with one of `begins`, which are read once."""
-        ids, begin_mask = self.pad(begins)
-        _, cache = self(ids, begin_mask, 1, roomy_cache(self.inner), use_cache=True)
+        _, begin_mask, cache = self.read_rows(begins, 1, use_cache=True)
         found: list[Likelihood] = [Likelihood(0.0, False)] * len(members)
 
         def rest(place: int) -> int:
@@ -231,10 +271,9 @@ class _Reader:
     def read(self, prompts: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Return (logits of the last token [B, 1, V], mask [B, L], cache) of prompts, longest first."""
         parts = []
-        for chunk in _chunks(prompts, len, len(prompts), self.tokens if self.joins else float("inf")):
-            ids, mask = self.pad(chunk)
-            logits, cache = self(ids, mask, 1, roomy_cache(self.inner), use_cache=True)
-            parts.append((logits, mask, cache))
+        room = self.tokens if self.joins else float("inf")
+        for chunk in _chunks(prompts, lambda prompt: self.cost(len(prompt)), len(prompts), room):
+            parts.append(self.read_rows(chunk, 1, use_cache=True))
         if len(parts) == 1:
             return parts[0]
         width = parts[0][1].shape[1]
@@ -242,29 +281,73 @@ class _Reader:
         return torch.cat([logits for logits, _, _ in parts]), torch.cat(masks), join_caches([c for _, _, c in parts])
 
     def continue_(
-        self, prompts: Sequence[Tokens], max_new_tokens: int, ended: Callable[[Tokens], bool]
+        self,
+        prompts: Sequence[Tokens],
+        batch: int,
+        max_new_tokens: int,
+        ended: Callable[[Tokens], bool],
+        progress: Callable[[int], Any],
     ) -> list[list[int]]:
-        rows = list(range(len(prompts)))
+        """Return the continuations of prompts, longest first.
+
+        When rows of the batch have ended the next take their places. Those are no longer than the ones before them, so
+        their caches are padded and never cut. Without joining, they wait until the whole batch has ended.
+        """
         found: list[list[int]] = [[] for _ in prompts]
         alive = [True] * len(prompts)
-        logits, mask, cache = self.read(prompts)
-        for step in range(max_new_tokens):
-            tokens = logits[:, -1].argmax(dim=-1)
+        waiting = list(range(len(prompts)))
+        rows: list[int] = []
+        tokens = mask = torch.empty(0)
+        cache: Any = None
+
+        def record(rows: Sequence[int], tokens: torch.Tensor) -> None:
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 if alive[row]:
                     found[row].append(token)
-                    alive[row] = not ended(found[row])
+                    alive[row] = len(found[row]) < max_new_tokens and not ended(found[row])
+                    if not alive[row]:
+                        progress(1)
+
+        while waiting or rows:
             kept = [place for place, row in enumerate(rows) if alive[row]]
-            if not kept or step + 1 == max_new_tokens:
-                break
-            if len(rows) - len(kept) >= _ENDED_SHARE * len(rows):
-                chosen = torch.tensor(kept, device=self.device)
-                cache.batch_select_indices(chosen)
-                mask, tokens = mask[chosen], tokens[chosen]
+            if not kept:
+                rows = []
+            elif len(rows) - len(kept) >= _ENDED_SHARE * len(rows):
                 rows = [rows[place] for place in kept]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits, cache = self(tokens[:, None], mask, 1, cache, use_cache=True)
+                tokens, mask, cache = self._keep(kept, tokens, mask, cache)
+            free = batch - len(rows)
+            if waiting and (not rows or (self.joins and free >= _ENDED_SHARE * batch)):
+                fresh, waiting = waiting[:free], waiting[free:]
+                logits, fresh_mask, fresh_cache = self.read([prompts[row] for row in fresh])
+                first = logits[:, -1].argmax(dim=-1)
+                record(fresh, first)
+                if rows:
+                    fresh_mask = functional.pad(fresh_mask, (mask.shape[1] - fresh_mask.shape[1], 0))
+                    tokens, mask = torch.cat([tokens, first]), torch.cat([mask, fresh_mask])
+                    cache = join_caches([cache, fresh_cache])
+                else:
+                    tokens, mask, cache = first, fresh_mask, fresh_cache
+                rows = rows + fresh
+            elif rows:
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                logits, cache = self(tokens[:, None], mask, 1, cache, use_cache=True)
+                tokens = logits[:, -1].argmax(dim=-1)
+                record(rows, tokens)
         return found
+
+    def _keep(
+        self, places: list[int], tokens: torch.Tensor, mask: torch.Tensor, cache: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Return tokens, mask and cache of these rows, without the columns that are padding in all if they are many."""
+        chosen = torch.tensor(places, device=self.device)
+        cache.batch_select_indices(chosen)
+        tokens, mask = tokens[chosen], mask[chosen]
+        used = mask.any(dim=0)
+        if self.joins and int((~used).sum()) >= _UNUSED:
+            columns = used.nonzero().squeeze(1)
+            mask = mask[:, columns]
+            select_columns(cache, columns)
+        return tokens, mask, cache
 
 
 def _judge(logits_LV: torch.Tensor, answer: Tokens) -> Likelihood:
