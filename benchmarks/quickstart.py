@@ -74,7 +74,7 @@ def readme(result: dict[str, Any]) -> str:
             f"Accuracy on {rows['dense'][task]['n']} held-out questions (12 possible answers, the likeliest counts; "
             "± is the standard error; one seed):",
             "",
-            "| model | zeros in the linears | their weights | on disk | accuracy |",
+            "| model | zeros in the linears | their weights | weight files | accuracy |",
             "|---|---|---|---|---|",
             f"| dense, not tuned | 0 % | BF16 | {size('dense')} | {accuracy(rows['dense'][task])} |",
             f"| {lora} | 0 % | BF16 | {size('dense')} + adapter | {accuracy(baseline[task])} |",

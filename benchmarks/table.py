@@ -17,8 +17,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return rows as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else str(value)
 
 
 def layer(result: dict[str, Any]) -> str:
@@ -176,7 +180,7 @@ def evaluation(result: dict[str, Any]) -> str:
     ]
     return (
         f"lm-eval's evaluator with its own Hugging Face model and with our decoding, {result['rows']} rows of each task in "
-        f"batches of {result['batch']}, {result['rounds']} alternating rounds, {result['model']}.\n\n{table(rows)}"
+        f"batches of {result['batch']}, {result['rounds']} alternating rounds, model {result.get('model', 'runs/quickstart/dense')}.\n\n{table(rows)}"
     )
 
 
@@ -223,8 +227,9 @@ SECTIONS = {
 def main() -> None:
     parts = [
         "# Benchmarks",
-        "Made by `python benchmarks/table.py` from `benchmarks/results/*.json`; run by hand. The machine was shared and noisy: trust "
-        "the ratios, which were measured side by side in alternation, more than the times.",
+        "Made by `python benchmarks/table.py` from `benchmarks/results/*.json`; run by hand on a shared, noisy machine. Trust the ratios "
+        "of sections that name several alternating rounds; the other times are single runs. The model is SmolLM2-135M-Instruct, unpacked "
+        "to BF16 from the 4-bit file in its Python wheel.",
     ]
     for name, (title, command, write) in SECTIONS.items():
         file = RESULTS / f"{name}.json"

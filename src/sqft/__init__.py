@@ -6,6 +6,7 @@ PEFT load masked adapters (peft_type SQFT).
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,5 +66,5 @@ def __getattr__(name: str) -> Any:
 
 # PEFT learns the peft_type SQFT here. It takes seconds to import, which `sqft --help` need not wait for; the commands
 # import it themselves.
-if Path(sys.argv[0]).name not in ("sqft", "-m", "__main__.py"):
+if Path(sys.argv[0]).name != "sqft" and ("-m", "sqft") not in itertools.pairwise(sys.orig_argv):
     import sqft.model.layers  # noqa: F401

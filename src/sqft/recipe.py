@@ -188,7 +188,7 @@ class FinetuneConfig(Config):
     completion_only: bool = Field(True, description="the loss is over answers only")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="auto: eager on CPU (measured faster in training), sdpa elsewhere"
+        "auto", description="auto: eager on CPU (measured faster in training), transformers' choice elsewhere"
     )
     save_every: PositiveInt = Field(50, description="optimiser steps between checkpoints")
     evaluate_every: PositiveInt | None = Field(None, description="optimiser steps between validation losses")

@@ -174,8 +174,7 @@ def compare(options: argparse.Namespace) -> int:
     page = run_comparison(recipe, out, options.methods or PAPER, options.seeds, _announce, typed)
     print((out / "compare.md").read_text())
     print(f"table: {page}")
-    failed = [m for m in json.loads((out / "compare.json").read_text())["methods"] if m["failed"]]
-    return 1 if failed else 0
+    return int(_any_failed(out / "compare.json"))
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -190,7 +189,11 @@ def sweep(options: argparse.Namespace) -> int:
     )  # fmt: skip
     print((out / "sweep.md").read_text())
     print(f"table and chart: {page}")
-    return 0
+    return int(_any_failed(*out.glob("sparsity-*/compare.json")))
+
+
+def _any_failed(*tables: Path) -> bool:
+    return any(method["failed"] for table in tables for method in json.loads(table.read_text())["methods"])
 
 
 def plan(options: argparse.Namespace) -> int:

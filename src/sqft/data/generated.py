@@ -79,7 +79,7 @@ def generate(name: str, options: Mapping[str, Any], split: Split) -> Iterator[tu
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise InputError(f"{where}: needs reasoning-gym; pip install 'sqft[quickstart]'") from error
+        raise InputError(f"{where}: needs reasoning-gym: pip install reasoning-gym==0.1.25") from error
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "see the list of reasoning-gym"
