@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -70,3 +72,32 @@ def test_another_processor_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "_has_kernels", lambda: False)
     with prepacked(model_of(nn.Linear(4, 4, dtype=torch.bfloat16))) as count:
         assert count == 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_held_weights_are_reordered_and_their_bases_are_not(kind: str, tiny_model: Callable[..., Path]) -> None:
+    from peft import get_peft_model
+
+    from sqft import SqftConfig
+    from sqft.model.held import held_weights
+    from sqft.model.layers import sqft_layers
+    from sqft.model.load import load_model
+
+    torch.manual_seed(0)
+    config = SqftConfig(kind=cast("Any", kind), ranks=[4], target_modules=["q_proj", "down_proj"])
+    model = cast("Any", get_peft_model(load_model(tiny_model("qwen2", "bfloat16")), config)).eval()
+    for layer in sqft_layers(model).values():
+        nn.init.normal_(layer.lora_B["default"].weight)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad(), held_weights(model):
+        expected = model(input_ids=ids).logits
+        with prepacked(model) as count:
+            assert torch.equal(model(input_ids=ids).logits, expected)
+            linears = [name for name, part in model.named_modules() if "forward" in vars(part)]
+        held = {name for name, layer in sqft_layers(model).items() if layer.held is not None}
+    assert len(held) == (4 if kind == "sparse" else 0)
+    # Two blocks of seven linears and the head; LoRA's own factors are float32.
+    assert count == len(linears) == 15
+    assert not [name for name in linears if kind == "sparse" and ".base_layer" in name]
+    assert not [name for name, part in model.named_modules() if "forward" in vars(part)]

@@ -22,6 +22,7 @@ from sqft.core.ranks import RankSpace
 from sqft.data.tasks import Example, Task
 from sqft.errors import InputError
 from sqft.evaluation.harness import score_examples
+from sqft.evaluation.prepacked import prepacked
 from sqft.model.adapter import SavedAdapter
 from sqft.model.held import held_weights, switch_ranks
 from sqft.model.load import load_model, load_tokenizer
@@ -134,6 +135,8 @@ def test_held_weights_answer_to_the_bit_and_follow_the_ranks(trained: tuple[Path
             assert switch_ranks(model, largest) == len(largest)
             assert torch.equal(model(input_ids=ids).logits, live["max"])
             assert switch_ranks(model, largest) == 0
+            with prepacked(model):
+                assert torch.equal(model(input_ids=ids).logits, live["max"])
         assert torch.equal(model(input_ids=ids).logits, live["max"])
 
 

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sqft.model.layers import SqftLinear
+from sqft.model.packed import PackedLinear
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -26,9 +29,9 @@ _ROWS = 64
 class _Product:
     """The forward of a linear with its reordered weight."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self.bias = linear.bias
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+    def __init__(self, weight_OI: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _ROWS)
+        self.bias = bias
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
@@ -37,23 +40,23 @@ class _Product:
 
 @contextmanager
 def prepacked(model: PreTrainedModel) -> Iterator[int]:
-    """Use reordered weights in the block for the plain linears of a model; yield how many linears have them.
+    """Use reordered weights in the block, of plain linears and of held ones; yield how many linears have them.
 
     None have where it does not pay or cannot be: weights that are not on a CPU or not in bfloat16, linears of more than
     `MOST_BYTES`, a processor without bfloat16 products, a model that a library of quantised models has loaded: it makes
     weights and forwards of its own, at the first forward. Weights must not change inside the block.
     """
-    linears = [module for module in model.modules() if type(module) is nn.Linear and _is_plain(module)]
+    found = list(_plain(model))
     quantised = getattr(model, "hf_quantizer", None) is not None
-    if quantised or sum(linear.weight.nbytes for linear in linears) > MOST_BYTES or not _has_kernels():
-        linears = []
+    if quantised or sum(weight.nbytes for _, weight, _ in found) > MOST_BYTES or not _has_kernels():
+        found = []
     try:
-        for linear in linears:
-            linear.forward = _Product(linear)  # type: ignore[method-assign]
-        yield len(linears)
+        for module, weight, bias in found:
+            module.forward = _Product(weight, bias)
+        yield len(found)
     finally:
-        for linear in linears:
-            vars(linear).pop("forward", None)
+        for module, _, _ in found:
+            vars(module).pop("forward", None)
 
 
 def _has_kernels() -> bool:
@@ -61,8 +64,21 @@ def _has_kernels() -> bool:
     return x86 and torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _is_plain(linear: nn.Linear) -> bool:
-    weight = getattr(linear, "weight", None)
-    if weight is None or "forward" in vars(linear):
-        return False
-    return bool(weight.device.type == "cpu" and weight.dtype == torch.bfloat16)
+def _plain(model: nn.Module) -> Iterator[tuple[nn.Module, torch.Tensor, torch.Tensor | None]]:
+    """Yield (module, weight, bias) of every module whose forward is one product with a bfloat16 weight on a CPU."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        weight, bias = None, getattr(module, "bias", None)
+        if module in inside or "forward" in vars(module):
+            continue
+        if isinstance(module, SqftLinear):
+            in_force = bool(module.active_adapters) and not module.disable_adapters and not module.merged
+            if in_force and module.held is not None and not module.fan_in_fan_out:
+                weight, bias = module.held, module.get_base_layer().bias
+                inside.update(module.modules())
+        elif isinstance(module, PackedLinear):
+            weight = module.held
+        elif type(module) is nn.Linear:
+            weight = getattr(module, "weight", None)
+        if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+            yield module, weight, bias
