@@ -255,7 +255,7 @@ def test_the_stages_as_single_commands(
     training = ["--ranks", "4", "2", "--max-steps", "2", "--length", "128", "--batch", "2"]
     assert "2 steps" in sqft("finetune", at["sparse"], at["adapter"], "--task", task, *training)
     assert "heuristic ranks" in sqft("extract", at["adapter"], at["sub"])
-    assert "0 zeros filled" in sqft("merge", at["sparse"], at["sub"], at["merged"])
+    assert "0 pruned ones filled" in sqft("merge", at["sparse"], at["sub"], at["merged"])
     proof = ["verify", at["merged"], "--base", at["sparse"], "--adapter", at["sub"]]
     assert "verified: " in sqft(*proof, "--task", task, "--prompts", "2", "--accuracy-rows", "2")
     assert json.loads(sqft(*proof, "--out", str(tmp_path / "random.json"), "--json"))["passed"]
@@ -299,7 +299,7 @@ def test_the_quantised_stages_as_single_commands(
     assert "--task NAME or --calibration.data FILE is needed" in capsys.readouterr().err
     training = ["--kind", "quantized", "--ranks", "4", "--max-steps", "2", "--length", "128", "--batch", "2"]
     sqft("finetune", at["int4"], at["adapter"], "--task", task, *training)
-    assert "0 zeros filled" in sqft("merge", at["int4"], at["adapter"], at["merged"])
+    assert "0 pruned ones filled" in sqft("merge", at["int4"], at["adapter"], at["merged"])
     assert "verified: " in sqft("verify", at["merged"], "--base", at["int4"], "--adapter", at["adapter"])
     assert "int4" in sqft("inspect", at["merged"])
     # Another base, and what of it differs.

@@ -248,7 +248,7 @@ def merge(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
     )
     result = artifact.manifest["result"]
-    changes = f"{result['changed']} weights changed, {result['filled_zeros']} zeros filled"
+    changes = f"{result['changed']} weights changed, {result['filled_zeros']} pruned ones filled"
     print(f"{result['coverage']}, {changes}: {options.out}")
     return 0
 

@@ -31,7 +31,8 @@ class Merged:
         tensor: what it becomes.
         before: the base's weight; of a quantised base its codes minus the zero points, so that 0 is a zero.
         after: the same of the merged weight.
-        pruned: bool, what should stay zero: outside the base's mask, or where it has none every zero of it.
+        pruned: bool, what should stay zero: outside the base's mask; where it has none, of a float base its zeros, of a
+            quantised one nothing, for any weight may have the zero point's code.
     """
 
     name: str
@@ -118,7 +119,7 @@ class BaseWeights:
                 self.packed.scheme.encode_codes(codes),
                 before,
                 codes.to(torch.int16) - zeros,
-                before == 0 if mask is None else ~mask,
+                torch.zeros_like(codes, dtype=torch.bool) if mask is None else ~mask,
             )
         before = self.checkpoint.read(name)
         mask = self.mask(module)

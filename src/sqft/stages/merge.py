@@ -77,7 +77,7 @@ def run(
             "filled_zeros": filled,
             "layers": layers,
         }
-        logger.info("merged %d linears, %d of %d zeros filled", len(layers), filled, total)
+        logger.info("merged %d linears of %d weights, %d pruned weights filled", len(layers), total, filled)
     return Artifact.open(out)
 
 
