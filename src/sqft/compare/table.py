@@ -281,25 +281,27 @@ def page(summary: Mapping[str, Any]) -> str:
             )
             if entry is None or entry["metric"] == "perplexity":
                 continue
-            error = entry["stderr_seeds"] if entry["stderr_seeds"] is not None else entry["stderr_rows"]
+            # The same error for all, those with one seed too; the table has the other.
+            error = entry["stderr_rows"]
             style = "merged" if METHODS[method["method"]].merged else "dense"
-            dots.append(
-                Dot(
-                    method["label"],
-                    100 * entry["value"],
-                    None if error is None else 100 * error,
-                    score_text(entry),
-                    style,
-                )
-            )
+            text = score_text({**entry, "stderr_seeds": None})
+            dots.append(Dot(method["label"], 100 * entry["value"], None if error is None else 100 * error, text, style))
         if dots:
             charts.append(f"<h3>{escape(name)}</h3>{dot_plot(dots, name, unit=' %')}")
-    heads = [("Method", ""), *((name, "num") for _, name in columns), *((head, "num") for head in _HEADS)]
-    rows = [
-        table_row(escape(method["label"]), [escape(cell) for cell in _cells(method, columns)])
-        for method in summary["methods"]
-    ]
-    sections = [("methods", "Methods", "".join(charts) + table(heads, rows, f"Per cent ± standard errors. {_CAPTION}"))]
+    # Scores and costs apart: side by side they are wider than a printed page.
+    cells = {method["label"]: [escape(cell) for cell in _cells(method, columns)] for method in summary["methods"]}
+    split = len(columns)
+    scores = table(
+        [("Method", ""), *((name, "num") for _, name in columns)],
+        [table_row(escape(label), row[:split]) for label, row in cells.items()],
+        "Per cent ± standard error over test rows, in brackets over training seeds (in the table alone).",
+    )
+    costs = table(
+        [("Method", ""), *((head, "num") for head in _HEADS)],
+        [table_row(escape(label), row[split:]) for label, row in cells.items()],
+        _CAPTION,
+    )
+    sections = [("methods", "Methods", "".join(charts) + scores), ("costs", "Models and costs", costs)]
     if summary["pairs"]:
         pairs = [
             table_row(escape(_pair_name(pair)), _pair_cells(pair), escape(pair["question"]))
