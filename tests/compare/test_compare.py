@@ -12,6 +12,7 @@ import pytest
 
 from sqft import pipeline
 from sqft.artifact import Artifact
+from sqft.cli.commands import _any_failed
 from sqft.compare import sweep
 from sqft.compare.methods import METHODS, PAPER, method_recipe, with_level
 from sqft.compare.run import row_file, run
@@ -199,3 +200,12 @@ def test_a_sweep_draws_every_level(recipe: Recipe, tmp_path: Path) -> None:
     assert "<svg" in page.read_text()
     made = Artifact.open(tmp_path / "out" / "sparsity-0.6" / "shared" / "sparse").manifest["result"]
     assert made["sparsity"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_failed_row_of_any_level_decides_the_exit_code(tmp_path: Path) -> None:
+    tables = []
+    for level, failed in (("0", []), ("0.5", [{"seed": 0, "reason": "no"}])):
+        tables.append(tmp_path / level)
+        tables[-1].write_text(json.dumps({"methods": [{"failed": []}, {"failed": failed}]}))
+    assert not _any_failed(tables[0])
+    assert _any_failed(*tables)
