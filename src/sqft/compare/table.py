@@ -301,7 +301,8 @@ def page(summary: Mapping[str, Any]) -> str:
         [table_row(escape(label), row[split:]) for label, row in cells.items()],
         _CAPTION,
     )
-    sections = [("methods", "Methods", "".join(charts) + scores), ("costs", "Models and costs", costs)]
+    legend = "<p>Blue: one merged model. Grey: a base, alone or with an adapter beside it. Bars: ± standard error.</p>"
+    sections = [("methods", "Methods", legend + "".join(charts) + scores), ("costs", "Models and costs", costs)]
     if summary["pairs"]:
         pairs = [
             table_row(escape(_pair_name(pair)), _pair_cells(pair), escape(pair["question"]))
