@@ -31,6 +31,7 @@ PAIRS = (
     ("sparsepeft", "lora", "one sparse model against a sparse base with LoRA beside it"),
     ("qa_sparsepeft", "sqft", "does merging into INT4 cost accuracy? (merged against unmerged, INT4)"),
     ("sqft", "shears", "does an INT4 base cost accuracy?"),
+    ("gptq_lora", "lora", "does an INT4 base cost accuracy? (one rank)"),
     ("shears", "lora", "do elastic ranks help? (float)"),
     ("sqft", "gptq_lora", "do elastic ranks help? (INT4)"),
     ("sparsepeft", "sparsepeft_lora", "do elastic ranks help? (masked)"),
