@@ -55,6 +55,7 @@ def remedies() -> str:
             pair = compare_pair([found], [usual])
             assert pair is not None
             interval = f"{100 * pair['difference']:+.1f} ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f})"
+            interval = "–" if found == usual else interval
             tasks = {name: 100 * task["value"] for name, task in found["tasks"].items()}
             pooled = sum(task["value"] * task["n"] for task in found["tasks"].values())
             pooled *= 100 / sum(task["n"] for task in found["tasks"].values())

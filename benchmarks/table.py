@@ -211,7 +211,11 @@ SECTIONS = {
         "python benchmarks/compression.py runs/quickstart/dense --peer-python PEER/bin/python --windows 20",
         compression,
     ),
-    "starts": ("Where quantisation-aware training starts", "python benchmarks/starts.py runs/quickstart/dense", starts),
+    "starts": (
+        "Where quantisation-aware training starts",
+        "python benchmarks/starts.py runs/quickstart/dense --rows 100 --seeds 2 --threads 1",
+        starts,
+    ),
     "costs": (
         "What the pipelines cost",
         "python benchmarks/costs.py runs/quickstart/dense --threads 1 --rounds 1",
