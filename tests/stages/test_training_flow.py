@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sqft.artifact import Artifact, file_digests
 from sqft.data.tasks import Example, Task
 from sqft.errors import InputError
+from sqft.evaluation import prepacked
 from sqft.model.adapter import SavedAdapter
 from sqft.model.checkpoint import Checkpoint
 from sqft.model.layers import SqftConfig
@@ -68,6 +69,15 @@ def prove(out: Path, name: str = "verify.json", **options: Any) -> dict[str, Any
     return verify.run(
         checks, out / "merged", out / "sparse", out / "sub_adapter", out / name, task=TASK, examples=EXAMPLES
     )
+
+
+def test_both_models_are_proved_on_stock_linears(chain: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a reordered weight: its product need not have the bits of the other model's")
+
+    out = chain("llama", "bfloat16")
+    monkeypatch.setattr(prepacked, "_Product", fail)
+    assert prove(out)["passed"]
 
 
 @pytest.mark.parametrize(

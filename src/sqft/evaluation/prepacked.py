@@ -1,8 +1,10 @@
 """Linears for many forwards on a CPU: weights laid out once as its bfloat16 kernels want them, not in every call.
 
 oneDNN reorders a plain weight each time it multiplies by it, which for the few rows of a decoding step is a third to
-half of the product. PyTorch's own compiler does what is done here, through the same two operators; answers are equal to
-the bit. The reordered copy costs the linears' size once more, so larger models go without.
+half of the product. PyTorch's own compiler does what is done here, through the same two operators. On one thread the
+products are equal to the bit; on several oneDNN cuts the sums of some shapes otherwise, and they are equal to rounding.
+What compares two models to the bit asks for :func:`stock_products`. The reordered copy costs the linears' size once
+more, so larger models go without.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 2**30
 # Rows the layout is chosen for; it serves any number.
 _ROWS = 64
+_ALLOWED = ContextVar("prepacking", default=True)
 
 
 class _Product:
@@ -39,6 +43,16 @@ class _Product:
 
 
 @contextmanager
+def stock_products() -> Iterator[None]:
+    """Let :func:`prepacked` do nothing inside the block, so that all models run PyTorch's stock linears."""
+    token = _ALLOWED.set(False)
+    try:
+        yield
+    finally:
+        _ALLOWED.reset(token)
+
+
+@contextmanager
 def prepacked(model: PreTrainedModel) -> Iterator[int]:
     """Use reordered weights in the block, of plain linears and of held ones; yield how many linears have them.
 
@@ -46,7 +60,7 @@ def prepacked(model: PreTrainedModel) -> Iterator[int]:
     `MOST_BYTES`, a processor without bfloat16 products, a model that a library of quantised models has loaded: it makes
     weights and forwards of its own, at the first forward. Weights must not change inside the block.
     """
-    found = list(_plain(model))
+    found = list(_plain(model)) if _ALLOWED.get() else []
     quantised = getattr(model, "hf_quantizer", None) is not None
     if quantised or sum(weight.nbytes for _, weight, _ in found) > MOST_BYTES or not _has_kernels():
         found = []

@@ -24,6 +24,7 @@ import torch
 from sqft.artifact import describe, digest_text, finished_result, write_result
 from sqft.data.encode import encode
 from sqft.evaluation.harness import score_examples
+from sqft.evaluation.prepacked import stock_products
 from sqft.memory import costing
 from sqft.model.adapter import SavedAdapter
 from sqft.model.attach import check_base
@@ -208,7 +209,7 @@ def _behaviour(
         logits.append([model(input_ids=torch.tensor([ids])).logits[0].float() for ids in prompts])
         if task is not None:
             rows = list(examples[: config.accuracy_rows])
-            with held_weights(model):
+            with held_weights(model), stock_products():
                 answers.append(score_examples(model, tokenizer, task, rows, batch=8))
         del model
     distance = max(float((live - after).abs().max()) for live, after in zip(*logits, strict=True))
