@@ -222,8 +222,8 @@ SECTIONS = {
         costs,
     ),
     "memory": ("Memory of fine-tuning", "python benchmarks/memory.py runs/quickstart/dense", memory),
-    "evaluation": ("Evaluation", "python benchmarks/evaluation.py MODEL", evaluation),
-    "search": ("Search", "python benchmarks/search.py BASE ADAPTER", searching),
+    "evaluation": ("Evaluation", "python benchmarks/evaluation.py MODEL --rows 48 --batch 48 --rounds 1", evaluation),
+    "search": ("Search", "python benchmarks/search.py BASE ADAPTER --threads 1", searching),
     "serving": ("Serving in vLLM", "make serving MODEL=runs/quickstart/merged", serving),
 }
 
