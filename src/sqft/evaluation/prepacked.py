@@ -1,7 +1,7 @@
 """Linears for many forwards on a CPU: weights laid out once as its bfloat16 kernels want them, not in every call.
 
-oneDNN reorders a plain weight each time it multiplies by it, which for the few rows of a decoding step is a third to
-half of the product. PyTorch's own compiler does what is done here, through the same two operators. On one thread the
+oneDNN reorders a plain weight each time it multiplies by it, a cost that the few rows of a decoding step do not spread.
+PyTorch's own compiler does what is done here, through the same two operators. On one thread the
 products are equal to the bit; on several oneDNN cuts the sums of some shapes otherwise, and they are equal to rounding.
 What compares two models to the bit asks for :func:`stock_products`. The reordered copy costs the linears' size once
 more, so larger models go without.
