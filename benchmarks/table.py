@@ -229,7 +229,7 @@ SECTIONS = {
     "streaming": ("Pruning a model that does not fit", "python benchmarks/streaming.py", streaming),
     "streaming_joint": (
         "Pruning and quantising one that does not fit",
-        "python benchmarks/streaming.py --joint --samples 16",
+        "python benchmarks/streaming.py --joint --samples 16 --threads 1",
         streaming,
     ),
     "compression": (

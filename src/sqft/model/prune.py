@@ -66,9 +66,10 @@ class BlockPruner:
             mask_OI = mask_view(target, masks)
             if self.given is None:
                 pruned, mask = self._prune(target, weight_OI, block.statistics[target])
-                # What was zero before stays so: training could fill it again otherwise.
-                mask_OI.copy_(mask & (weight_OI != 0))
-                weight_OI.copy_(pruned)
+                # What was zero before stays so: SparseGPT's compensation, or training, could fill it again otherwise.
+                mask &= weight_OI != 0
+                mask_OI.copy_(mask)
+                weight_OI.copy_(torch.where(mask, pruned, 0.0))
             else:
                 weight_OI.masked_fill_(~mask_OI, 0)
         return masks
