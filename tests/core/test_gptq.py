@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
+from sqft.core import gptq as gptq_module
 from sqft.core.gptq import Quantized, gptq, round_to_nearest
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes, unpack_codes
 from sqft.errors import InputError, NumericalError
@@ -91,6 +94,21 @@ def test_rows_are_independent_so_a_tall_weight_is_its_parts() -> None:
     alone = gptq(weight[8:], hessian, mask[8:], **settings)
     assert torch.equal(tall[1].codes_OI, alone.codes_OI)
     assert torch.equal(tall[1].offset_OI, alone.offset_OI)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_stretches_of_rows_are_the_whole(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian, mask = problem()
+    settings: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False, "dtype": torch.bfloat16}
+    whole = gptq(weight, hessian, mask, act_order=act_order, **settings), round_to_nearest(weight, **settings)
+    monkeypatch.setattr(gptq_module, "_STRETCH", 7 * weight.shape[1])  # three stretches of 7 rows, and one of 3
+    assert [part.stop - part.start for part in gptq_module.stretches(weight)] == [7, 7, 7, 3]
+    parts = gptq(weight, hessian, mask, act_order=act_order, **settings), round_to_nearest(weight, **settings)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.codes_OI, other.codes_OI)
+        assert torch.equal(one.offset_OI, other.offset_OI)
+        assert torch.equal(one.grid.scale_OG, other.grid.scale_OG)
+        assert torch.equal(one.grid.zero_OG, other.grid.zero_OG)
 
 
 def test_a_hessian_that_cannot_be_factored_is_an_error_with_the_remedy() -> None:

@@ -216,18 +216,20 @@ def test_routers_and_convolutions_are_left_alone(tiny_model: Callable[..., Path]
     assert not any("conv" in t.name for t in find_targets(model)[0])
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_pruning_again_and_less_keeps_the_first_zeros_out_of_training(
-    method: str, tiny_model: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    "again", [{"sparsity": 0.25}, {"method": "sparsegpt", "pattern": "2:4"}], ids=["wanda", "sparsegpt"]
+)
+def test_pruning_again_keeps_the_first_zeros_and_no_compensation_fills_them(
+    again: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     sparsify.run(config(sparsity=0.5), tiny_model("llama"), TOKENS, tmp_path / "half", seed=0)
-    result = sparsify.run(config(sparsity=0.25, method=method), tmp_path / "half", TOKENS, tmp_path / "again", seed=0)
-    assert result.manifest["result"]["sparsity"] == 0.5
-    mask = load_mask(tmp_path / "again", "model.layers.0.self_attn.q_proj.weight")
-    assert mask is not None
-    assert (~mask).float().mean() == 0.5
-    weight = Checkpoint(tmp_path / "again").read("model.layers.0.self_attn.q_proj.weight")
-    assert not weight[~mask].any()
+    sparsify.run(config(**again), tmp_path / "half", TOKENS, tmp_path / "again", seed=0)
+    for module in ("self_attn.q_proj", "mlp.down_proj"):
+        name = f"model.layers.0.{module}.weight"
+        mask = load_mask(tmp_path / "again", name)
+        assert mask is not None
+        assert not mask[Checkpoint(tmp_path / "half").read(name) == 0].any()
+        assert not Checkpoint(tmp_path / "again").read(name)[~mask].any()
 
 
 def test_a_model_without_all_its_weights_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ come. That is the exact step of the method under the constraint "this weight is 
 
 Columns are taken in recursive halves: when the first half is done, its errors go to the second half in one matrix
 product. Rows are independent, so linears that share an input are quantised as one tall weight: the column loop, whose
-cost is its number of small operations, runs once for them.
+cost is its number of small operations, runs once for them. For the same reason a very tall weight goes in stretches of
+rows, so that the float32 copies that the loop needs stay small.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sqft.core.grid import Grid
 from sqft.core.statistics import inverse_cholesky
 
 _LEAF = 8  # columns updated one by one; so few that an update stays in cache and on one thread
+_STRETCH = 2**23  # weights quantised at a time, in whole rows: a float32 copy takes 32 MiB
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,21 @@ class Quantized:
             start += size
         return parts
 
+    @classmethod
+    def join(cls, parts: list[Quantized]) -> Quantized:
+        """Return the tall weight whose parts they are, in order."""
+        first = parts[0].grid
+        scale, zero = (torch.cat([getattr(part.grid, name) for part in parts]) for name in ("scale_OG", "zero_OG"))
+        grid = Grid(scale, zero, first.bits, first.columns, first.symmetric)
+        return cls(torch.cat([p.codes_OI for p in parts]), grid, torch.cat([p.offset_OI for p in parts]))
+
+
+def stretches(weight_OI: torch.Tensor) -> list[slice]:
+    """Return stretches of rows, each of at most 2²³ weights, or of one row."""
+    rows, columns = weight_OI.shape
+    step = max(1, _STRETCH // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
 
 def round_to_nearest(
     weight_OI: torch.Tensor, *, bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
@@ -64,9 +81,13 @@ def round_to_nearest(
         symmetric: see :meth:`Grid.fit`.
         dtype: what the scales are stored in.
     """
-    grid = Grid.fit(weight_OI, bits=bits, group_size=group_size, symmetric=symmetric, dtype=dtype)
-    codes = grid.quantize(weight_OI)
-    return Quantized(codes, grid, grid.offsets(weight_OI, codes))
+    parts = []
+    for rows in stretches(weight_OI):
+        weight = weight_OI[rows]
+        grid = Grid.fit(weight, bits=bits, group_size=group_size, symmetric=symmetric, dtype=dtype)
+        codes = grid.quantize(weight)
+        parts.append(Quantized(codes, grid, grid.offsets(weight, codes)))
+    return Quantized.join(parts)
 
 
 def gptq(
@@ -103,22 +124,27 @@ def gptq(
         NumericalError: the damped hessian is not positive definite, or it or the weight is not finite.
         InputError: the group size does not divide the row.
     """
-    weight = weight_OI.float() if mask_OI is None else weight_OI.float() * mask_OI
-    columns = weight.shape[1]
-    grid = Grid.fit(weight, bits=bits, group_size=group_size, symmetric=symmetric, dtype=dtype)
-    order = torch.arange(columns, device=weight.device)
+    columns = weight_OI.shape[1]
+    order = torch.arange(columns, device=weight_OI.device)
     if act_order:
         order = hessian_II.diagonal().argsort(descending=True, stable=True)
-    loop = _ColumnLoop(
-        factor_II=inverse_cholesky(hessian_II, damping, order if act_order else None),
-        work_IO=weight.T[order].contiguous(),
-        kept_IO=None if mask_OI is None else mask_OI.T.contiguous(),
-        order=order.tolist(),
-        grid=grid,
-        refit=not act_order,
-    )
-    loop.run(0, columns)
-    return loop.result()
+    factor_II = inverse_cholesky(hessian_II, damping, order if act_order else None)
+    parts = []
+    for rows in stretches(weight_OI):
+        weight, mask = weight_OI[rows].float(), None if mask_OI is None else mask_OI[rows]
+        if mask is not None:
+            weight = weight * mask
+        loop = _ColumnLoop(
+            factor_II=factor_II,
+            work_IO=weight.T[order].contiguous(),
+            kept_IO=None if mask is None else mask.T.contiguous(),
+            order=order.tolist(),
+            grid=Grid.fit(weight, bits=bits, group_size=group_size, symmetric=symmetric, dtype=dtype),
+            refit=not act_order,
+        )
+        loop.run(0, columns)
+        parts.append(loop.result())
+    return Quantized.join(parts)
 
 
 class _ColumnLoop:

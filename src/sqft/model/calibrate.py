@@ -71,6 +71,10 @@ class _Observer(TorchFunctionMode):
                 self._see(target, args[positions[0]])
         return func(*args, **(kwargs or {}))
 
+    def forget(self) -> None:
+        """Let go of the last input, which is as large as any activation."""
+        self._last = None
+
     def _see(self, target: Target, x: torch.Tensor) -> None:
         if self._last is not None and self._last[0] is x:
             shared, own = self._last[1], self.statistics[target]
@@ -188,6 +192,7 @@ class _Run:
         targets = [t for t in self.targets if t.module.startswith(f"{prefix}.")]
         observer = _Observer({t: t.view(self.model) for t in targets}, hessian=self.hessian)
         self._forward(real, hidden, args, kwargs, observer, keep=False)
+        observer.forget()
         release_memory()
         self.visit(Block(index, targets, observer.statistics, self.names, prefix))
         release_memory()

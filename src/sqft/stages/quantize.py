@@ -7,9 +7,9 @@ later blocks see both. What is written:
 - `sqft/mask.safetensors`, where the model is sparse: the mask that was given, chosen, or already stored with the model;
 - `sqft/start.safetensors`: the weight just before rounding, as an int8 offset inside each code's bin.
 
-Memory: a block, the hidden states of all sequences three times, the hessians of a block, of which the widest takes
-about 12 · I² bytes while it is inverted, and about ten float32 copies of the widest group of linears that share an
-input (`benchmarks/streaming.py --joint` measures it). Every output file is laid out first and written in place.
+Memory: a block and half as much for its masks, the hidden states of all sequences three times, 12 · I² bytes for the
+widest hessian, and ten float32 copies of a stretch of rows (32 MiB each; `benchmarks/streaming.py --joint` measures
+it). Every output file is laid out first and written in place.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sqft.artifact import Artifact, check_space, describe, digest_text, finished, write_json, writing
-from sqft.core.gptq import Quantized, gptq, round_to_nearest
+from sqft.core.gptq import Quantized, gptq, round_to_nearest, stretches
 from sqft.core.mask import pack_mask
 from sqft.errors import InputError, NumericalError, Problems
+from sqft.memory import release_memory
 from sqft.model.calibrate import Block, check_tokens, visit_blocks
 from sqft.model.checkpoint import Checkpoint, Layout, allocate, allocate_file, copy_side_files
 from sqft.model.formats import Scheme, quantization_config
@@ -70,20 +71,22 @@ class _Quantizing:
             self.masks |= packed
             self.shapes |= shapes
         for group in self._groups(block):
-            for target, result in self._quantize(block, group, masks, disk_name):
-                name = disk_name[f"{target.module}.weight"]
-                try:
-                    stored = self.scheme.encode(result.codes_OI, result.grid)
-                except InputError as error:
-                    raise InputError(f"{target.name}: {error}") from error
-                for suffix, tensor in stored.items():
-                    self._write(f"{name.removesuffix('.weight')}.{suffix}", tensor)
-                self.start.write(name, result.offset_OI)
+            release_memory()
+            self._quantize(block, group, masks, disk_name)
         # Linears that were pruned and stay float; all else is copied from the source.
         floats = {f"{t.module}.{t.parameter}" for t in block.targets if t in self.pruned and t not in self.targets}
         for name, tensor in block.names.to_disk(block.parameters() if floats else {}).items():
             if block.names.parameter_of[name] in floats:
                 self._write(name, tensor.to(self.output.entries[name].dtype))
+
+    def _store(self, target: Target, name: str, quantized: Quantized) -> None:
+        try:
+            stored = self.scheme.encode(quantized.codes_OI, quantized.grid)
+        except InputError as error:
+            raise InputError(f"{target.name}: {error}") from error
+        for suffix, tensor in stored.items():
+            self._write(f"{name.removesuffix('.weight')}.{suffix}", tensor)
+        self.start.write(name, quantized.offset_OI)
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         self.output.write(name, tensor)
@@ -99,11 +102,11 @@ class _Quantizing:
 
     def _quantize(
         self, block: Block, group: list[Target], masks: dict[str, torch.Tensor], disk_name: dict[str, str]
-    ) -> list[tuple[Target, Quantized]]:
-        """Quantise linears that share an input; the model in memory gets the dequantised weights."""
+    ) -> None:
+        """Quantise linears that share an input and write them; the model in memory gets the dequantised weights."""
         views = [target.view(block.model) for target in group]
         mask_OI = torch.cat([self._mask(t, v, masks, disk_name) for t, v in zip(group, views, strict=True)])
-        weight_OI = torch.cat([view.float() for view in views]).mul_(mask_OI)
+        weight_OI = torch.cat(views).mul_(mask_OI)
         names = ", ".join(target.name for target in group)
         hessian = block.statistics[group[0]].hessian_II
         options: dict[str, Any] = {
@@ -123,12 +126,13 @@ class _Quantizing:
                 )
         except NumericalError as error:
             raise NumericalError(f"{names}: {error} (quantize.calibration, quantize.damping)") from error
-        lost = _relative_error(tall.grid.dequantize(tall.codes_OI).sub_(weight_OI), weight_OI, hessian)
+        lost = _relative_error(tall, weight_OI, hessian)
         parts = tall.split([view.shape[0] for view in views])
         for target, view, part, kept in zip(
             group, views, parts, mask_OI.split([v.shape[0] for v in views]), strict=True
         ):
             view.copy_(part.grid.dequantize(part.codes_OI, view.dtype))
+            self._store(target, disk_name[f"{target.module}.weight"], part)
             self.layers.append(
                 {
                     "name": target.name,
@@ -137,7 +141,6 @@ class _Quantizing:
                     "relative_error": lost,
                 }
             )
-        return list(zip(group, parts, strict=True))
 
     def _scale_dtype(self, name: str) -> torch.dtype:
         return self.output.entries[f"{name.removesuffix('.weight')}.{self.scheme.suffixes[1]}"].dtype
@@ -164,17 +167,16 @@ def _packed(mask: torch.Tensor) -> tuple[torch.Tensor, str]:
     return pack_mask(mask), ",".join(str(n) for n in mask.shape)
 
 
-def _relative_error(
-    difference_OI: torch.Tensor, weight_OI: torch.Tensor, hessian_II: torch.Tensor | None
-) -> float | None:
-    """Return ‖ΔW X‖² / ‖W X‖² on the calibration inputs, None without a hessian."""
+def _relative_error(tall: Quantized, weight_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> float | None:
+    """Return ‖(Ŵ − W) X‖² / ‖W X‖² on the calibration inputs, None without a hessian."""
     if hessian_II is None:
         return None
-    # A few rows at a time: the products would be two more copies of a tall weight.
-    lost, whole = (
-        sum(float((rows @ hessian_II * rows).sum()) for rows in matrix.split(1024))
-        for matrix in (difference_OI, weight_OI)
-    )
+    lost, whole = 0.0, 0.0
+    for rows in stretches(weight_OI):
+        weight = weight_OI[rows].float()
+        difference = tall.grid.rows(rows).dequantize(tall.codes_OI[rows]).sub_(weight)
+        lost += float((difference @ hessian_II).mul_(difference).sum())
+        whole += float((weight @ hessian_II).mul_(weight).sum())
     return round(lost / whole, 6) if whole > 0 else 0.0
 
 
