@@ -1,6 +1,6 @@
 """What the four pipelines cost: storage, precision, memory of training and of inference, speed unmerged and merged.
 
-    python benchmarks/costs.py MODEL_FOLDER [--threads 2] [--rounds 3]
+    python benchmarks/costs.py MODEL_FOLDER [--threads 2] [--rounds 3] [--vllm ENVIRONMENT]
 
 The paper's tables 6 and 7, measured, with the dense BF16 and dense INT4 models beside. Adapters have rank 32 on q, k,
 v, up and down and random factors: costs do not depend on what they learned. Training memory is what the model holds
@@ -8,14 +8,20 @@ plus the highest that a step of about 1,000 packed tokens adds. Inference runs i
 the adapter is unmerged, the stock model where it is merged (INT4 folders are decompressed by transformers: what it
 gains by INT4 is storage; vLLM keeps the codes). First token: a prompt of 64 tokens. Then 8 greedy tokens, one
 sequence.
+
+With --vllm each model that vLLM can hold is also served by it, from an environment that is made there if need be (see
+tests/serving): the base with a plain LoRA beside it, or the merged model; 32 greedy tokens after the same prompt. All
+servers are up at once and asked in turn. An unmerged masked or quantisation-aware adapter is none that vLLM knows.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +37,7 @@ from sqft.stages import merge, quantize, sparsify
 from sqft.stages.finetune import attach
 from training import resident
 
-PROMPT, NEW = 64, 8
+PROMPT, NEW, SERVED = 64, 8, 32
 
 
 def adapter(base: Path, kind: str, out: Path) -> int:
@@ -53,6 +59,34 @@ def adapter(base: Path, kind: str, out: Path) -> int:
     return resident(model) + peak_memory(step)
 
 
+def serve(
+    models: dict[str, tuple[Path, Path | None]], environment: Path, prompt: list[int], threads: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Return vLLM's first-token latency and tokens per second of every model, asked in turn."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "serving"))
+    from vllm_server import complete, install, serving
+
+    python = install(environment)
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    with ExitStack() as stack:
+        urls = {
+            name: stack.enter_context(serving(python, folder, threads, False, 900, adapter, kv_cache_gb=1))[0]
+            for name, (folder, adapter) in models.items()
+        }
+        for turn in range(rounds + 1):
+            for name, url in urls.items():
+                answer = complete(url, prompt, SERVED)
+                if turn:  # the first turn warms up
+                    answers[name].append(answer)
+    return {
+        name: {
+            "vllm_first_token_ms": round(1e3 * statistics.median(a["ttft_s"] for a in found), 1),
+            "vllm_tokens_per_second": round((SERVED - 1) / statistics.median(a["decode_s"] for a in found), 2),
+        }
+        for name, found in answers.items()
+    }
+
+
 def stored(*folders: Path) -> int:
     return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
 
@@ -62,6 +96,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vllm", type=Path, metavar="ENVIRONMENT", help="also serve by vLLM, from this folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     calibration = CalibrationConfig(data="wikitext2", samples=16, length=128)
@@ -123,6 +158,15 @@ def main() -> None:
             }
             for name, precision, mergeable, folder, low, key in models
         ]  # fmt: skip
+        if options.vllm is not None:
+            del loaded
+            plain = {at / "dense-lora", at / "lora", at / "int4-lora", None}
+            served = {name: (folder, low) for name, _, _, folder, low, _ in models if low in plain}
+            found = serve(served, options.vllm, prompt[0].tolist(), options.threads, options.rounds)
+            rows = [
+                row | found.get(row["pipeline"], {"vllm_first_token_ms": None, "vllm_tokens_per_second": None})
+                for row in rows
+            ]
     for row in rows:
         print(row, flush=True)
     save("costs", {"rounds": options.rounds, "prompt": PROMPT, "new_tokens": NEW, "rows": rows})

@@ -120,13 +120,24 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def serving(python: Path, model: Path, threads: int, w4a8: bool, timeout: float) -> Iterator[tuple[str, float]]:
-    """Serve the model on loopback while the block runs; yield the address and the seconds that starting took."""
+def serving(
+    python: Path,
+    model: Path,
+    threads: int,
+    w4a8: bool,
+    timeout: float,
+    adapter: Path | None = None,
+    kv_cache_gb: int = 2,
+) -> Iterator[tuple[str, float]]:
+    """Serve the model on loopback while the block runs; yield the address and the seconds that starting took.
+
+    With an adapter (plain LoRA) that is what answers to the name `model`; without one the model itself.
+    """
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     environment = {
         **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gb),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM would otherwise bind all but one core, whatever else runs there
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_INT4_W4A8": str(int(w4a8)),
@@ -134,11 +145,15 @@ def serving(python: Path, model: Path, threads: int, w4a8: bool, timeout: float)
         "HF_HUB_OFFLINE": "1",
     }
     command = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model",
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+        "--served-model-name", "model" if adapter is None else "base",
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager", "--dtype", "bfloat16",
         "--generation-config", "vllm",
     ]  # fmt: skip
-    log = Path(os.environ.get("TMPDIR", "/tmp"), f"sqft-vllm-{os.getpid()}.log")
+    if adapter is not None:
+        rank = str(json.loads((adapter / "adapter_config.json").read_text())["r"])
+        command += ["--enable-lora", "--lora-modules", f"model={adapter}", "--max-lora-rank", rank]
+    log = Path(os.environ.get("TMPDIR", "/tmp"), f"sqft-vllm-{os.getpid()}-{port}.log")
     print(f"vLLM: starting with {model.name}, log {log}", flush=True)
     with log.open("wb") as stream:
         server = subprocess.Popen(
