@@ -158,3 +158,9 @@ def data_dir() -> Path:
         if candidate and Path(candidate).is_dir():
             return Path(candidate)
     pytest.skip("the public data sets are not here: set SQFT_DATA_DIR to their folder")
+
+
+@pytest.fixture(autouse=True)
+def _a_hub_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's Hub did not have, the next one's may."""
+    monkeypatch.setattr("sqft.data.load._failures", {})

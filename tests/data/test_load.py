@@ -297,6 +297,21 @@ def test_a_split_that_is_nowhere_says_what_was_looked_for(folder: Path) -> None:
     assert len(load_examples(config, "train", 0)) == 1
 
 
+def test_what_the_hub_did_not_have_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def unreachable(name: str, *_args: Any, split: str) -> list[dict[str, Any]]:
+        asked.append(f"{name} {split}")
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("SQFT_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"the Hub data set openai/gsm8k \(main\), split 'test' \(no network\)"):
+            load_examples(DataConfig(task="gsm8k"), "test", 0)
+    assert asked == ["openai/gsm8k test"]
+
+
 def test_no_folder_at_all_is_said(no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sqft.data.load.data_folder", lambda: None)
     with pytest.raises(InputError, match=r"looked for a local folder \(SQFT_DATA_DIR is not set\) and for the Hub"):

@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 FOLDER_VARIABLE = "SQFT_DATA_DIR"
 _CUT_SEED = 42
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# What the Hub did not have, by (name, configuration, split), and why. A try without a network takes half a minute of
+# retries, a mix has seven tasks, and each stage of a run reads them anew.
+_failures: dict[tuple[str, str | None, str], str] = {}
 _SPLITS: dict[Split, str] = {"train": "train", "validation": "validation", "test": "test"}
 
 
@@ -315,20 +318,25 @@ class _Reader:
         hub_split = task.hub_splits.get(split, task.splits[split])
         import datasets
 
-        try:
-            rows: list[Row] = list(datasets.load_dataset(name, configuration, split=hub_split))
-        # The libraries below raise some ten unrelated classes for a missing name, split, file or network.
-        except Exception as error:
+        rows: list[Row] = []
+        wanted = (name, configuration, hub_split)
+        if wanted not in _failures:
+            try:
+                rows = list(datasets.load_dataset(name, configuration, split=hub_split))
+            # The libraries below raise some ten unrelated classes for a missing name, split, file or network.
+            except Exception as error:
+                _failures[wanted] = (str(error).splitlines() or [""])[0] or type(error).__name__
+        if wanted in _failures:
             if not needed:
                 return self._absent(split)
             here = f"the file {local}" if local else f"a local folder ({FOLDER_VARIABLE} is not set)"
             if self.config.task not in BUILTIN:
                 here = f"a file or folder {name}"
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise SplitAbsentError(
                 f"{self.where}: no {split} split: looked for {here} and for the Hub data set {name}"
-                f"{f' ({configuration})' if configuration else ''}, split {hub_split!r} ({reason}){self._remedy(split)}"
-            ) from error
+                f"{f' ({configuration})' if configuration else ''}, split {hub_split!r} ({_failures[wanted]})"
+                f"{self._remedy(split)}"
+            )
         logger.info("%s: %s split from the Hub data set %s, %d rows", self.where, split, name, len(rows))
         return build_examples(
             ((f"row {number}", row) for number, row in enumerate(rows)), self.build, f"{self.where} ({split})"
