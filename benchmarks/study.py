@@ -22,7 +22,9 @@ from sqft.recipe import load_recipe
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks" / "results" / "study"
 REMEDIES = {"math": "as above", "math-lr2": "learning rate 2e-3", "math-alpha": "alpha 96"}
-LEVELS = {"math-30": "30 %", "math": "50 %"}
+LEVELS = {"math-0": "none", "math-30": "30 %", "math": "50 %", "math-2of4": "2:4", "math-60": "60 %"}
+# Merged methods and the unmerged ones that they are held against.
+TWINS = {"sparsepeft": "shears", "qa_sparsepeft": "sqft"}
 PAGE = ROOT / "docs" / "results.md"
 
 
@@ -58,18 +60,30 @@ def remedies() -> str:
 
 
 def levels() -> str:
-    """Return the merged models at each sparsity, against dense + LoRA and against the same method at 50 %."""
+    """Return the methods at each sparsity, against dense + LoRA and the merged ones against their unmerged twins."""
     dense = _row("math", "dense_lora")
     assert dense is not None
     lines = [
-        "| method, seed 0 | zeros | all rows | mawps | svamp | − dense + LoRA | − at 50 % |",
+        "| zeros | method, seed 0 | all rows | mawps | svamp | − dense + LoRA | − unmerged twin |",
         "|---|---|---|---|---|---|---|",
     ]
-    for method in ("sparsepeft", "qa_sparsepeft"):
-        for folder, zeros in LEVELS.items():
+    for folder, zeros in LEVELS.items():
+        for method in ("shears", "sparsepeft", "gptq_lora", "sqft", "qa_sparsepeft"):
             if found := _row(folder, method):
-                pairs = " | ".join(_difference(found, other) for other in (dense, _row("math", method)))
-                lines.append(f"| {METHODS[method].label} | {zeros} | {_scores(found)} | {pairs} |")
+                twin = _row(folder, TWINS[method]) if method in TWINS else None
+                pairs = " | ".join(_difference(found, other) for other in (dense, twin))
+                lines.append(f"| {zeros} | {METHODS[method].label} | {_scores(found)} | {pairs} |")
+    return "\n".join(lines)
+
+
+def gsm8k() -> str:
+    """Return what models trained on MAWPS answer of GSM8K, which the study keeps for the record."""
+    lines = ["| method, seed 2 | gsm8k, n = 1,319 |", "|---|---|"]
+    for method in METHODS:
+        file = STUDY / "gsm8k" / f"{method}.json"
+        if file.is_file():
+            (task,) = json.loads(file.read_text())["tasks"].values()
+            lines.append(f"| {METHODS[method].label} | {100 * task['value']:.1f} ± {100 * task['stderr']:.1f} |")
     return "\n".join(lines)
 
 
@@ -109,7 +123,7 @@ def main() -> None:
     for name in re.findall(r"<!-- table: (\w+) -->", text):
         begin, end = f"<!-- table: {name} -->", f"<!-- /table: {name} -->"
         before, _, rest = text.partition(begin)
-        made = {"remedies": remedies, "levels": levels}.get(name, lambda name=name: table(name))()
+        made = {"remedies": remedies, "levels": levels, "gsm8k": gsm8k}.get(name, lambda name=name: table(name))()
         text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
     PAGE.write_text(text)
 

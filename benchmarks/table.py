@@ -78,6 +78,46 @@ def _int4(result: dict[str, Any]) -> str:
     )
 
 
+def attention(result: dict[str, Any]) -> str:
+    rows = [
+        {
+            "tokens a row": row["length"],
+            "eager s": round(row["seconds"]["eager"], 2),
+            "sdpa s": round(row["seconds"]["sdpa"], 2),
+            "sdpa / eager": round(row["seconds"]["sdpa"] / row["seconds"]["eager"], 2),
+            "a step adds, GB eager / sdpa": " / ".join(f"{row['step_bytes'][k] / 1e9:.2f}" for k in ("eager", "sdpa")),
+        }
+        for row in result["rows"]
+    ]
+    return (
+        f"A training step of {result['tokens']} tokens on SmolLM2-135M, masked adapters, bf16 under autocast, examples of "
+        f"{result['example']} tokens packed into rows of each length; medians of {result['rounds']} alternating rounds. "
+        f"`finetune.attention: auto` is eager up to 256 tokens on a CPU.\n\n{table(rows)}"
+    )
+
+
+def plan(result: dict[str, Any]) -> str:
+    def share(row: dict[str, Any], key: str) -> str | None:
+        return f"{row['forecast'][key] / row['taken'][key] - 1:+.0%}" if row["taken"][key] else None
+
+    rows = [
+        {
+            "model": name,
+            "stage": row["stage"],
+            "memory taken, GB": f"{row['taken']['memory_bytes'] / 1e9:.2f}",
+            "forecast": share(row, "memory_bytes"),
+            "disk taken, MB": round(row["taken"]["disk_bytes"] / 1e6) or None,
+            "forecast of it": share(row, "disk_bytes"),
+        }
+        for name, found in result["models"].items()
+        for row in found
+    ]
+    return (
+        "`sqft plan` against the `sqft run` that followed, the quickstart's recipe on SmolLM2-135M and, with fewer samples, steps "
+        f"and rows, on a random Llama of 1.2 B. Memory is the highest resident of the process, libraries and all.\n\n{table(rows)}"
+    )
+
+
 def streaming(result: dict[str, Any]) -> str:
     how = "pruned by Wanda and quantised by GPTQ in one pass" if "bound_bytes" in result else "pruned by Wanda"
     bound = f" (stated bound: {result['bound_bytes'] / 1e9:.2f} GB)" if "bound_bytes" in result else ""
@@ -133,7 +173,8 @@ def costs(result: dict[str, Any]) -> str:
     return (
         "Storage, precision, memory and speed of the pipelines on SmolLM2-135M (the paper's tables 6 and 7). Training memory is "
         "what the model holds plus what a step of about 1,000 packed tokens adds. Inference in transformers, one sequence; "
-        "merged INT4 folders are decompressed by transformers, so only their storage is small there. Medians of "
+        "merged INT4 folders are decompressed by transformers, so only their storage is small there. vLLM holds the codes, and "
+        "serves a plain LoRA beside its base; an unmerged masked or quantisation-aware adapter it does not know. Medians of "
         f"{result['rounds']} alternating rounds.\n\n{table(result['rows'])}"
     )
 
@@ -226,6 +267,12 @@ SECTIONS = {
         "python benchmarks/training.py runs/quickstart-fp16/sparse --quantized runs/quickstart/quantized",
         training,
     ),
+    "attention": (
+        "Attention in training",
+        "python benchmarks/attention.py runs/quickstart/dense --threads 1",
+        attention,
+    ),
+    "plan": ("Forecasts", "python benchmarks/plan.py --threads 1", plan),
     "streaming": ("Pruning a model that does not fit", "python benchmarks/streaming.py", streaming),
     "streaming_joint": (
         "Pruning and quantising one that does not fit",

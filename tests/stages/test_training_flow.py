@@ -337,6 +337,25 @@ def test_a_sub_adapter_is_no_super_adapter(chain: Callable[..., Path], tmp_path:
         search.run(SearchConfig(), tmp_path / "mixed", tmp_path / "again")
 
 
+@pytest.mark.parametrize(("length", "kernel"), [(256, "eager"), (257, "sdpa")])
+def test_long_rows_train_with_sdpa_on_a_cpu(
+    length: int, kernel: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU it is transformers' choice")
+    seen: list[str] = []
+    train = finetune.PackedTrainer.train
+
+    def watched(trainer: Any, *args: Any, **options: Any) -> Any:
+        seen.append(trainer.model.get_base_model().config._attn_implementation)
+        return train(trainer, *args, **options)
+
+    monkeypatch.setattr(finetune.PackedTrainer, "train", watched)
+    config = training(kind="dense", length=length, max_steps=1)
+    finetune.run(config, tiny_model("llama"), PAIRS, [], tmp_path / "adapter", seed=0, data={})
+    assert seen == [kernel]
+
+
 def test_logits_that_are_no_numbers_are_not_equal(chain: Callable[..., Path]) -> None:
     out = chain()
     # The 3 stands in the last of the four prompts alone.
