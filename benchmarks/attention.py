@@ -1,4 +1,4 @@
-"""A training step with eager and with sdpa attention, as rows grow: what `finetune.attention: auto` goes by on a CPU.
+"""A training step with eager, sdpa and example-by-example attention, as rows grow: what `auto` goes by on a CPU.
 
     python benchmarks/attention.py MODEL_FOLDER [--threads 2] [--rounds 3]
 
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from common import alternate, peak_memory, save
+from sqft.model.example_attention import attend_by_example
 from sqft.model.load import load_model
 from sqft.model.training import IGNORED, answer_loss, collate, pack_rows
 from sqft.recipe import FinetuneConfig
 from sqft.stages.finetune import attach
 
 LENGTHS, TOKENS, EXAMPLE, ANSWER = (256, 512, 1024, 2048), 2048, 64, 10
-KINDS = ("eager", "sdpa")
+KINDS = ("eager", "sdpa", "by example")
 
 
 def batch(length: int) -> dict[str, torch.Tensor]:
@@ -47,7 +48,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = FinetuneConfig(kind="sparse", ranks=[32])
-    models = {kind: attach(load_model(options.model, attention=kind), config).train() for kind in KINDS}
+    models = {}
+    for kind in KINDS:
+        model = load_model(options.model, attention="eager" if kind == "eager" else "sdpa")
+        if kind == "by example":
+            attend_by_example(model)
+        models[kind] = attach(model, config).train()
     rows = []
     for length in LENGTHS:
         actions = {kind: partial(step, model, batch(length)) for kind, model in models.items()}

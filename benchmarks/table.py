@@ -82,17 +82,17 @@ def attention(result: dict[str, Any]) -> str:
     rows = [
         {
             "tokens a row": row["length"],
-            "eager s": round(row["seconds"]["eager"], 2),
-            "sdpa s": round(row["seconds"]["sdpa"], 2),
-            "sdpa / eager": round(row["seconds"]["sdpa"] / row["seconds"]["eager"], 2),
-            "a step adds, GB eager / sdpa": " / ".join(f"{row['step_bytes'][k] / 1e9:.2f}" for k in ("eager", "sdpa")),
+            **{f"{kind} s": round(seconds, 2) for kind, seconds in row["seconds"].items()},
+            "by example / eager": round(row["seconds"]["by example"] / row["seconds"]["eager"], 2),
+            "by example / sdpa": round(row["seconds"]["by example"] / row["seconds"]["sdpa"], 2),
+            "a step adds, GB": " / ".join(f"{size / 1e9:.2f}" for size in row["step_bytes"].values()),
         }
         for row in result["rows"]
     ]
     return (
         f"A training step of {result['tokens']} tokens on SmolLM2-135M, masked adapters, bf16 under autocast, examples of "
         f"{result['example']} tokens packed into rows of each length; medians of {result['rounds']} alternating rounds. "
-        f"`finetune.attention: auto` is eager up to 256 tokens on a CPU.\n\n{table(rows)}"
+        f"`finetune.attention: auto` is eager up to 256 tokens on a CPU, and attends example by example beyond.\n\n{table(rows)}"
     )
 
 

@@ -198,7 +198,8 @@ class FinetuneConfig(Config):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto",
-        description="auto: transformers' choice, but eager for rows of up to 256 tokens on a CPU, where it is faster",
+        description="auto: on a CPU eager in rows of up to 256 tokens and sdpa example by example in longer ones; "
+        "transformers' choice elsewhere",
     )
     save_every: PositiveInt = Field(50, description="optimiser steps between checkpoints")
     evaluate_every: PositiveInt | None = Field(None, description="optimiser steps between validation losses")

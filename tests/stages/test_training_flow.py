@@ -337,8 +337,8 @@ def test_a_sub_adapter_is_no_super_adapter(chain: Callable[..., Path], tmp_path:
         search.run(SearchConfig(), tmp_path / "mixed", tmp_path / "again")
 
 
-@pytest.mark.parametrize(("length", "kernel"), [(256, "eager"), (257, "sdpa")])
-def test_long_rows_train_with_sdpa_on_a_cpu(
+@pytest.mark.parametrize(("length", "kernel"), [(256, "eager"), (257, "sqft_by_example")])
+def test_long_rows_attend_example_by_example_on_a_cpu(
     length: int, kernel: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.is_available():

@@ -31,6 +31,7 @@ from sqft.data.encode import encode
 from sqft.errors import InputError, NumericalError, Problems
 from sqft.model.adapter import RANK_SPACE
 from sqft.model.elastic import ElasticRanks, rank_space
+from sqft.model.example_attention import attend_by_example
 from sqft.model.formats import quantization_config
 from sqft.model.layers import SqftConfig, sqft_layers
 from sqft.model.load import load_model, load_tokenizer, to_device
@@ -86,6 +87,8 @@ def run(
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     network = load_model(model, packed=True, attention=_attention(config), trust_remote_code=trust_remote_code)
     to_device(network)  # flash attention has no kernel for a CPU, and packing is checked before the trainer moves it
+    if config.attention == "auto":
+        attend_by_example(network)
     rows = pack_rows(label(config, tokenizer, train, network.config), config.length, packing=config.packing)
     held_out = label(config, tokenizer, validation, network.config) if validation else []
     if config.packing:
@@ -239,8 +242,8 @@ def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
 def _attention(config: FinetuneConfig) -> str | None:
     if config.attention != "auto":
         return config.attention
-    # Measured (benchmarks/attention.py): in short rows the plain product is a little faster than a CPU's sdpa, in long
-    # ones its score matrices cost more than all the rest.
+    # Measured (benchmarks/attention.py): in short rows the plain product is a little faster on a CPU, in long ones its
+    # score matrices cost more than all the rest.
     return "eager" if not torch.cuda.is_available() and config.length <= _SHORT_ROW else None
 
 

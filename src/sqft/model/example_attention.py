@@ -1,0 +1,80 @@
+"""Attention over packed rows on a CPU: example by example, each by transformers' sdpa.
+
+A row of 2,048 tokens that holds thirty examples has an attention matrix of which a thirtieth counts; a CPU's sdpa
+computes all of it. Where one example ends and the next begins is read off the model's own mask: the next one's first
+token does not see the token before it. `benchmarks/attention.py` measures what it saves.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "sqft_by_example"
+
+
+def attention_by_example(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return transformers' sdpa attention, without the products between tokens of different examples.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, L, D].
+        key: [B, G, L, D].
+        value: [B, G, L, D].
+        attention_mask: bool [B or 1, 1, L, L], causal, True = seen; None is one example a row.
+        options: as transformers passes them.
+
+    Returns:
+        [B, L, H, D], and None for the weights.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.bool or query.shape[2] != attention_mask.shape[-1]:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return output, None
+    masks = attention_mask.expand(query.shape[0], -1, -1, -1)
+    rows = []
+    # split, not slices: the gradient of a slice is a whole row of zeros.
+    for row_query, row_key, row_value, mask in zip(query.split(1), key.split(1), value.split(1), masks, strict=True):
+        lengths = example_lengths(mask[0])
+        parts, start = [], 0
+        for part_query, part_key, part_value in zip(
+            row_query.split(lengths, 2), row_key.split(lengths, 2), row_value.split(lengths, 2), strict=True
+        ):
+            seen = slice(start, start := start + part_query.shape[2])
+            part_mask = mask[None, :, seen, seen]
+            parts.append(sdpa_attention_forward(module, part_query, part_key, part_value, part_mask, **options)[0])
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows), None
+
+
+def example_lengths(mask_LL: torch.Tensor) -> list[int]:
+    """Return how many tokens each example of a row has, by its causal mask, bool [L, L]."""
+    starts = [0, *((~mask_LL.diagonal(-1)).nonzero().flatten() + 1).tolist(), mask_LL.shape[0]]
+    return [after - start for start, after in pairwise(starts)]
+
+
+AttentionInterface.register(NAME, attention_by_example)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attend_by_example(model: PreTrainedModel) -> None:
+    """Let a model on a CPU that would use sdpa attend example by example.
+
+    A model that asks for sdpa by name, as Falcon does, keeps it: it takes any other for an eager one of its own.
+    """
+    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.config._attn_implementation = NAME
