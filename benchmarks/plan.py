@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from common import save
+from common import RESULTS, save
 from memory import write_llama
 from sqft.model.load import localize
 
@@ -76,14 +76,14 @@ def measure(recipe: Path, threads: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", help="one of the two, by the beginning of its name; nothing is kept then")
+    parser.add_argument("--only", default="", help="one of the two, by the beginning of its name; the other's stay")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         recipes = write_recipes(Path(temporary))
         models = {
             name: measure(recipe, options.threads)
             for name, recipe in recipes.items()
-            if name.startswith(options.only or "")
+            if name.startswith(options.only)
         }
     for name, rows in models.items():
         for row in rows:
@@ -93,8 +93,8 @@ def main() -> None:
                 if row["taken"][key]
             }
             print(f"{name}: {row['stage']}: {row['taken']['memory_bytes'] / 1e9:.2f} GB, forecast / taken {ratios}")
-    if options.only is None:
-        save("plan", {"models": models})
+    kept = json.loads((RESULTS / "plan.json").read_text())["models"] if (RESULTS / "plan.json").is_file() else {}
+    save("plan", {"models": kept | models})
 
 
 if __name__ == "__main__":
