@@ -81,9 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         recipes = write_recipes(Path(temporary))
         models = {
-            name: measure(recipe, options.threads)
-            for name, recipe in recipes.items()
-            if name.startswith(options.only)
+            name: measure(recipe, options.threads) for name, recipe in recipes.items() if name.startswith(options.only)
         }
     for name, rows in models.items():
         for row in rows:
@@ -93,8 +91,9 @@ def main() -> None:
                 if row["taken"][key]
             }
             print(f"{name}: {row['stage']}: {row['taken']['memory_bytes'] / 1e9:.2f} GB, forecast / taken {ratios}")
-    kept = json.loads((RESULTS / "plan.json").read_text())["models"] if (RESULTS / "plan.json").is_file() else {}
-    save("plan", {"models": kept | models})
+    file = RESULTS / "plan.json"
+    before = json.loads(file.read_text()) if file.is_file() else {"models": {}}
+    save("plan", {**before, "models": before["models"] | models})
 
 
 if __name__ == "__main__":

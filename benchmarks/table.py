@@ -278,7 +278,7 @@ SECTIONS = {
     ),
     "attention": (
         "Attention in training",
-        "python benchmarks/attention.py runs/quickstart/dense --threads 1",
+        "python benchmarks/attention.py runs/quickstart/dense --threads 1 --rounds 2",
         attention,
     ),
     "plan": ("Forecasts", "python benchmarks/plan.py --threads 1", plan),
