@@ -106,7 +106,7 @@ def plan(result: dict[str, Any]) -> str:
             "stage": row["stage"],
             "memory taken, GB": f"{row['taken']['memory_bytes'] / 1e9:.2f}",
             "forecast": share(row, "memory_bytes"),
-            "disk taken, MB": round(row["taken"]["disk_bytes"] / 1e6) or None,
+            "disk taken, MB": round((row["taken"]["disk_bytes"] or 0) / 1e6) or None,
             "forecast of it": share(row, "disk_bytes"),
         }
         for name, found in result["models"].items()
