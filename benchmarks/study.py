@@ -3,7 +3,8 @@
     python benchmarks/study.py runs/math [--name math]
 
 The folder is one that `sqft compare` or `sqft sweep` made; rows are kept as benchmarks/results/study/NAME/rows/*.json,
-each with its command, and the tables between the page's markers are made from them alone.
+each with its command, and the tables between the page's markers are made from them alone. With --name gsm8k it holds
+what `sqft evaluate MODEL --task gsm8k_instruct --out METHOD.json` wrote.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,32 @@ def gsm8k() -> str:
     return "\n".join(lines)
 
 
+def tuned() -> str:
+    """Return task by task what tuning changed: each tuned model against the same base untuned, on the same rows."""
+    rows = {name: found for name in METHODS if (found := _row("commonsense", name))}
+    tasks = list(rows["dense"]["tasks"])
+    lines = ["| tuned − untuned, points (95 % interval) | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
+    for method, found in rows.items():
+        base = METHODS[method].base
+        if method == base:
+            continue
+        alone = ([{**row, "tasks": {task: row["tasks"][task]}} for row in (found, rows[base])] for task in tasks)
+        cells = " | ".join(_difference(*pair) for pair in alone)
+        lines.append(f"| {METHODS[method].label} − {METHODS[base].label} | {cells} |")
+    return "\n".join(lines)
+
+
+def keep(folder: Path, name: str) -> None:
+    """Copy the finished results of a folder into the repository, their paths relative to it."""
+    kept = "." if name == "gsm8k" else "rows"
+    target = STUDY / name / kept
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted((folder / kept).glob("*.json")):
+        text = file.read_text()
+        if json.loads(text).get("status", "done") == "done":
+            (target / file.name).write_text(text.replace(f"{ROOT}/", ""))
+
+
 def _row(folder: str, method: str) -> dict[str, Any] | None:
     file = STUDY / folder / "rows" / f"{method}-0.json"
     return json.loads(file.read_text()) if file.is_file() else None
@@ -114,16 +140,13 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.folder is not None:
-        target = STUDY / options.name / "rows"
-        target.mkdir(parents=True, exist_ok=True)
-        for file in sorted((options.folder / "rows").glob("*.json")):
-            if json.loads(file.read_text())["status"] == "done":
-                shutil.copyfile(file, target / file.name)
+        keep(options.folder, options.name)
     text = PAGE.read_text()
     for name in re.findall(r"<!-- table: (\w+) -->", text):
         begin, end = f"<!-- table: {name} -->", f"<!-- /table: {name} -->"
         before, _, rest = text.partition(begin)
-        made = {"remedies": remedies, "levels": levels, "gsm8k": gsm8k}.get(name, lambda name=name: table(name))()
+        own = {"remedies": remedies, "levels": levels, "gsm8k": gsm8k, "tuned": tuned}
+        made = own.get(name, lambda name=name: table(name))()
         text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
     PAGE.write_text(text)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sqft.model import example_attention
-from sqft.model.example_attention import attend_by_example, example_lengths
+from sqft.model.example_attention import attend_by_example, attention_by_example, example_lengths
 from sqft.model.load import load_model
 from sqft.model.training import IGNORED, answer_loss, collate, pack_rows
 
@@ -69,7 +69,22 @@ def test_where_examples_end_is_read_off_the_mask() -> None:
     assert example_lengths(examples & window) == [2, 1, 6], "a sliding window ends no example"
 
 
-def test_a_model_that_asks_for_sdpa_by_name_keeps_it(tiny_model: Callable[..., Path]) -> None:
-    model = load_model(tiny_model("llama"), attention="eager")
+def test_a_row_of_one_example_is_one_product() -> None:
+    query, key, value = (torch.randn(2, 3, 9, 4) for _ in range(3))
+    module = torch.nn.Module()
+    module.is_causal = True
+    causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    without_mask, _ = attention_by_example(module, query, key, value, None)
+    with_mask, _ = attention_by_example(module, query, key, value, causal)
+    torch.testing.assert_close(with_mask, without_mask)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_only_a_model_that_takes_others_for_sdpa_gets_another(
+    attention: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_model("llama"), attention=attention)
+    # Falcon, among others, asks for sdpa by name.
+    monkeypatch.setattr(model, "_supports_attention_backend", attention != "sdpa")
     attend_by_example(model)
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == attention
