@@ -4,15 +4,17 @@
 
 Generation (MAWPS), multiple choice with long shared prompts (HellaSwag) and with short ones (ARC-easy). Both sides are
 lm-eval's evaluator with the same task, rows, batch size and model in memory; only the class that runs the model
-differs. Reported: rows a second of each, alternating, medians; and on how many rows the two judge alike. In bfloat16
-they may differ at near ties, because batches are padded otherwise and lm-eval rounds log-likelihoods to bfloat16; with
---float32 they do not.
+differs. Generation has a third side, what one writes first: transformers' `generate` over the prompts in their order,
+batch by batch. Reported: rows a second of each, alternating, medians; and on how many rows ours and lm-eval's judge
+alike. In bfloat16 they may differ at near ties, because batches are padded otherwise and lm-eval rounds
+log-likelihoods to bfloat16; with --float32 they do not.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,18 @@ def main() -> None:
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
+    class Plain(Stock):
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            self.tokenizer.padding_side = "left"
+            texts = []
+            for start in range(0, len(requests), self.batch_size):
+                asked = [request.args for request in requests[start : start + self.batch_size]]
+                batch = self.tokenizer([prompt for prompt, _ in asked], return_tensors="pt", padding=True)
+                found = self.model.generate(**batch, max_new_tokens=asked[0][1]["max_gen_toks"], do_sample=False)
+                answers = self.tokenizer.batch_decode(found[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+                texts += [harness._cut(answer, asked[0][1]["until"]) for answer in answers]
+            return texts
+
     rows = []
     for name in TASKS:
         task = BUILTIN[name]
@@ -64,16 +78,17 @@ def main() -> None:
             harness._language_model = lambda: kind
             judged[label] = harness.score_examples(model, tokenizer, task, examples, options.batch)
 
-        seconds = alternate(
-            {"lm-eval": lambda: run(Stock, "lm-eval"), "sqft": lambda: run(ours, "sqft")}, options.rounds
-        )
+        sides = {"generate": Plain, "lm-eval": Stock, "sqft": ours}
+        if task.metric != "generate":
+            del sides["generate"]
+        seconds = alternate({label: partial(run, kind, label) for label, kind in sides.items()}, options.rounds)
         rows.append(
             {
                 "task": name,
                 "rows_per_second": {
                     label: round(len(examples) / statistics.median(t), 3) for label, t in seconds.items()
                 },
-                "speed_up": round(ratio(seconds, "lm-eval", "sqft"), 2),
+                "speed_up": {label: round(ratio(seconds, label, "sqft"), 2) for label in seconds if label != "sqft"},
                 "judged_alike": sum(a == b for a, b in zip(judged["lm-eval"], judged["sqft"], strict=True)),
                 "right": {label: sum(values) for label, values in judged.items()},
             }

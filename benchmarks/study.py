@@ -78,12 +78,13 @@ def levels() -> str:
 
 def gsm8k() -> str:
     """Return what models trained on MAWPS answer of GSM8K, which the study keeps for the record."""
-    lines = ["| method, seed 2 | gsm8k, n = 1,319 |", "|---|---|"]
-    for method in METHODS:
-        file = STUDY / "gsm8k" / f"{method}.json"
-        if file.is_file():
-            (task,) = json.loads(file.read_text())["tasks"].values()
-            lines.append(f"| {METHODS[method].label} | {100 * task['value']:.1f} ± {100 * task['stderr']:.1f} |")
+    files = {method: STUDY / "gsm8k" / f"{method}.json" for method in METHODS}
+    rows = {method: json.loads(file.read_text()) for method, file in files.items() if file.is_file()}
+    lines = ["| method, seed 2 | gsm8k, n = 1,319 | − unmerged twin |", "|---|---|---|"]
+    for method, found in rows.items():
+        (task,) = found["tasks"].values()
+        twin = _difference(found, rows.get(TWINS.get(method, "")))
+        lines.append(f"| {METHODS[method].label} | {100 * task['value']:.1f} ± {100 * task['stderr']:.1f} | {twin} |")
     return "\n".join(lines)
 
 

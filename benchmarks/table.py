@@ -241,17 +241,19 @@ def evaluation(result: dict[str, Any]) -> str:
     rows = [
         {
             "task": row["task"],
+            "`generate`, rows/s": row["rows_per_second"].get("generate"),
             "lm-eval, rows/s": row["rows_per_second"]["lm-eval"],
             "sqft, rows/s": row["rows_per_second"]["sqft"],
-            "speed-up": row["speed_up"],
+            "sqft / `generate`": row["speed_up"].get("generate"),
+            "sqft / lm-eval": row["speed_up"]["lm-eval"],
             "judged alike": f"{row['judged_alike']} of {result['rows']}",
-            "right (lm-eval / sqft)": f"{row['right']['lm-eval']} / {row['right']['sqft']}",
+            "right, in that order": " / ".join(str(right) for right in row["right"].values()),
         }
         for row in result["tasks"]
     ]
     return (
-        f"lm-eval's evaluator with its own Hugging Face model and with our decoding, {result['rows']} rows of each task in "
-        f"batches of {result['batch']}, {result['rounds']} alternating rounds, model {result.get('model', 'runs/quickstart/dense')}.\n\n{table(rows)}"
+        "lm-eval's evaluator with its own Hugging Face model and with our decoding, and for generation with transformers' "
+        f"`generate` over the prompts as they come; {result['rows']} rows of each task in batches of {result['batch']}, {result['rounds']} alternating rounds, model {result.get('model', 'runs/quickstart/dense')}.\n\n{table(rows)}"
     )
 
 
@@ -304,7 +306,7 @@ SECTIONS = {
         costs,
     ),
     "memory": ("Memory of fine-tuning", "python benchmarks/memory.py runs/quickstart/dense", memory),
-    "evaluation": ("Evaluation", "python benchmarks/evaluation.py MODEL --rows 238 --batch 48 --rounds 1", evaluation),
+    "evaluation": ("Evaluation", "python benchmarks/evaluation.py MODEL --rows 238 --batch 48", evaluation),
     "search": ("Search", "python benchmarks/search.py BASE ADAPTER --configurations 5", searching),
     "strategies": (
         "What searching gives",

@@ -57,6 +57,22 @@ def test_what_has_no_shorter_form_is_refused(tiny_model: Callable[..., Path], tm
         plan(recipe, tmp_path / "out")
 
 
+@pytest.mark.parametrize(("most", "expected"), [(0, False), (2**30, True)])
+def test_copies_lay_weights_out_anew_only_if_the_model_is_small_enough(
+    most: int, expected: bool, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def run(_recipe: Recipe, _folder: Path, *, laid_out: bool) -> dict[str, dict[str, float]]:
+        told.append(laid_out)
+        return {"evaluate dense": {"disk": 0, "memory": 1, "seconds": 1}}
+
+    monkeypatch.setattr("sqft.plan.MOST_BYTES", most)
+    monkeypatch.setattr("sqft.plan._run_apart", run)
+    plan(make_recipe(tiny_model("llama", "bfloat16", num_hidden_layers=8), tmp_path), tmp_path / "out")
+    assert told == [expected, expected]
+
+
 def test_a_search_is_drawn_on_to_all_configurations_and_rows(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "model", tmp_path)
     config = recipe.search.model_copy(update={"strategy": "hill_climbing", "turns": 5, "neighbours": 8, "samples": 100})

@@ -17,13 +17,16 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from sqft.artifact import Artifact
 from sqft.errors import InputError
+from sqft.evaluation.prepacked import MOST_BYTES, stock_products
 from sqft.model.load import load_config, read_json
 from sqft.model.targets import find_targets, skeleton
 
@@ -89,12 +92,16 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
         raise InputError(f"model {recipe.model}: has {blocks} blocks, so few that a run is its own probe")
     sizes = _BLOCKS if blocks > _BLOCKS[1] else (1, blocks)
     found = []
+    # The copies are small enough for a layout of weights that the model may be too large for.
+    whole = skeleton(model, trust_remote_code=recipe.trust_remote_code)
+    linears = [module.weight for module in whole.modules() if isinstance(module, nn.Linear)]
+    laid_out = 2 * sum(weight.numel() for weight in linears) <= MOST_BYTES
     with tempfile.TemporaryDirectory(dir=workspace, prefix=".plan-") as temporary:
         for count in sizes:
             announce(f"probe with {count} of {blocks} blocks")
             folder = Path(temporary) / str(count)
             _shorten(model, config, count, folder / "model", trust_remote_code=recipe.trust_remote_code)
-            found.append(_run_apart(_on_copy(recipe, model, folder / "model"), folder))
+            found.append(_run_apart(_on_copy(recipe, model, folder / "model"), folder, laid_out=laid_out))
     free_memory, free_disk = available_memory(), shutil.disk_usage(workspace).free
     forecasts, left = [], free_disk
     for stage in found[0]:
@@ -187,11 +194,11 @@ def _names(network: PreTrainedModel, pattern: str) -> bool:
         return False
 
 
-def _run_apart(recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
+def _run_apart(recipe: Recipe, folder: Path, *, laid_out: bool) -> dict[str, dict[str, float]]:
     """Run the probe in a fresh process, so that its peak memory is that of a run, and return its figures."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_probe, args=(recipe, folder, sender))
+    process = context.Process(target=_probe, args=(recipe, folder, sender, laid_out))
     process.start()
     sender.close()
     try:
@@ -209,8 +216,11 @@ def _run_apart(recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
     return dict(value)
 
 
-def _probe(recipe: Recipe, out: Path, sender: Any) -> None:
-    """Run a shortened recipe and send {stage: {disk, memory, seconds}}; the body of the probe's process."""
+def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
+    """Run a shortened recipe and send {stage: {disk, memory, seconds}}; the body of the probe's process.
+
+    `laid_out` says whether evaluation lays out the whole model's weights anew, which takes their size once more.
+    """
     from sqft import pipeline
     from sqft.data.load import load_tasks
     from sqft.errors import SqftError
@@ -232,7 +242,8 @@ def _probe(recipe: Recipe, out: Path, sender: Any) -> None:
             asked = _asked(recipe, recipe.evaluate, tokenizer)
             limit, few = recipe.evaluate.limit, recipe.evaluate.batch
             values["evaluate"] = recipe.evaluate.model_copy(update={"limit": min(limit or few, few), "baselines": []})
-        pipeline.run(recipe.model_copy(update=values), out / "run")
+        with nullcontext() if laid_out else stock_products():
+            pipeline.run(recipe.model_copy(update=values), out / "run")
         found = _figures(recipe, out / "run", asked, judged)
     except SqftError as error:
         sender.send(("error", str(error)))

@@ -96,3 +96,14 @@ def test_the_help_of_tasks_knows_no_recipe(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         cli.run(["evaluate", "--help"])
     assert "recipe's" not in capsys.readouterr().out
+
+
+def test_an_unknown_flag_is_refused_with_its_commands_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(["merge", "base", "adapter", "out", "--alow-sparsity-loss"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("usage: sqft merge ")
+    assert message.endswith(
+        "error: unrecognized arguments: --alow-sparsity-loss; did you mean --allow-sparsity-loss?\n"
+    )

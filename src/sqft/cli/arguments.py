@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sqft.cli import commands
@@ -39,9 +40,23 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
+class _Command(argparse.ArgumentParser):
+    """Refuses arguments that it does not know with its own usage; argparse leaves that to the root, which has none."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return options, unknown
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser; the name of a command is that of its function in :mod:`sqft.cli.commands`."""
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Command(add_help=False)
     shared.add_argument("--threads", type=_whole(1), help="CPU threads (default: PyTorch's choice)")
     shared.add_argument("-v", "--verbose", action="store_true", help="show the libraries' own messages too")
     root = argparse.ArgumentParser(
@@ -50,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "merging changed nothing.",
         epilog="Start with: sqft run recipes/quickstart.yaml",
     )
-    subcommands = root.add_subparsers(required=True, metavar="COMMAND")
+    subcommands = root.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
 
     def add(
         name: str, help_: str, *configs: type[Config], example: str, defaults: dict[str, str] | None = None

@@ -1,8 +1,8 @@
-"""Attention and cache for decoding on a CPU, where the stock ones copy more than they compute.
+"""Attention and cache for evaluation on a CPU, where the stock ones copy more than they compute.
 
 The stock ones copy each key-value head for its query heads, and the whole cache to append one token. Here the query
-heads of a key-value head stand as rows of one attention call (the same kernel, with the same precision), and the cache
-has room to grow. `benchmarks/evaluation.py` measures the whole.
+heads of a key-value head share it in one attention call (the same kernel, with the same precision), and the cache has
+room to grow. `benchmarks/evaluation.py` measures the whole.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from transformers.masking_utils import sdpa_mask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "sqft_folded"
+NAME = "sqft_grouped"
 _ROOM = 64
 
 
-def folded_attention(
+def grouped_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -36,7 +36,7 @@ def folded_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return transformers' sdpa attention; of one query a row, without copies of keys and values.
+    """Return transformers' sdpa attention, without copies of keys and values for the query heads that share them.
 
     Args:
         module: the attention layer.
@@ -52,16 +52,21 @@ def folded_attention(
     """
     batch, heads, queries, width = query.shape
     groups = key.shape[1]
-    one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if queries != 1 or groups == heads or not one_mask or options.get("position_bias") is not None:
+    # Without a mask stock attention shares keys and values too, but reads them once for each query head.
+    plain = queries > 1 if attention_mask is None else attention_mask.shape[1] > 1
+    if groups == heads or plain or options.get("position_bias") is not None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
         return output, None
-    folded = query.reshape(batch, groups, heads // groups, width)
-    found = functional.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
-    return found.reshape(batch, heads, 1, value.shape[-1]).transpose(1, 2).contiguous(), None
+    if queries == 1:
+        # The query heads of a key-value head as rows of one product: each key is read once.
+        query = query.reshape(batch, groups, heads // groups, width)
+    found = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=queries > 1
+    )
+    return found.reshape(batch, heads, queries, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, folded_attention)
+AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -88,8 +93,8 @@ def takes(inner: PreTrainedModel, name: str) -> bool:
 
 
 @contextmanager
-def decoding_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Use :func:`folded_attention` inside the block, on a CPU and in place of sdpa alone.
+def evaluation_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Use :func:`grouped_attention` inside the block, on a CPU and in place of sdpa alone.
 
     Not in models that ask for sdpa by name, as Falcon does: they take any other for an eager one of theirs.
     """

@@ -3,7 +3,8 @@
 What makes it fast, on a CPU above all, where lm-eval's own way spends most of its time elsewhere:
 - the output head runs over the positions that are asked for, not over whole prompts (`logits_to_keep`), and no
   log-softmax over the vocabulary is written out.
-- rows are sorted by length and read some 2,000 tokens at a time, whatever the batch: little of it is padding.
+- rows are sorted by length and read some 1,000 tokens at a time, whatever the batch: little of it is padding, and what
+  a layer makes stays in the processor's cache.
 - sequences that begin alike read the common part once: its keys and values are copied for each. A prompt and its
   choices do, and all rows of a task that begins with instructions or worked examples.
 - a row of a generation leaves the batch when it has ended, and the next prompt takes its place.
@@ -25,7 +26,7 @@ from torch.nn import functional
 
 from sqft.evaluation.attention import (
     RoomyLayer,
-    decoding_attention,
+    evaluation_attention,
     inner_model,
     join_caches,
     roomy_cache,
@@ -45,8 +46,8 @@ _ENDED_SHARE = 0.25
 _UNUSED = 16
 # A common beginning is read once where that saves at least this share of the tokens; it costs a forward of its own.
 _WORTHWHILE = 0.2
-# Tokens of a forward that fills a cache, on a CPU.
-_TOKENS = 2048
+# Tokens of a forward on a CPU: what lies between its products then stays in the processor's cache (docs/decisions.md).
+_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def likelihoods(
 
     alone.sort(key=length, reverse=True)
     shared.sort(key=lambda place: place[1], reverse=True)
-    with prepacked(reader.inner):
+    with evaluation_attention(reader.inner), prepacked(reader.inner):
         for places in _chunks(alone, lambda place: reader.cost(length(place)), batch, reader.tokens):
             pairs = [groups[index][member] for index, member in places]
             for (index, member), value in zip(places, reader.score(pairs), strict=True):
@@ -139,7 +140,7 @@ def generate(
     reader = _Reader(model)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     found: list[list[int]] = [[] for _ in prompts]
-    with decoding_attention(reader.inner), prepacked(reader.inner):
+    with evaluation_attention(reader.inner), prepacked(reader.inner):
         if len(prompts) > 1:
             reader.begin([(prompt, ()) for prompt in prompts], len(prompts[0]))
         continued = reader.continue_([prompts[index] for index in order], batch, max_new_tokens, ended, progress)

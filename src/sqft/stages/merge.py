@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from sqft.artifact import Artifact, check_space, describe, finished, writing
 from sqft.errors import Problems
+from sqft.memory import release_memory
 from sqft.model.adapter import SavedAdapter
 from sqft.model.attach import check_base
 from sqft.model.checkpoint import copy_model
@@ -62,6 +63,7 @@ def run(
             merged = weights.merged(module, low)
             output.write(merged.name, merged.tensor)
             layers.append(_describe_change(module, merged))
+            release_memory()
         if saved.kind != "dense" and (base / MASK_FILE).is_file():
             (draft.path / MASK_FILE).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / MASK_FILE, draft.path / MASK_FILE)
