@@ -204,9 +204,10 @@ def plan(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
 
     forecasts = make_plan(recipe, options.out or Path("runs") / recipe.name, _announce)
+    short = [row.stage for row in forecasts if not row.fits]
     if options.json:
         print(json.dumps(as_json(forecasts), indent=2))
-        return 0
+        return 1 if short else 0
     from rich.console import Console
     from rich.table import Table
 
@@ -223,7 +224,6 @@ def plan(options: argparse.Namespace) -> int:
         f"in all {total['disk_bytes'] / 1e6:,.0f} MB of disk, {total['peak_memory_bytes'] / 1e9:.2f} GB of memory at "
         f"the highest, {total['seconds'] / 60:.1f} min on this machine as it is now"
     )
-    short = [row.stage for row in forecasts if not row.fits]
     if short:
         console.print(f"will not fit: {', '.join(short)}")
     return 1 if short else 0

@@ -1,0 +1,27 @@
+"""What goes back to the system when it is freed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sqft.memory import returning_memory
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_pieces_between_others_go_back_at_once() -> None:
+    large = torch.ones(30 * 2**18)
+    del large  # freed, it makes glibc keep pieces of up to its size
+    with returning_memory():
+        pieces = [torch.ones(2**20) for _ in range(64)]
+        before = resident_bytes()
+        kept = pieces[1::2]
+        del pieces
+        assert before - resident_bytes() > 0.8 * sum(piece.nbytes for piece in kept)
