@@ -21,7 +21,8 @@ from sqft.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks" / "results" / "study"
-REMEDIES = {"math": "as above", "math-lr2": "learning rate 2e-3", "math-alpha": "alpha 96"}
+# Ends of the names under which rows with other settings are kept.
+REMEDIES = {"": "as above", "-lr2": "learning rate 2e-3", "-alpha": "alpha 96"}
 LEVELS = {"math-0": "none", "math-30": "30 %", "math": "50 %", "math-2of4": "2:4", "math-60": "60 %"}
 # Merged methods and the unmerged ones that they are held against.
 TWINS = {"sparsepeft": "shears", "qa_sparsepeft": "sqft"}
@@ -38,24 +39,25 @@ def table(name: str) -> str:
 
 
 def remedies() -> str:
-    """Return what was tried so that masked rows lose less, each against unmerged rows."""
-
-    usual, lora = _row("math", "shears"), _row("math", "lora")
-    assert usual is not None
-    assert lora is not None
+    """Return what was tried so that merged rows lose less, each against unmerged rows at the same level of sparsity."""
     lines = [
-        "| method, seed 0 | settings | all rows | mawps | svamp | last loss "
-        "| − Shears, usual | − Shears, the same | − LoRA, usual |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| zeros | method, seed 0 | settings | all rows | mawps | svamp | last loss "
+        "| − unmerged twin, usual | − unmerged twin, the same | − LoRA, usual |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for method in ("shears", "sparsepeft"):
-        for folder, settings in REMEDIES.items():
-            found = _row(folder, method)
-            if found is None:
+    for level in ("math", "math-2of4"):
+        for twin, merged in ((unmerged, merged) for merged, unmerged in TWINS.items()):
+            if _row(f"{level}-alpha", merged) is None:
                 continue
-            pairs = " | ".join(_difference(found, other) for other in (usual, _row(folder, "shears"), lora))
-            loss = found["training"]["final_loss"]
-            lines.append(f"| {METHODS[method].label} | {settings} | {_scores(found)} | {loss:.3f} | {pairs} |")
+            for method in (twin, merged):
+                for suffix, settings in REMEDIES.items():
+                    found = _row(level + suffix, method)
+                    if found is None:
+                        continue
+                    others = (_row(level, twin), _row(level + suffix, twin), _row(level, "lora"))
+                    pairs = " | ".join(_difference(found, other) for other in others)
+                    what = f"{LEVELS[level]} | {METHODS[method].label} | {settings}"
+                    lines.append(f"| {what} | {_scores(found)} | {found['training']['final_loss']:.3f} | {pairs} |")
     return "\n".join(lines)
 
 
@@ -137,7 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="a comparison's folder; none: the page is made anew")
     parser.add_argument(
-        "--name", default="math", help="recipe that it ran, recipes/NAME.yaml, or a name in REMEDIES or LEVELS"
+        "--name",
+        default="math",
+        help="recipe that it ran, recipes/NAME.yaml, or a name in LEVELS with an end in REMEDIES",
     )
     options = parser.parse_args()
     if options.folder is not None:
