@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--name",
         default="math",
-        help="recipe that it ran, recipes/NAME.yaml, or a name in LEVELS with an end in REMEDIES",
+        help="recipe that it ran, or a name in LEVELS with an end in REMEDIES",
     )
     options = parser.parse_args()
     if options.folder is not None:
