@@ -138,11 +138,7 @@ def _difference(one: dict[str, Any], other: dict[str, Any] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="a comparison's folder; none: the page is made anew")
-    parser.add_argument(
-        "--name",
-        default="math",
-        help="recipe that it ran, or a name in LEVELS with an end in REMEDIES",
-    )
+    parser.add_argument("--name", default="math", help="its recipe's, or one in LEVELS with an end in REMEDIES")
     options = parser.parse_args()
     if options.folder is not None:
         keep(options.folder, options.name)
