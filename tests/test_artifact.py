@@ -239,13 +239,23 @@ class TestFinished:
 
     def test_another_recipes_unfinished_work_is_refused(self, tmp_path, source, description):
         folder = tmp_path / "adapter"
-        with pytest.raises(KeyboardInterrupt), writing(folder, description, keep_partial=True):
-            raise KeyboardInterrupt
         wanted = describe("sparsify", {**description["config"], "sparsity": 0.7}, {"model": source}, 0)
+        with pytest.raises(MemoryError), writing(folder, description, keep_partial=True):
+            raise MemoryError
+        assert finished(folder, wanted) is None  # nothing was made that could be lost
+        with pytest.raises(KeyboardInterrupt), writing(folder, description, keep_partial=True) as draft:
+            (draft.path / "checkpoint").touch()
+            raise KeyboardInterrupt
         with pytest.raises(
             InputError, match=r"\.partial-adapter belongs to another recipe .*sparsity was 0.5, is now 0.7"
         ):
             finished(folder, wanted)
+
+    def test_a_document_or_an_adapter_beside_a_model_does_not_change_it(self, source, description):
+        (source / "README.md").write_text("mended")
+        (source / "adapter").mkdir()
+        (source / "adapter" / "adapter_config.json").write_text("{}")
+        assert describe("sparsify", description["config"], {"model": source}, 0) == description
 
     def test_a_strangers_folder_is_refused(self, source, description):
         with pytest.raises(InputError, match=r"has no readable sqft/manifest.json; it was not written by sqft"):

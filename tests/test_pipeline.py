@@ -346,6 +346,49 @@ def test_the_stages_as_single_commands(
     assert f"new non-zeros in {name}" in capsys.readouterr().out
 
 
+def test_a_search_by_command_does_not_select_on_what_was_trained_on(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = yaml.safe_load(recipe.read_text())
+    model, task = values["model"], values["data"]["task"]
+    training = ["--kind", "dense", "--ranks", "4", "2", "--max-steps", "1", "--length", "128", "--batch", "2"]
+    searching = ["--base", model, "--task", task, "--validation-rows", "6", "--turns", "1", "--neighbours", "1"]
+    assert cli.run(["finetune", model, "whole", "--task", task, *training]) == 0
+    assert cli.run(["search", "whole", "best", *searching]) == 2
+    assert "was trained on 6 of the 6 rows that the search would select on" in capsys.readouterr().err
+    assert cli.run(["finetune", model, "part", "--task", task, "--validation-rows", "6", *training]) == 0
+    assert cli.run(["search", "part", "best", *searching]) == 0, capsys.readouterr().err
+    assert "configurations" in capsys.readouterr().out
+
+
+def test_the_commands_over_recipes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sqft(*arguments: str, code: int = 0) -> str:
+        assert cli.run(list(arguments)) == code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    out = ["--out", str(tmp_path / "compared")]
+    table = sqft("compare", str(recipe), *out, "--methods", "dense", "sparsepeft")
+    assert "SQFT + SparsePEFT" in table and "yes, verified" in table
+    swept = sqft("sweep", str(recipe), "--out", str(tmp_path / "swept"), "--levels", "0.5", "--methods", "dense")
+    assert "table and chart: " in swept
+
+
+def test_a_plan_says_what_will_not_fit(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqft import plan
+
+    def forecast(*_: Any) -> list[plan.Forecast]:
+        return [plan.Forecast("sparsify", 10, 10, 1.0, True), plan.Forecast("finetune", 10, 10**15, 1.0, False)]
+
+    monkeypatch.setattr(plan, "plan", forecast)
+    assert cli.run(["plan", str(recipe), "--out", str(tmp_path)]) == 1
+    assert "will not fit: finetune" in capsys.readouterr().out
+    assert cli.run(["plan", str(recipe), "--out", str(tmp_path), "--json"]) == 1
+    assert [stage["fits"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [True, False]
+
+
 def test_the_quantised_stages_as_single_commands(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,7 +422,11 @@ def test_the_quantised_stages_as_single_commands(
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "sparsify", "quantize", "finetune", "extract", "merge", "verify", "inspect", "evaluate"]
+    "command",
+    [
+        *("run", "plan", "compare", "sweep", "sparsify", "quantize", "finetune", "extract", "search", "merge"),
+        *("verify", "inspect", "evaluate"),
+    ],
 )
 def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

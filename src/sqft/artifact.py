@@ -96,7 +96,9 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def digest_input(path: str | Path) -> str:
-    """Return what identifies an input: a stage folder's own digest, else one over its content.
+    """Return what identifies an input: a stage folder's own digest, else one over the files that stand in it.
+
+    Documents (*.md) and folders inside it do not count: a model is the same with a README mended or an adapter beside.
 
     Raises:
         InputError: there is no such file or folder.
@@ -108,7 +110,9 @@ def digest_input(path: str | Path) -> str:
         return digest_file(path)
     if (path / MANIFEST).is_file():
         return Artifact.open(path).digest
-    return digest_text(json.dumps(file_digests(path), sort_keys=True))
+    found = {name: digest for name, digest in file_digests(path).items() if "/" not in name}
+    counted = {name: digest for name, digest in found.items() if not name.endswith(".md")}
+    return digest_text(json.dumps(counted, sort_keys=True))
 
 
 def versions() -> dict[str, str]:
@@ -205,9 +209,10 @@ def finished(folder: Path, description: Mapping[str, Any]) -> Artifact | None:
         InputError: the folder, or unfinished work beside it, was made with other settings.
     """
     if not folder.exists():
-        partial = partial_of(folder) / DESCRIPTION
-        if partial.is_file():
-            _refuse_foreign(partial_of(folder), json.loads(partial.read_text()), description)
+        partial = partial_of(folder)
+        # A folder with a description alone is of work that ended before it made anything: nothing would be lost.
+        if any(p.is_file() and p != partial / DESCRIPTION for p in partial.rglob("*")):
+            _refuse_foreign(partial, json.loads((partial / DESCRIPTION).read_text()), description)
         return None
     artifact = Artifact.open(folder)
     _refuse_foreign(folder, artifact.manifest, description)

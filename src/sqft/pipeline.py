@@ -8,6 +8,7 @@ work is checked before the first stage.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sqft import processes
 from sqft.artifact import run_lock, write_json
 from sqft.data.calibration import calibration_tokens
 from sqft.data.load import folds_punctuation, load_examples, load_tasks
@@ -62,11 +64,20 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
     Raises:
         InputError: something of the recipe, model or data cannot be used; before any work, and all at once where it can
             be.
+
+    Several processes (`torchrun`) share the training. The first does all else: the others wait until there is what is
+    trained on, and are done when the training is.
     """
+    if processes.count() > 1 and recipe.finetune is None:
+        raise InputError(
+            f"recipe {recipe.name} trains nothing that {processes.count()} processes could share; start one"
+        )
     out = Path("runs") / recipe.name if out is None else out
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    with run_lock(out):
+    with run_lock(out) if processes.first() else nullcontext():
+        if not processes.first():
+            processes.meet()
         announce("reading model and data")
         dense = localize(recipe.model, out)
         inputs = _prepare(recipe, dense)
@@ -97,7 +108,11 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
             train = [(e.prompt, e.answer) for e in inputs.train]
             validation = [(e.prompt, e.answer) for e in inputs.validation]
             seeded = common | ({} if recipe.finetune.seed is None else {"seed": recipe.finetune.seed})
+            if processes.first():
+                processes.meet()
             finetune.run(recipe.finetune, base, train, validation, out / "adapter", data=inputs.source, **seeded)
+            if not processes.first():
+                return RunResult(out, out / "report.html", None)
             announce("search for a sub-adapter" if recipe.search.searches else "extract the sub-adapter")
             search.run(
                 recipe.search, out / "adapter", out / "sub_adapter", base=base, rows=inputs.selection, **common
@@ -291,10 +306,10 @@ def _quantize_calibration(recipe: Recipe) -> CalibrationConfig:
 
 
 def _write_summary(out: Path, results: dict[str, dict[str, Any]], seed: int) -> None:
-    """Write eval.json: the last row's result in the stable form, with all rows beside it."""
+    """Write eval.json: the result of the model furthest along the flow in the stable form, with all rows beside it."""
     if not results:
         return
-    final = list(results)[-1]
+    final = next(row for row in ("merged", "tuned", "quantized", "sparse", "dense") if row in results)
     rows = {row: result["tasks"] for row, result in results.items()}
     write_json(
         out / "eval.json",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sqft import cli
 from sqft.cli.arguments import parser
@@ -52,6 +53,21 @@ def test_a_failure_of_the_system_is_one_line_and_exit_code_2(
     monkeypatch.setattr("sqft.model.inspect.inspect_model", fails)
     assert cli.run(["inspect", "m"]) == 2
     assert capsys.readouterr().err == "error: [Errno 13] Permission denied: '/somewhere'\n"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")]
+)
+def test_too_little_memory_is_said_with_what_to_lower(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_args: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("sqft.model.inspect.inspect_model", fails)
+    assert cli.run(["inspect", "m"]) == 2
+    assert "memory ran out; what is finished stays" in (message := capsys.readouterr().err)
+    assert "finetune.batch" in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(

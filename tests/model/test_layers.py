@@ -12,10 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from sqft.errors import InputError
+from sqft.model.checkpoint import Checkpoint
 from sqft.model.elastic import ElasticRanks, rank_space, set_ranks
 from sqft.model.layers import SqftConfig, sqft_layers
 from sqft.model.load import load_model
 from sqft.model.stored import load_mask
+from sqft.recipe import MergeConfig
+from sqft.stages import merge
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
@@ -134,7 +137,7 @@ def test_adapters_of_two_kinds_do_not_share_a_model(tiny_model: Callable[..., Pa
     plain = get_peft_model(sparse_model(folder), stock)
     with pytest.raises(InputError, match="has a plain LoRA already"):
         plain.load_adapter(tmp_path / "masked", "second")
-    with pytest.raises(InputError, match="is of kind dense, and the model has one of kind sparse"):
+    with pytest.raises(InputError, match="has kind 'dense', not 'sparse'"):
         adapted(folder).add_adapter("second", stock)
 
 
@@ -250,6 +253,7 @@ def test_masks_come_from_the_bases_file_and_a_kept_zero_may_change(
     name = "model.layers.0.self_attn.q_proj.weight"
     mask = torch.ones(32, 32, dtype=torch.bool)
     mask[0] = False
+    Checkpoint(folder).write(name, Checkpoint(folder).read(name) * mask)
     (folder / "sqft").mkdir()
     save_file({name: pack_mask(mask)}, folder / "sqft" / "mask.safetensors", metadata={name: "32,32"})
     loaded = load_mask(folder, name)
@@ -260,6 +264,12 @@ def test_masks_come_from_the_bases_file_and_a_kept_zero_may_change(
     assert torch.equal(layers["model.layers.0.self_attn.q_proj"].mask_packed, pack_mask(mask))
     # The other layer has no stored mask: its exact zeros, of which there are none.
     assert (layers["model.layers.1.self_attn.q_proj"].mask_packed == 255).all()
+    # The adapter remembers its base: on the dense model it would be another.
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="keeps weights at zero that this model has otherwise"):
+        PeftModel.from_pretrained(load_model(tiny_model("llama")), tmp_path / "adapter")
+    with pytest.raises(InputError, match="was trained on another base"):
+        merge.run(MergeConfig(), tiny_model("llama"), tmp_path / "adapter", tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
@@ -271,11 +281,37 @@ def test_masks_come_from_the_bases_file_and_a_kept_zero_may_change(
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"use_dora": True}, "use_dora cannot be merged"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot be merged"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa, which rewrites the base's weights"),
+        ({"bias": "all"}, "bias: all cannot be merged"),
+        ({"use_qalora": True}, "use_qalora cannot be merged"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         SqftConfig(target_modules=["q_proj"], **options)
+
+
+def test_a_weight_of_an_unknown_quantiser_is_refused(tiny_model: Callable[..., Path]) -> None:
+    model = load_model(tiny_model("llama"))
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(InputError, match=r"stored as torch\.float8_e4m3fn, by a quantiser that sqft does not know"):
+        get_peft_model(model, SqftConfig(kind="sparse", r=4, target_modules=["q_proj"]))
+
+
+def test_an_adapter_for_each_row_is_refused(tiny_model: Callable[..., Path]) -> None:
+    model = adapted(tiny_model("llama"))
+    with pytest.raises(InputError, match="an adapter for each row is not supported"):
+        model(input_ids=IDS, adapter_names=["default", "__base__"])
+
+
+def test_a_second_adapter_of_other_ranks_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    adapted(folder).save_pretrained(tmp_path / "one_rank")
+    elastic = SqftConfig(kind="sparse", ranks=[4, 2], target_modules=["q_proj"])
+    model = get_peft_model(sparse_model(folder), elastic)
+    with pytest.raises(InputError, match=r"has ranks None, not \[2, 4\]"):
+        model.load_adapter(tmp_path / "one_rank", "second")
 
 
 def test_a_plain_lora_config_is_left_alone(tiny_model: Callable[..., Path]) -> None:

@@ -211,6 +211,12 @@ def test_routers_and_convolutions_are_left_alone(tiny_model: Callable[..., Path]
     assert not any("gate" in t.name and "gate_" not in t.name and "_gate" in t.name for t in targets)
     assert any("shared_expert.gate_proj" in t.name for t in targets)
 
+    # A linear elsewhere with as many outputs as there are experts is none.
+    wide = skeleton(tiny_model("qwen2_moe"))
+    attention = cast(Any, wide).model.layers[0].self_attn
+    attention.k_proj = torch.nn.Linear(32, wide.config.num_experts, device="meta")
+    assert "model.layers.0.self_attn.k_proj" in [t.name for t in find_targets(wide)[0]]
+
     model = skeleton(tiny_model("llama"))
     cast(Any, model).model.layers[0].conv = torch.nn.Conv1d(4, 4, 3)
     assert not any("conv" in t.name for t in find_targets(model)[0])

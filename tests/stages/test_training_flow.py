@@ -27,6 +27,7 @@ from sqft.model.load import load_model, load_tokenizer
 from sqft.model.targets import skeleton
 from sqft.recipe import FinetuneConfig, MergeConfig, SearchConfig, SparsifyConfig, VerifyConfig
 from sqft.stages import finetune, merge, search, sparsify, verify
+from sqft.stages.finetune import loop
 
 PAIRS = [(f"Question: {a} + {b}?\nAnswer:", f" {a + b}") for a in range(6) for b in range(6)]
 EXAMPLES = [Example(prompt, answer) for prompt, answer in PAIRS[:8]]
@@ -344,13 +345,13 @@ def test_long_rows_attend_example_by_example_on_a_cpu(
     if torch.cuda.is_available():
         pytest.skip("on a GPU it is transformers' choice")
     seen: list[str] = []
-    train = finetune.PackedTrainer.train
+    train = loop.PackedTrainer.train
 
     def watched(trainer: Any, *args: Any, **options: Any) -> Any:
         seen.append(trainer.model.get_base_model().config._attn_implementation)
         return train(trainer, *args, **options)
 
-    monkeypatch.setattr(finetune.PackedTrainer, "train", watched)
+    monkeypatch.setattr(loop.PackedTrainer, "train", watched)
     config = training(kind="dense", length=length, max_steps=1)
     finetune.run(config, tiny_model("llama"), PAIRS, [], tmp_path / "adapter", seed=0, data={})
     assert seen == [kernel]
@@ -444,3 +445,52 @@ def test_unfinished_training_of_another_recipe_is_refused(chain: Callable[..., P
         finetune.run(
             training(max_steps=1, learning_rate=0.5), out / "sparse", PAIRS, [], out / "other", seed=0, data={}
         )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_dense_merge_is_as_close_as_its_precision(
+    dtype: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_model("llama", dtype)
+    config = training(kind="dense", ranks=[4], lora_alpha=64)
+    finetune.run(config, base, PAIRS, [], tmp_path / "adapter", seed=0, data={})
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+
+    def prove_it(name: str, **options: Any) -> dict[str, Any]:
+        checks = VerifyConfig.model_validate({"prompts": 4, "accuracy_rows": 4, **options})
+        file = tmp_path / name
+        return verify.run(checks, tmp_path / "merged", base, tmp_path / "adapter", file, task=TASK, examples=EXAMPLES)
+
+    result = prove_it("verify.json")
+    close = next(check for check in result["checks"] if check["name"] == "logits_close")
+    assert result["passed"], result["checks"]
+    assert 0 < close["value"] < 1
+    # A bound that the user gives is the one that holds.
+    strict = next(c for c in prove_it("strict.json", logit_bound=1e-12)["checks"] if c["name"] == "logits_equal")
+    assert strict["bound"] == 1e-12
+    assert not strict["passed"]
+    # A weight that is off by more than rounding is seen in the logits too.
+    checkpoint = Checkpoint(tmp_path / "merged")
+    name = "model.layers.0.mlp.down_proj.weight"
+    checkpoint.write(name, checkpoint.read(name) * 1.25)
+    assert "logits_close" in {c["name"] for c in prove_it("off.json", prompts=3)["checks"] if not c["passed"]}
+
+
+def test_a_float16_base_trains_on_true_gradients(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    from sqft.model import training as steps
+
+    # As many tokens as a real step has: their mean's gradients are below what float16 holds.
+    losses = {}
+    for dtype in ("float16", "float32"):
+        config = training(kind="dense", ranks=[4])
+        model = load_model(tiny_model("llama", dtype))
+        torch.manual_seed(0)
+        adapted = finetune.attach(model, config)
+        steps.undo_amplification(adapted, model.dtype)
+        ids = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(1))
+        inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(32).expand(2, 32)}
+        steps.answer_loss(adapted, inputs, 2_000_000).backward()
+        losses[dtype] = torch.cat([p.grad.flatten() for n, p in adapted.named_parameters() if "lora_B" in n])
+    wanted = losses["float32"]
+    assert wanted.abs().max() < 6e-5  # float16's smallest normal number
+    assert (losses["float16"] - wanted).norm() < 0.05 * wanted.norm()

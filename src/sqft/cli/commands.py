@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sqft import processes
 from sqft.cli.flags import read_config
 from sqft.cli.places import localize, result_file
 from sqft.errors import SqftError
@@ -33,7 +34,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _announce(stage: str) -> None:
-    print(f"▸ {stage}", file=sys.stderr, flush=True)
+    if processes.first():
+        print(f"▸ {stage}", file=sys.stderr, flush=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
 
     result = pipeline.run(recipe, options.out, _announce)
+    if not processes.first():
+        return 0
     _print_summary(result.out, recipe)
     print(f"report: {result.report}")
     return 0 if result.verified is not False else 1
@@ -152,6 +156,7 @@ def search(options: argparse.Namespace) -> int:
     if config.searches:
         tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
         rows = load_tasks(_data(options), "validation", tokenizer)
+        _refuse_trained_on(options.adapter, rows, tokenizer)
     artifact = search.run(
         config, options.adapter, options.out, seed=options.seed, base=options.base, rows=rows,
         trust_remote_code=options.trust_remote_code,
@@ -162,6 +167,30 @@ def search(options: argparse.Namespace) -> int:
         print(f"{result['evaluated']} configurations: {found:.1f} % on validation rows, the heuristic {before:.1f} %")
     print(f"{config.strategy} ranks {result['groups_per_rank']}: {options.out}")
     return 0
+
+
+def _refuse_trained_on(adapter: Path, rows: list[tuple[Any, list[Any]]], tokenizer: Any) -> None:
+    """Refuse to select on questions that an adapter of ours was trained on."""
+    from sqft.artifact import MANIFEST, Artifact
+    from sqft.data.load import folds_punctuation, load_examples
+    from sqft.data.tasks import question_key
+
+    if not (adapter / MANIFEST).is_file():
+        return
+    manifest = Artifact.open(adapter).manifest
+    source = manifest["config"].get("data", {}).get("data")
+    if source is None:
+        return
+    data = parse_config(DataConfig, source, str(adapter))
+    fold = folds_punctuation(data)
+    trained = load_examples(data, "train", manifest["seed"], tokenizer)
+    asked = {question_key(example, punctuation=fold) for example in trained}
+    if shared := sum(question_key(example, punctuation=fold) in asked for _, part in rows for example in part):
+        raise SqftError(
+            f"{adapter} was trained on {shared} of the {sum(len(part) for _, part in rows)} rows that the search would "
+            f"select on; it trained with --validation-rows {source.get('validation_rows', 0)}: train with as many "
+            "validation rows as the search uses"
+        )
 
 
 def compare(options: argparse.Namespace) -> int:

@@ -27,7 +27,9 @@ from sqft.compare.methods import METHODS, base_recipe, check_methods, method_rec
 from sqft.compare.table import write_table
 from sqft.data.load import load_examples
 from sqft.errors import InputError, Problems, SqftError
+from sqft.model.checkpoint import Checkpoint
 from sqft.model.load import load_tokenizer, localize, read_json
+from sqft.recipe import QuantizeConfig
 from sqft.stages import evaluate
 
 if TYPE_CHECKING:
@@ -185,7 +187,7 @@ def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, data:
             "verified": result.verified,
             "checks": _checks(folder) if method.merged else None,
             "stored_bytes": _stored(method, folder, dense),
-            "precision": _precision(method),
+            "precision": _precision(method, recipe, dense),
             "training": _training(folder) if method.kind is not None else None,
             "evaluation": values["cost"],
             "versions": values["versions"],
@@ -205,8 +207,10 @@ def _stored(method: Method, folder: Path, dense: Path) -> int:
     return sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
 
 
-def _precision(method: Method) -> str:
-    base = "INT4" if method.base == "int4" else "16 bit"
+def _precision(method: Method, recipe: Recipe, dense: Path) -> str:
+    """Return what the row's weights are stored in: '16 bit', 'INT4', 'INT4 + adapter'."""
+    bits = (recipe.quantize or QuantizeConfig()).bits
+    base = f"INT{bits}" if method.base == "int4" else f"{8 * Checkpoint(dense).dtype.itemsize} bit"
     return base if method.kind is None or method.merged else f"{base} + adapter"
 
 

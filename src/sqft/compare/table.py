@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sqft.artifact import write_json
 from sqft.compare.methods import METHODS
 from sqft.model.load import read_json
+from sqft.recipe import QuantizeConfig
 from sqft.stages.report.charts import Dot, dot_plot
 from sqft.stages.report.page import document, table, table_row
 from sqft.stages.report.words import bytes_text, model_name
@@ -62,25 +63,31 @@ def summarise(recipe: Recipe, out: Path, methods: Sequence[str], seeds: int) -> 
         files = [out / "rows" / f"{name}-{seed}.json" for seed in range(seeds)]
         rows[name] = [read_json(file) for file in files if file.is_file()]
     done = {name: [row for row in found if row["status"] == "done"] for name, found in rows.items()}
+    integers = f"INT{(recipe.quantize or QuantizeConfig()).bits}"  # as which the words below say INT4
     return {
         "model": recipe.model,
         "data": recipe.data.task,
         "sparsity": None if recipe.sparsify is None else recipe.sparsify.fraction,
-        "methods": [_method(name, rows[name], done[name], seeds) for name in methods],
+        "methods": [
+            _method(name, rows[name], done[name], seeds, METHODS[name].label.replace("INT4", integers))
+            for name in methods
+        ],
         "pairs": [
-            {"method": one, "against": other, "question": question, **pair}
+            {"method": one, "against": other, "question": question.replace("INT4", integers), **pair}
             for one, other, question in PAIRS
             if (pair := compare_pair(done.get(one, []), done.get(other, []))) is not None
         ],
     }
 
 
-def _method(name: str, rows: list[dict[str, Any]], done: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
+def _method(
+    name: str, rows: list[dict[str, Any]], done: list[dict[str, Any]], seeds: int, label: str
+) -> dict[str, Any]:
     wanted = seeds if METHODS[name].kind is not None else 1
     failed = [row for row in rows if row["status"] == "failed"]
     value: dict[str, Any] = {
         "method": name,
-        "label": METHODS[name].label,
+        "label": label,
         "seeds": [row["seed"] for row in done],
         "pending": wanted - len(done) - len(failed),
         "failed": [{"seed": row["seed"], "reason": row["reason"]} for row in failed],
@@ -138,13 +145,11 @@ def _one_model(name: str, done: Sequence[Mapping[str, Any]]) -> str:
     """Say whether one model came out, by what verify found and not by what the method claims."""
     if not METHODS[name].merged:
         return "–"
-    if all(row["verified"] for row in done):
-        return "yes, verified"
-    # Adding a dense delta rounds the sum to 16 bits: every weight is as it should be, and logits are not to the bit.
-    rounded = METHODS[name].kind == "dense" and all(
-        passed for row in done for check, passed in row["checks"].items() if check != "logits_equal"
-    )
-    return "yes, to 16-bit rounding" if rounded else "NOT verified"
+    if METHODS[name].kind != "dense":
+        return "yes, verified" if all(row["verified"] for row in done) else "NOT verified"
+    # Adding a dense delta rounds the sum: every weight is as it should be, and logits are not to the bit.
+    checks = [(check, passed) for row in done for check, passed in row["checks"].items()]
+    return "yes, to rounding" if all(passed for check, passed in checks if check != "logits_equal") else "NOT verified"
 
 
 def mean_over_seeds(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

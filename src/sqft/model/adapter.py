@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sqft.core.ranks import RankSpace
 from sqft.errors import InputError, Problems
+from sqft.model.layers import INITS
 from sqft.model.load import read_json
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ class SavedAdapter:
             for option in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
                 if config.get(option):
                     problems.add(f"it uses {option}, which cannot be merged into the base's linears")
+            if (begun := config.get("init_lora_weights")) not in INITS:
+                problems.add(
+                    f"it began with init_lora_weights: {begun}, which rewrote the base's weights; save it with PEFT's "
+                    "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+                )
             for key, tensor in tensors.items():
                 name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
                 if part in ("lora_A", "lora_B"):

@@ -73,8 +73,8 @@ def check_base(base: str | Path, adapter: str | Path) -> None:
             )
         check_identity(base, config["base_identity"], config["start"], f"adapter {adapter}: ")
         return
-    if not (Path(adapter) / MANIFEST).is_file():
-        return
-    trained_on = Artifact.open(adapter).manifest["result"].get("base_identity")
+    trained_on = config.get("base_identity")
+    if (Path(adapter) / MANIFEST).is_file():
+        trained_on = Artifact.open(adapter).manifest["result"].get("base_identity")
     if trained_on is not None:
         check_identity(base, trained_on, None, f"adapter {adapter}: ")

@@ -92,6 +92,11 @@ def check_tokens(tokens: torch.Tensor, network: Any, problems: Problems) -> None
     """Add what calibration tokens would fail with in the middle of the work."""
     if tokens.numel() == 0:
         problems.add("there are no calibration tokens; give data with text in it")
+    if getattr(network.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+        problems.add(
+            f"{type(network).__name__} hands keys and values from block to block, which calibration block by block "
+            "does not follow; use sparsify.method magnitude and quantize.method rtn, which need no calibration"
+        )
     limit = getattr(network.config, "max_position_embeddings", None)
     if limit is not None and tokens.ndim == 2 and tokens.shape[1] > limit:
         problems.add(f"calibration.length is {tokens.shape[1]} tokens, more than the {limit} that the model allows")

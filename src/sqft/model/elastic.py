@@ -39,7 +39,10 @@ def rank_space(model: nn.Module) -> RankSpace:
 
 
 def set_ranks(model: nn.Module, ranks: Mapping[str, int] | None) -> None:
-    """Make evaluation, saving and merging use a configuration {group: rank}; None is the maximal ranks again."""
+    """Make evaluation and merging use a configuration {group: rank}; None is the maximal ranks again.
+
+    `save_pretrained` still writes all ranks: `sqft extract` takes a sub-adapter out of what it wrote.
+    """
     space = rank_space(model)
     layers = sqft_layers(model)
     for layer in layers.values():

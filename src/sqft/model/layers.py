@@ -12,7 +12,7 @@ Private hooks used: `LoraConfig._custom_modules`, the constructor of `peft.tuner
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +37,13 @@ from sqft.model.stored import check_identity, identity, load_mask, load_start
 PEFT_TYPE = "SQFT"
 KINDS = ("dense", "sparse", "quantized")
 STARTS = ("compensated", "dequantized", "float")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Ways to begin an adapter that leave the base's weights as they are."""
+_UNMERGEABLE = (
+    *("use_rslora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices"),
+    *("target_parameters", "layer_replication"),
+)
 _OWN_FIELDS = ("kind", "ranks", "rank_groups", "start", "derive_mask", "base_identity")
 
 
@@ -68,7 +75,7 @@ class SqftConfig(LoraConfig):
         default=False, metadata={"help": "mask the codes of a quantised base that equal its zero point"}
     )
     base_identity: dict[str, str] | None = field(
-        default=None, metadata={"help": "digests of the quantised base; written when the adapter is saved"}
+        default=None, metadata={"help": "digests of the base; written when the adapter is saved"}
     )
 
     def __post_init__(self) -> None:
@@ -86,19 +93,12 @@ class SqftConfig(LoraConfig):
             self.r = max(self.ranks)
         if self.lora_alpha <= 0:
             raise InputError(f"SqftConfig: lora_alpha is {self.lora_alpha}; it must be above 0")
-        unsupported = [
-            name
-            for name in (
-                "use_dora",
-                "use_rslora",
-                "lora_bias",
-                "modules_to_save",
-                "trainable_token_indices",
-                "target_parameters",
-                "layer_replication",
-            )
-            if getattr(self, name, None)
-        ]
+        variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
+        unsupported = [name for name in (*variants, *_UNMERGEABLE) if getattr(self, name, None)]
+        if self.bias != "none":
+            unsupported.append(f"bias: {self.bias}")
+        if self.init_lora_weights not in INITS:
+            unsupported.append(f"init_lora_weights: {self.init_lora_weights}, which rewrites the base's weights")
         if unsupported:
             raise InputError(
                 f"SqftConfig: {', '.join(unsupported)} cannot be merged exactly into a sparse base; leave off"
@@ -106,10 +106,10 @@ class SqftConfig(LoraConfig):
         self._register_custom_module({nn.Linear: SqftLinear, Conv1D: SqftLinear})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as plain LORA when dense, as SQFT otherwise; a quantisation-aware one with its base's digests."""
+        """Save as plain LORA when dense, as SQFT with its base's digests otherwise."""
         base = Path(self.base_model_name_or_path or "")
-        if self.kind == "quantized" and self.base_identity is None and (base / "config.json").is_file():
-            self.base_identity = identity(base, self.start)
+        if self.kind != "dense" and self.base_identity is None and (base / "config.json").is_file():
+            self.base_identity = identity(base, self.start if self.kind == "quantized" else None)
         saved = _SavedConfig(self)
         LoraConfig.save_pretrained(cast("LoraConfig", saved), save_directory, **kwargs)
 
@@ -143,7 +143,7 @@ class SqftLinear(LoraLinear):
         mask_packed: bits of the base's mask; from the base's mask file, else once from a float base's exact zeros.
         start: where quantisation-aware training starts; see :class:`sqft.core.grid.QuantizedWeight`.
         drawn_rank: what training uses when elastic; set for every optimiser step by a callback.
-        fixed_rank: what evaluation, saving and merging use; None is the maximal rank.
+        fixed_rank: what evaluation and merging use; None is the maximal rank. Saving writes all ranks.
         held: the effective weight while :func:`sqft.model.held.held_weights` is in force, else None.
     """
 
@@ -173,12 +173,18 @@ class SqftLinear(LoraLinear):
         )
         self.fan_in_fan_out = is_conv1d
         self.kind = config.kind
+        self._shared = _shared(config)
         self.elastic = config.ranks is not None and len(set(config.ranks)) > 1
         self.drawn_rank: int | None = None
         self.fixed_rank: int | None = None
         self._base_weight: torch.Tensor | None = None
         name = kwargs.get("target_name", "")
         packed = isinstance(base_layer, PackedLinear)
+        if self.kind != "dense" and not packed and base_layer.weight.dtype not in _FLOATS:
+            raise InputError(
+                f"{name}: its weight is stored as {base_layer.weight.dtype}, by a quantiser that sqft does not know; "
+                f"kind {self.kind} needs float16, bfloat16 or float32, or a base that sqft.load_model opened packed"
+            )
         if self.kind == "sparse" and packed:
             raise InputError(
                 f"{name}: kind sparse needs a float base, and this one is quantised; use kind quantized, or dense"
@@ -192,8 +198,6 @@ class SqftLinear(LoraLinear):
         base = base_layer.folder if isinstance(base_layer, PackedLinear) else config.base_model_name_or_path
         start = None
         if self.kind == "quantized":
-            if config.base_identity is not None and base is not None:
-                check_identity(base, config.base_identity, config.start)
             start = load_start(base, f"{name}.weight", config.start)
         if start is not None and start.shape != self.weight_shape:
             raise InputError(f"{name}: its starting weight has shape {list(start.shape)}, not {self.weight_shape}")
@@ -217,12 +221,19 @@ class SqftLinear(LoraLinear):
         return cast("int", self.out_features), cast("int", self.in_features)
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; one of another kind is refused, since it would run as this layer's."""
+        """Add an adapter; one of other settings is refused, since it would run with this layer's mask and start."""
         config = kwargs.get("config")
-        kind = getattr(config, "kind", "dense")
-        if hasattr(self, "kind") and kind != self.kind:
+        settings = _shared(config)
+        base = self.get_base_layer()
+        if settings["kind"] == "quantized" and isinstance(base, PackedLinear) and base.folder is not None:
+            trained_on = cast("SqftConfig", config).base_identity
+            if trained_on is not None:
+                check_identity(base.folder, trained_on, settings["start"])
+        if hasattr(self, "_shared") and settings != self._shared:
+            differing = [f"{key} {value!r}, not {self._shared[key]!r}" for key, value in settings.items()
+                         if value != self._shared[key]]  # fmt: skip
             raise InputError(
-                f"adapter {adapter_name} is of kind {kind}, and the model has one of kind {self.kind}; load each on a "
+                f"adapter {adapter_name} has {'; '.join(differing)} as the model's first adapter has; load each on a "
                 "model of its own"
             )
         super().update_layer(adapter_name, r, *args, **kwargs)
@@ -241,7 +252,13 @@ class SqftLinear(LoraLinear):
             raise InputError(
                 f"{name}: its stored mask has shape {list(stored.shape)}, its weight {list(self.weight_OI.shape)}"
             )
-        return pack_mask(stored).to(self.weight_OI.device)
+        weight = self.weight_OI
+        if isinstance(weight, torch.Tensor) and bool((weight[~stored.to(weight.device)] != 0).any()):
+            raise InputError(
+                f"{name}: the mask of {folder} keeps weights at zero that this model has otherwise; it is another "
+                "base, load the one that the adapter was trained on"
+            )
+        return pack_mask(stored).to(weight.device)
 
     def active_rank(self, adapter: str) -> int:
         """Return the rank in force.
@@ -270,8 +287,15 @@ class SqftLinear(LoraLinear):
     def _full_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         return cast(torch.Tensor, self.lora_A[adapter].weight), cast(torch.Tensor, self.lora_B[adapter].weight)
 
+    def _merged_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (A, B) at the rank of evaluation, also where the layer is in training mode."""
+        lora_A, lora_B = self._full_factors(adapter)
+        return lora_A[: self.fixed_rank], lora_B[:, : self.fixed_rank]
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Apply the base with the active adapter; see the class."""
+        if kwargs.get("adapter_names") is not None:
+            raise InputError("adapter_names: an adapter for each row is not supported; activate one for all rows")
         self._check_forward_args(x, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -329,9 +353,7 @@ class SqftLinear(LoraLinear):
             )
         for adapter in names:
             base = self.get_base_layer()
-            lora_A, lora_B = self._full_factors(adapter)
-            if self.fixed_rank is not None:
-                lora_A, lora_B = lora_A[: self.fixed_rank], lora_B[:, : self.fixed_rank]
+            lora_A, lora_B = self._merged_factors(adapter)
             if safe_merge and not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
                 raise ValueError(f"the adapter {adapter} has NaN or Inf and seems to be broken")
             if isinstance(base, PackedLinear):
@@ -370,7 +392,7 @@ class SqftLinear(LoraLinear):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return W' - W in float32, in the base's own layout."""
-        lora_A, lora_B = self._full_factors(adapter)
+        lora_A, lora_B = self._merged_factors(adapter)
         base = self.weight_OI
         if isinstance(base, QuantizedWeight) and self.kind == "quantized":
             after = effective_weight(base, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
@@ -378,6 +400,19 @@ class SqftLinear(LoraLinear):
         zero = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
         delta = effective_weight(zero, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
         return delta.T if self.fan_in_fan_out else delta
+
+
+def _shared(config: Any) -> dict[str, Any]:
+    """Return what all adapters of a layer must agree in: they have one mask, one start and one set of ranks."""
+    kind = getattr(config, "kind", "dense")
+    ranks = getattr(config, "ranks", None)
+    quantized = kind == "quantized"
+    return {
+        "kind": kind,
+        "ranks": None if ranks is None else sorted(set(ranks)),
+        "start": config.start if quantized else None,
+        "derive_mask": config.derive_mask if quantized else None,
+    }
 
 
 def _refuse_stock_layers(create: Any) -> Any:

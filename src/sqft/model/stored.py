@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sqft.artifact import MANIFEST, Artifact, digest_file, digest_input
 from sqft.core.mask import unpack_mask
 from sqft.errors import InputError, Problems
-from sqft.model.checkpoint import Checkpoint
+from sqft.model.checkpoint import Checkpoint, allocate_file
 from sqft.model.formats import PackedCheckpoint, quantization_config
 
 if TYPE_CHECKING:
@@ -58,6 +58,20 @@ def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
         return None
     with safe_open(str(file), framework="pt") as masks:
         return unpack_mask(masks.get_tensor(found), shapes[found][-1])
+
+
+def write_masks(folder: Path, packed: dict[str, torch.Tensor], shapes: dict[str, str]) -> None:
+    """Write a model folder's masks; equal masks give equal bytes, which safetensors' own writer does not promise.
+
+    Args:
+        folder: the model's folder.
+        packed: {on-disk weight name: packed mask, uint8}.
+        shapes: {the same names: the unpacked shape as '64,128'}.
+    """
+    allocate_file(folder / MASK_FILE, {name: (mask.dtype, tuple(mask.shape)) for name, mask in packed.items()}, shapes)
+    written = Checkpoint(folder, [str(MASK_FILE)])
+    for name, mask in packed.items():
+        written.write(name, mask)
 
 
 def read_masks(file: Path, source: Checkpoint) -> dict[str, torch.Tensor]:

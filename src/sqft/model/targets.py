@@ -125,7 +125,7 @@ def find_targets(
     """
     prefix, blocks = decoder_blocks(model)
     every: list[Target] = []
-    experts: set[int] = set()
+    experts: dict[str, int] = {}  # how many there are under the module that holds them
     for name, module in blocks.named_modules(prefix=prefix):
         if isinstance(module, nn.Linear):
             every.append(Target(name))
@@ -133,7 +133,7 @@ def find_targets(
             every.append(Target(name, transposed=True))
         elif not isinstance(module, _ConvNd):
             fused = _fused_experts(name, module)
-            experts |= {1 + target.index for target in fused[-1:] if target.index is not None}
+            experts |= {name.rpartition(".")[0]: 1 + t.index for t in fused[-1:] if t.index is not None}
             every += fused
     if not every:
         raise InputError(f"{type(model).__name__}: no linear was found in its {len(blocks)} blocks ({prefix})")
@@ -142,9 +142,14 @@ def find_targets(
         if not any(_matches(t.name, pattern) for t in every):
             kinds = sorted({re.sub(r"\[\d+\]$", "", t.name).rsplit(".", 1)[-1] for t in every})
             raise InputError(f"pattern {pattern!r} matches no linear; the model's are {', '.join(kinds)}")
-    # A router is a linear too, with one output an expert (or one, for a shared expert): tiny and decisive. Peers leave
-    # it dense as well.
-    routers = {t for t in every if experts and t.index is None and t.view(model).shape[0] in {1, *experts}}
+    # A router is a linear too, beside the experts, with one output an expert (or one, for a shared expert): tiny and
+    # decisive. Peers leave it dense as well.
+    routers = {
+        t
+        for t in every
+        for parent, count in experts.items()
+        if t.index is None and t.module.startswith(f"{parent}.") and t.view(model).shape[0] in {1, count}
+    }
     chosen = [
         t
         for t in every
@@ -152,6 +157,8 @@ def find_targets(
         and any(_matches(t.name, p) for p in include)
         and not any(_matches(t.name, p) for p in ignore)
     ]
+    if not chosen:
+        raise InputError(f"targets {include} and ignore {ignore} leave no linear; take less out")
     kept = {t.name for t in chosen}
     return chosen, [t.name for t in every if t.name not in kept]
 

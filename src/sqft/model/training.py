@@ -12,9 +12,10 @@ architecture's own post-processing of logits (soft-caps, scaling) still applies.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer
@@ -109,10 +110,11 @@ def head_on(model: nn.Module, selected: torch.Tensor) -> Any:
     """Run the language-model head on the selected positions only.
 
     Args:
-        model: a causal language model, with or without adapters.
+        model: a causal language model, with or without adapters, or what shares it among processes.
         selected: bool [rows, tokens].
     """
-    base: Any = cast("Any", model).get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = extract_model_from_parallel(model)
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     head = base.get_output_embeddings()
 
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -139,9 +141,33 @@ def answer_loss(
     selected = targets != IGNORED
     with head_on(model, selected):
         output = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
-    logits = output.logits[0].float()
+    logits = _Amplified.apply(output.logits[0].float()) if output.logits.dtype == torch.float16 else output.logits[0]
+    logits = logits.float()
     total = functional.cross_entropy(logits, targets[selected], reduction="sum")
     return total / (selected.sum() if num_items is None else num_items)
+
+
+_AMPLIFICATION = 1024.0
+
+
+class _Amplified(torch.autograd.Function):
+    """Passes a value on and makes its gradient larger: a mean over thousands of tokens is below float16's range."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * _AMPLIFICATION
+
+
+def undo_amplification(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the trained parameters of a float16 model take the true gradients of :func:`answer_loss`."""
+    if dtype == torch.float16:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: gradient / _AMPLIFICATION)
 
 
 class PackedTrainer(Trainer):
@@ -156,6 +182,9 @@ class PackedTrainer(Trainer):
     ) -> Any:
         """Return the loss; there are no outputs to return, since most logits are never made."""
         loss = answer_loss(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None:
+            # Each process has the sum over its rows, divided by the labelled tokens of all; gradients are averaged.
+            loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(

@@ -73,9 +73,9 @@ def run(
     inputs = {"model": model_dir} | ({"adapter": adapter} if adapter is not None else {})
     tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     rows = read_all(config, data, tokenizer, seed)
-    # `rows` and `baselines` say which evaluations a run makes and shows; they change none.
+    # `rows` and `baselines` say which evaluations a run makes and shows, `batch` what they hold in memory at a time.
     settings = {
-        "evaluate": config.model_dump(mode="json", exclude={"rows", "baselines"}),
+        "evaluate": config.model_dump(mode="json", exclude={"rows", "baselines", "batch"}),
         "data": data.model_dump(mode="json"),
         "data_digest": {name: judged_digest(task, [*shots, *part]) for name, (task, part, shots) in rows.items()},
     }

@@ -21,7 +21,7 @@ from sqft.model.adapter import SavedAdapter
 from sqft.model.attach import check_base
 from sqft.model.checkpoint import copy_model
 from sqft.model.merged import BaseWeights, Merged
-from sqft.model.stored import MASK_FILE, SPARSE_FROM
+from sqft.model.stored import MASK_FILE, SPARSE_FROM, load_mask
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +104,8 @@ def _refuse_losses(config: MergeConfig, weights: BaseWeights, adapter: SavedAdap
             )
         if not config.allow_sparsity_loss:
             zeros, total = _zeros(weights, adapter)
-            if (weights.base / MASK_FILE).is_file() or (weights.packed is None and zeros >= SPARSE_FROM * total):
+            masked = any(load_mask(weights.base, weights.names[module]) is not None for module in adapter.modules)
+            if masked or (weights.packed is None and zeros >= SPARSE_FROM * total):
                 kind = "sparse" if weights.packed is None else "quantized"
                 problems.add(
                     f"the base is sparse: up to {zeros} of the {total} adapted weights that are zero would be filled "

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from sqft.artifact import Artifact, check_space, describe, digest_text, finished, write_json, writing
@@ -33,7 +32,7 @@ from sqft.model.checkpoint import Checkpoint, Layout, allocate, allocate_file, c
 from sqft.model.formats import Scheme, quantization_config
 from sqft.model.load import read_json
 from sqft.model.prune import BlockPruner, make_pruner, mask_view, packed_disk_masks
-from sqft.model.stored import MASK_FILE, SPARSE_FROM, START_FILE, load_mask
+from sqft.model.stored import SPARSE_FROM, START_FILE, load_mask, write_masks
 from sqft.model.targets import DiskNames, Target, coverage_of, find_targets, skeleton
 from sqft.recipe import CalibrationConfig
 
@@ -305,7 +304,7 @@ def _finish(work: _Quantizing, source: Checkpoint, network: Any, folder: Path) -
         if mask is not None:
             work.masks[name], work.shapes[name] = _packed(mask)
     if work.masks:
-        save_file(work.masks, folder / MASK_FILE, metadata=work.shapes)
+        write_masks(folder, work.masks, work.shapes)
     quantised = {target.module for target in work.targets}
     ignore = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n not in quantised]
     config = read_json(folder / "config.json")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from sqft.artifact import Artifact, check_space, describe, digest_text, finished, writing
 from sqft.errors import InputError, Problems
@@ -21,7 +20,7 @@ from sqft.model.calibrate import Block, check_tokens, visit_blocks
 from sqft.model.checkpoint import Checkpoint, copy_model
 from sqft.model.formats import quantization_config
 from sqft.model.prune import BlockPruner, make_pruner, mask_view, packed_disk_masks
-from sqft.model.stored import MASK_FILE
+from sqft.model.stored import write_masks
 from sqft.model.targets import Target, coverage_of, find_targets, skeleton
 from sqft.recipe import SparsifyConfig, parse_pattern
 
@@ -114,7 +113,7 @@ def run(
             hessian=pruner.needs_hessian,
             trust_remote_code=trust_remote_code,
         )
-        save_file(pruning.masks, draft.path / MASK_FILE, metadata=pruning.shapes)
+        write_masks(draft.path, pruning.masks, pruning.shapes)
         weights = sum(layer["weights"] for layer in pruning.layers)
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in pruning.layers)
         coverage = f"sparsified {coverage_of(targets, skipped)}"

@@ -1,52 +1,57 @@
 """Finetune: train elastic, masked adapters on a frozen base; resumable to the bit.
 
-transformers' Trainer runs the loop; checkpoints lie in the partial folder. A checkpoint counts once its DONE file is
-there, which is written after everything else of it is on disk, so a kill at any moment loses at most the steps since
-the last one. The data order, the ranks drawn and the optimiser state are functions of (seed, step), so a resumed run
-ends with the same adapter to the bit, given equal threads, library versions and processor.
+The data order, the ranks drawn and the optimiser state are functions of (seed, step), so a resumed run ends with the
+same adapter to the bit, given equal threads, library versions and processor. Several processes share the rows of each
+step and train the same adapter, to rounding; the first alone writes.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import logging
-import math
-import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_callback import PrinterCallback
 
-from sqft.artifact import Artifact, check_space, describe, digest_text, finished, write_json, writing
+from sqft import processes
+from sqft.artifact import (
+    Artifact,
+    Draft,
+    check_space,
+    describe,
+    digest_text,
+    finished,
+    partial_of,
+    write_json,
+    writing,
+)
 from sqft.data.encode import encode
 from sqft.errors import InputError, NumericalError, Problems
 from sqft.model.adapter import RANK_SPACE
-from sqft.model.elastic import ElasticRanks, rank_space
+from sqft.model.elastic import rank_space
 from sqft.model.example_attention import attend_by_example
 from sqft.model.formats import quantization_config
 from sqft.model.layers import SqftConfig, sqft_layers
 from sqft.model.load import load_model, load_tokenizer, to_device
 from sqft.model.stored import START_FILE, float_source, identity
 from sqft.model.targets import decoder_blocks
-from sqft.model.training import PackedTrainer, check_isolation, collate, label_examples, pack_rows
+from sqft.model.training import check_isolation, label_examples, pack_rows
+from sqft.stages.finetune import loop
 
 if TYPE_CHECKING:
+    from sqft.core.ranks import RankSpace
     from sqft.recipe import FinetuneConfig
-
-logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 _SHORT_ROW = 256  # tokens
-_REMEDY = "lower finetune.learning_rate or raise finetune.warmup, and delete the unfinished folder"
 
 
 def run(
@@ -83,6 +88,7 @@ def run(
     description = describe("finetune", settings, {"model": model}, seed)
     if done := finished(out, description):
         return done
+    processes.meet()
     check_base(config, model, quantised_first=False)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     network = load_model(model, packed=True, attention=_attention(config), trust_remote_code=trust_remote_code)
@@ -98,38 +104,43 @@ def run(
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     # Adapter, two checkpoints of it with two moments each, all in float32.
     check_space(out, trainable * 4 * 8, "training")
-    with writing(out, description, keep_partial=True) as draft:
+    writes = writing(out, description, keep_partial=True) if processes.first() else nullcontext(Draft(partial_of(out)))
+    with writes as draft:
         started = time.monotonic()
-        trainer = _trainer(config, adapted, rows, held_out, draft.path / "checkpoints", seed, tokenizer.pad_token_id)
-        resumed_at = _resume(trainer, draft.path / "checkpoints")
+        checkpoints = draft.path / "checkpoints"
+        trainer = loop.make_trainer(config, adapted, rows, held_out, checkpoints, seed, tokenizer.pad_token_id)
+        resumed_at = loop.train(trainer, checkpoints)
         check_trained(adapted)
-        adapted.save_pretrained(str(draft.path))
-        space = rank_space(adapted)
-        write_json(
-            draft.path / RANK_SPACE,
-            {"choices": list(space.choices), "groups": {g: list(m) for g, m in space.groups.items()}},
-        )
-        log = trainer.state.log_history
-        write_json(draft.path / "sqft" / "training_log.json", _split_log(log))
-        tokens = sum(len(row["input_ids"]) for row in rows)
-        layers = sqft_layers(adapted)
-        start = config.start if config.kind == "quantized" else None
-        draft.result = {
-            "coverage": f"adapted {len(layers)} linears in {len(space.groups)} rank groups",
-            "kind": config.kind,
-            "base_identity": identity(model, start),
-            "start": start,
-            "trainable_parameters": trainable,
-            "steps": trainer.state.global_step,
-            "resumed_at_step": resumed_at,
-            "examples": len(train),
-            "packed_rows": len(rows),
-            "tokens_per_epoch": tokens,
-            "train_seconds": round(time.monotonic() - started, 2),
-            "final_loss": next((e["loss"] for e in reversed(log) if "loss" in e), None),
-        }
-        shutil.rmtree(draft.path / "checkpoints")
+        if processes.first():
+            space = rank_space(adapted)
+            log = trainer.state.log_history
+            _save(adapted, space, log, draft.path)
+            start = config.start if config.kind == "quantized" else None
+            draft.result = {
+                "coverage": f"adapted {len(sqft_layers(adapted))} linears in {len(space.groups)} rank groups",
+                "kind": config.kind,
+                "base_identity": identity(model, start),
+                "start": start,
+                "trainable_parameters": trainable,
+                "steps": trainer.state.global_step,
+                "resumed_at_step": resumed_at,
+                "examples": len(train),
+                "packed_rows": len(rows),
+                "tokens_per_epoch": sum(len(row["input_ids"]) for row in rows),
+                "train_seconds": round(time.monotonic() - started, 2),
+                "final_loss": next((e["loss"] for e in reversed(log) if "loss" in e), None),
+            }
+            shutil.rmtree(checkpoints)
+    processes.meet()
     return Artifact.open(out)
+
+
+def _save(adapted: Any, space: RankSpace, log: list[dict[str, Any]], folder: Path) -> None:
+    """Write the adapter, its rank space and the log of its training."""
+    adapted.save_pretrained(str(folder))
+    groups = {group: list(members) for group, members in space.groups.items()}
+    write_json(folder / RANK_SPACE, {"choices": list(space.choices), "groups": groups})
+    write_json(folder / "sqft" / "training_log.json", _split_log(log))
 
 
 def check_trained(adapted: nn.Module) -> None:
@@ -142,7 +153,7 @@ def check_trained(adapted: nn.Module) -> None:
     if broken:
         raise NumericalError(
             f"training diverged: {len(broken)} of the adapter's parameters hold NaN or Inf, {broken[0]} among them; "
-            f"{_REMEDY}"
+            f"{loop.REMEDY}"
         )
 
 
@@ -178,6 +189,11 @@ def check(config: FinetuneConfig, network: PreTrainedModel) -> None:
             problems.add(
                 "attention flash_attention_2 keeps packed examples apart in batches of one row, and batch is "
                 f"{config.batch}; set batch: 1 and accumulation: {config.batch * config.accumulation}, or sdpa"
+            )
+        if config.batch * config.accumulation % processes.count():
+            problems.add(
+                f"a step has {config.batch * config.accumulation} rows (batch times accumulation), which "
+                f"{processes.count()} processes cannot share evenly; start another number of processes, or change them"
             )
         outside = {name for name in linears if not name.startswith(f"{decoder_blocks(network)[0]}.")}
         for target in config.target_modules:
@@ -245,108 +261,6 @@ def _attention(config: FinetuneConfig) -> str | None:
     # Measured (benchmarks/attention.py): in short rows the plain product is a little faster on a CPU, in long ones its
     # score matrices cost more than all the rest.
     return "eager" if not torch.cuda.is_available() and config.length <= _SHORT_ROW else None
-
-
-def _trainer(
-    config: FinetuneConfig,
-    model: Any,
-    rows: list[dict[str, list[int]]],
-    held_out: list[dict[str, list[int]]],
-    checkpoints: Path,
-    seed: int,
-    pad_token_id: int,
-) -> PackedTrainer:
-    steps = config.max_steps or max(1, round(config.epochs * _steps_per_epoch(config, len(rows))))
-    evaluate = config.evaluate_every is not None and bool(held_out)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch,
-        per_device_eval_batch_size=config.batch,
-        gradient_accumulation_steps=config.accumulation,
-        gradient_checkpointing=config.gradient_checkpointing,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=round(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss of NaN would be logged as 0
-        save_strategy="steps",
-        save_steps=config.save_every,
-        save_total_limit=2,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=config.evaluate_every,
-        report_to=list(config.trackers) or "none",
-        remove_unused_columns=False,
-        disable_tqdm=not os.isatty(2),
-        seed=seed,
-        data_seed=seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    if arguments.n_gpu > 1:
-        # One process trains on one device; transformers would wrap the model in DataParallel, which packing cannot.
-        arguments._n_gpu = 1
-    trainer = PackedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=[{**row, "seq_lengths": [len(row["input_ids"])]} for row in held_out] or None,
-        data_collator=lambda batch: collate(batch, pad_token_id),
-        callbacks=[ElasticRanks(seed), _Done(), _Log()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _steps_per_epoch(config: FinetuneConfig, rows: int) -> float:
-    return rows / (config.batch * config.accumulation)
-
-
-def _resume(trainer: PackedTrainer, checkpoints: Path) -> int:
-    """Train from the last whole checkpoint, if there is one; return the step it was at."""
-    whole = []
-    for folder in checkpoints.glob("checkpoint-*"):
-        if (folder / "DONE").is_file():
-            whole.append(folder)
-        else:
-            shutil.rmtree(folder)
-    latest = max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-    at = 0 if latest is None else int(latest.name.rpartition("-")[2])
-    if latest is not None:
-        logger.info("resuming from step %d", at)
-    if latest is not None and at >= trainer.args.max_steps:
-        # The trainer would take one step more, if the last epoch is not at its end.
-        set_peft_model_state_dict(trainer.model, load_file(latest / "adapter_model.safetensors"))
-        trainer.state = TrainerState.load_from_json(str(latest / "trainer_state.json"))
-    else:
-        trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
-    return at
-
-
-class _Done(TrainerCallback):
-    """Marks a checkpoint as whole, after its files are on disk."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for path in folder.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as stream:
-                    os.fsync(stream.fileno())
-        (folder / "DONE").touch()
-
-
-class _Log(TrainerCallback):
-    """Reports the loss where there is no progress bar, and ends a training that has diverged."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and not math.isfinite(float(logs.get("loss", 0))):
-            raise NumericalError(
-                f"the loss of step {state.global_step} is {logs['loss']}: training diverged; {_REMEDY}"
-            )
-        every = max(1, state.max_steps // 20)
-        if logs and "loss" in logs and state.global_step % every == 0:
-            logger.info("step %d/%d  loss %.4f", state.global_step, state.max_steps, float(logs["loss"]))
 
 
 def _split_log(history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -1,0 +1,101 @@
+"""Several processes on one training: the same adapter as one process makes, and nothing written twice."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sqft.artifact import Artifact
+from sqft.errors import InputError
+from sqft.recipe import FinetuneConfig
+from sqft.stages import finetune
+
+ROWS = [{"prompt": f"Question: {a} + {b}?\nAnswer:", "completion": f" {a + b}"} for a in range(6) for b in range(6)]
+
+
+@pytest.fixture
+def recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, rows in {"train": ROWS[:24], "validation": ROWS[24:30], "test": ROWS[30:]}.items():
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values: dict[str, Any] = {
+        "name": "shared",
+        "model": str(tiny_model("llama", "float32")),
+        "threads": 1,
+        "data": {"task": str(data)},
+        "sparsify": {"calibration": {"samples": 4, "length": 32}},
+        "finetune": {
+            "kind": "sparse", "ranks": [4, 2], "lora_alpha": 8, "max_steps": 6, "length": 128, "batch": 2,
+            "accumulation": 2, "learning_rate": 0.02, "save_every": 2, "evaluate_every": 3,
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "packing": False,  # 24 rows, six steps of four: with a rest, the last step would be filled up
+        },
+        "verify": {"prompts": 2, "accuracy_rows": 2},
+    }  # fmt: skip
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def run(recipe: Path, out: Path, *more: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    launch = several if processes > 1 else []
+    command = [sys.executable, *launch, "-m", "sqft", "run", str(recipe), "--out", str(out), *more]
+    # No GPU may be used: a machine may have fewer than the processes.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_rows_of_a_step(recipe: Path, tmp_path: Path, processes: int) -> None:
+    alone, shared = run(recipe, tmp_path / "one"), run(recipe, tmp_path / "many", processes=processes)
+    assert alone.returncode == 0, alone.stderr
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.count("report:") == 1
+    one, many = adapter(tmp_path / "one"), adapter(tmp_path / "many")
+    assert one.keys() == many.keys()
+    for name, value in one.items():
+        assert torch.allclose(value, many[name], atol=1e-4), name
+    logs = [
+        json.loads((tmp_path / out / "adapter" / "sqft" / "training_log.json").read_text()) for out in ("one", "many")
+    ]
+    for kind, key in (("train", "loss"), ("eval", "eval_loss")):
+        losses = [[entry[key] for entry in log[kind]] for log in logs]
+        assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+    # The same key: a run that began with several processes goes on with one.
+    again = run(recipe, tmp_path / "many")
+    assert again.returncode == 0, again.stderr
+    keys = [Artifact.open(tmp_path / out / "adapter").manifest["key"] for out in ("one", "many")]
+    assert keys[0] == keys[1]
+
+
+def test_what_processes_cannot_share_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]
+) -> None:
+    from sqft.model.load import load_model
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = FinetuneConfig.model_validate({"batch": 2, "accumulation": 2, "target_modules": ["q_proj"]})
+    with pytest.raises(InputError, match=r"a step has 4 rows .* 3 processes cannot share evenly"):
+        finetune.check(config, load_model(tiny_model("llama", "float32")))
+
+
+def test_other_commands_want_one_process(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from sqft import cli
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.run(["plan", str(recipe)]) == 2
+    assert "start one of this command" in capsys.readouterr().err
