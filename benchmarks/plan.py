@@ -92,8 +92,8 @@ def main() -> None:
             }
             print(f"{name}: {row['stage']}: {row['taken']['memory_bytes'] / 1e9:.2f} GB, forecast / taken {ratios}")
     file = RESULTS / "plan.json"
-    before = json.loads(file.read_text()) if file.is_file() else {"models": {}}
-    save("plan", {**before, "models": before["models"] | models})
+    before = json.loads(file.read_text())["models"] if options.only and file.is_file() else {}
+    save("plan", {"models": before | models})
 
 
 if __name__ == "__main__":

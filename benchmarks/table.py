@@ -98,7 +98,9 @@ def attention(result: dict[str, Any]) -> str:
 
 def plan(result: dict[str, Any]) -> str:
     def share(row: dict[str, Any], key: str) -> str | None:
-        return f"{row['forecast'][key] / row['taken'][key] - 1:+.0%}" if row["taken"][key] else None
+        if not row["taken"][key]:
+            return None
+        return f"{round(row['forecast'][key] / row['taken'][key] - 1, 2) + 0.0:+.0%}"  # + 0.0: no -0%
 
     rows = [
         {
@@ -108,6 +110,8 @@ def plan(result: dict[str, Any]) -> str:
             "forecast": share(row, "memory_bytes"),
             "disk taken, MB": round((row["taken"]["disk_bytes"] or 0) / 1e6) or None,
             "forecast of it": share(row, "disk_bytes"),
+            "seconds taken": round(row["taken"]["seconds"]),
+            "forecast of them": share(row, "seconds"),
         }
         for name, found in result["models"].items()
         for row in found
@@ -213,8 +217,19 @@ def searching(result: dict[str, Any]) -> str:
     return (
         f"{result['configurations']} configurations of an adapter of kind {result['kind']}, {result['rows']} rows of "
         f"{result['task']}, alternating: {hourly['sqft']} configurations an hour switched in place against "
-        f"{hourly['reference']} loaded and run by lm-eval, **{result['speed_up']} ×** (medians). Rows judged alike: "
+        f"{hourly['reference']} loaded and run by lm-eval, **{result['speed_up']} ×** (medians); "
+        f"{result['speed_up_if_the_reference_kept_the_base']} × if the reference kept the base in memory. Rows judged alike: "
         f"{result['rows_judged_alike']}. The one load takes {result['load_seconds_once']} s more."
+    )
+
+
+def workers(result: dict[str, Any]) -> str:
+    one, two = result["seconds"]["1"], result["seconds"]["2"]
+    same = "the same ranks were chosen" if result["chosen_alike"] else "the chosen ranks differ"
+    return (
+        f"{result['configurations']} configurations on {result['rows']} rows of {result['task']}, one thread a process, loading "
+        f"included: {one} s by one process, {two} s by two that share the study, **{result['speed_up']} ×** (medians of "
+        f"{result['rounds']} alternating rounds); {same}."
     )
 
 
@@ -244,10 +259,14 @@ def evaluation(result: dict[str, Any]) -> str:
             "`generate`, rows/s": row["rows_per_second"].get("generate"),
             "lm-eval, rows/s": row["rows_per_second"]["lm-eval"],
             "sqft, rows/s": row["rows_per_second"]["sqft"],
+            "sqft, one batch": row["rows_per_second"].get("sqft, one batch"),
             "sqft / `generate`": row["speed_up"].get("generate"),
+            "one batch / `generate`": row["speed_up_of_one_batch"],
             "sqft / lm-eval": row["speed_up"]["lm-eval"],
             "judged alike": f"{row['judged_alike']} of {result['rows']}",
-            "right, in that order": " / ".join(str(right) for right in row["right"].values()),
+            "right, in that order": " / ".join(
+                str(row["right"][side]) for side in row["rows_per_second"] if side != "sqft, one batch"
+            ),
         }
         for row in result["tasks"]
     ]
@@ -283,7 +302,7 @@ SECTIONS = {
         "python benchmarks/attention.py runs/quickstart/dense --threads 1 --rounds 2",
         attention,
     ),
-    "plan": ("Forecasts", "python benchmarks/plan.py --threads 1", plan),
+    "plan": ("Forecasts", "python benchmarks/plan.py", plan),
     "streaming": ("Pruning a model that does not fit", "python benchmarks/streaming.py", streaming),
     "streaming_joint": (
         "Pruning and quantising one that does not fit",
@@ -308,6 +327,7 @@ SECTIONS = {
     "memory": ("Memory of fine-tuning", "python benchmarks/memory.py runs/quickstart/dense", memory),
     "evaluation": ("Evaluation", "python benchmarks/evaluation.py MODEL --rows 238 --batch 48", evaluation),
     "search": ("Search", "python benchmarks/search.py BASE ADAPTER --configurations 5", searching),
+    "workers": ("Two processes on one search", "python benchmarks/workers.py BASE ADAPTER", workers),
     "strategies": (
         "What searching gives",
         "python benchmarks/strategies.py BASE ADAPTER --out DIR",

@@ -325,6 +325,9 @@ def test_the_stages_as_single_commands(
     assert "2 steps" in sqft("finetune", at["sparse"], at["adapter"], "--task", task, *training)
     assert "heuristic ranks" in sqft("extract", at["adapter"], at["sub"])
     assert "0 pruned ones filled" in sqft("merge", at["sparse"], at["sub"], at["merged"])
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "50 % of the weights of the adapted linears are zero" in card
+    assert "AutoModelForCausalLM.from_pretrained(folder" in card
     proof = ["verify", at["merged"], "--base", at["sparse"], "--adapter", at["sub"]]
     assert "verified: " in sqft(*proof, "--task", task, "--prompts", "2", "--accuracy-rows", "2")
     assert json.loads(sqft(*proof, "--out", str(tmp_path / "random.json"), "--json"))["passed"]
@@ -440,3 +443,36 @@ def test_sparsify_without_text_says_what_to_give(
 ) -> None:
     assert cli.run(["sparsify", str(tiny_model("llama")), str(tmp_path / "o")]) == 2
     assert "--task NAME or --calibration.data FILE" in capsys.readouterr().err
+
+
+def test_one_file_of_rows_is_enough(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = yaml.safe_load(recipe.read_text())
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join((Path(values["data"]["task"]) / f"{s}.jsonl").read_text() for s in ("train", "test")))
+    one_file = ["--set", f"data.task={file}", "--set", "finetune.max_steps=1"]
+    assert cli.run(["run", str(recipe), "--out", "refused", *one_file]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "is one file, so it has no test split" in message and "or set data.test_rows to cut one" in message
+    cut = [*one_file, "--set", "data.test_rows=6", "--set", "data.validation_rows=5"]
+    assert cli.run(["run", str(recipe), "--out", "out", *cut]) == 0, capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert results["tasks"]["rows"]["n"] == 6
+    manifest = json.loads((tmp_path / "out" / "adapter" / "sqft" / "manifest.json").read_text())
+    assert manifest["config"]["data"]["data"]["test_rows"] == 6
+    found = _prepare(load_recipe(recipe, [*cut[1::2]]), Path(values["model"]))
+    assert len(found.test) == 6 and len(found.train) == 32 - 6 - 5
+    assert not {e.prompt for e in found.test} & {e.prompt for e in found.train}
+    # Single commands take the same flag, and judge the same rows.
+    capsys.readouterr()
+    judged = ["evaluate", "out/merged", "--task", str(file), "--test-rows", "6", "--validation-rows", "5", "--json"]
+    assert cli.run(judged) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["tasks"]["rows"] == results["tasks"]["rows"]
+
+
+def test_test_rows_are_refused_where_there_are_some(recipe: Path, tmp_path: Path) -> None:
+    made = load_recipe(recipe, ["data.test_rows=3"])
+    with pytest.raises(InputError, match=r"data.test_rows is 3, but there is a test split already \(.*test.jsonl\)"):
+        _prepare(made, Path(made.model))

@@ -1,6 +1,6 @@
 """sqft: fine-tune compressed language models so that one compressed model comes out.
 
-The verbs of the command line are functions here, with the same names and defaults. Importing this package also makes
+`run` takes a recipe through all its stages; each stage is `sqft.stages.NAME.run`. Importing this package also makes
 PEFT load masked adapters (peft_type SQFT).
 """
 

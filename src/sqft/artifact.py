@@ -110,9 +110,8 @@ def digest_input(path: str | Path) -> str:
         return digest_file(path)
     if (path / MANIFEST).is_file():
         return Artifact.open(path).digest
-    found = {name: digest for name, digest in file_digests(path).items() if "/" not in name}
-    counted = {name: digest for name, digest in found.items() if not name.endswith(".md")}
-    return digest_text(json.dumps(counted, sort_keys=True))
+    counted = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".") and p.suffix != ".md"]
+    return digest_text(json.dumps({p.name: digest_file(p) for p in counted}, sort_keys=True))
 
 
 def versions() -> dict[str, str]:

@@ -48,6 +48,12 @@ class DataConfig(Config):
     validation_rows: int = Field(
         0, ge=0, description="rows cut from the training split for validation, the same for every seed"
     )
+    test_rows: int = Field(
+        0,
+        ge=0,
+        description="rows cut from the training split for testing, the same for every seed; for data without a test "
+        "split of its own",
+    )
     chat_template: bool = Field(
         False, description="ask through the tokenizer's chat template, as chat models are asked"
     )
@@ -269,7 +275,11 @@ class EvaluateConfig(Config):
     tasks: list[str] = Field([], description="tasks to report; empty is the one of the data, `task`")
     limit: PositiveInt | None = Field(None, description="rows a task")
     batch: PositiveInt = Field(16, description="sequences at a time")
-    fewshot: int = Field(0, ge=0, description="worked examples before each question")
+    fewshot: int = Field(
+        0,
+        ge=0,
+        description="worked examples before each question, drawn for each from the training rows as lm-eval does",
+    )
     rows: list[Literal["dense", "sparse", "quantized", "tuned", "merged"]] = Field(
         ["dense", "sparse", "quantized", "tuned", "merged"],
         description="which models of the run are evaluated; those that the recipe does not make are left out",

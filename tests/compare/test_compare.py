@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from sqft.cli.commands import _any_failed
 from sqft.compare import sweep
 from sqft.compare.methods import METHODS, PAPER, method_recipe, with_level
 from sqft.compare.run import _run_row, row_file, run
-from sqft.compare.table import compare_pair, markdown, summarise
+from sqft.compare.table import compare_pair, markdown, page, summarise
 from sqft.errors import InputError
 from sqft.recipe import Recipe, SparsifyConfig
 
@@ -112,8 +113,8 @@ def test_the_grid_runs_shares_stops_and_goes_on(
     for name in ("shears", "sparsepeft", "qa_sparsepeft"):
         assert (out / "runs" / f"{name}-0" / "sparse").is_symlink()
         assert Artifact.open(out / "runs" / f"{name}-0" / "sparse").digest == digest
-    page = (out / "compare.html").read_text()
-    assert "SQFT + QA-SparsePEFT" in page
+    html = (out / "compare.html").read_text()
+    assert "SQFT + QA-SparsePEFT" in html
     # Further seeds are added to what is there; an untuned row has one.
     ran.clear()
     run(recipe, out, ("dense", "sparsepeft"), seeds=2)
@@ -250,14 +251,57 @@ def test_levels_of_a_sweep(recipe: Recipe) -> None:
     assert unpruned == ["dense", "dense_lora", "int4", "gptq_lora", "sqft", "qa_lora", "qa_sparsepeft"]
 
 
+def test_a_sweep_draws_every_value() -> None:
+    values = {
+        "lora": {"0.5": 0.1},
+        "shears": {"0": 0.2, "0.5": 0.15, "2:4": 0.05},
+        "sqft": {"2:4": 0.04, "1:4": 0.01},
+    }
+    methods = {name: {level: {"value": value} for level, value in row.items()} for name, row in values.items()}
+    drawn = sweep.chart({"levels": ["0.5", "2:4", "0", "1:4"], "methods": methods})
+    marks = re.findall(r"<title>([^<]+)</title>.*?<use [^>]* x=\"([\d.]+)\"", drawn)
+    assert [title for title, _ in marks] == [
+        "LoRA, sparsity (%) 50: 10",
+        "Shears, sparsity (%) 0: 20",
+        "Shears, sparsity (%) 50: 15",
+        "Shears at 2:4, sparsity (%) 50: 5",
+        "SQFT, sparsity (%) 50: 4",
+        "SQFT, sparsity (%) 75: 1",
+    ]
+    across = [float(x) for _, x in marks]
+    assert across[0] == across[2] == across[3] == across[4]
+    assert across[1] < across[0] < across[5]
+    texts = re.findall(r">([^<]+)</text>", drawn)
+    assert all(texts.count(name) == 1 for name in ("LoRA", "Shears", "SQFT", "hollow: 2:4, 1:4"))
+    assert "Shears at 2:4" not in texts
+    assert "Shears at 2:4 50 %: 5.0" in drawn
+    assert sweep.chart({"levels": ["0"], "methods": {"lora": {}}}) == ""
+
+
+def test_the_page_draws_every_method(recipe: Recipe, tmp_path: Path) -> None:
+    row_file(tmp_path, "lora", 0).parent.mkdir()
+    for name, value in (("lora", 0.25), ("sparsepeft", 0.5)):
+        entry = {"metric": "acc", "value": value, "stderr": 0.2, "n": 4, "correct": "1100" if value > 0.3 else "1000"}
+        values = {
+            "method": name, "label": METHODS[name].label, "seed": 0, "status": "done", "tasks": {"a": entry},
+            "verified": None, "checks": None, "precision": "16 bit", "stored_bytes": 5, "training": None,
+        }  # fmt: skip
+        row_file(tmp_path, name, 0).write_text(json.dumps(values))
+    html = page(summarise(recipe, tmp_path, ["lora", "sparsepeft"], 1))
+    titles = re.findall(r"<title>([^<]+)</title>", html)[1:]
+    assert titles == ["LoRA: 25.0 ± 20.0", "SQFT + SparsePEFT: 50.0 ± 20.0"]
+    for text in ("LoRA", "25.0 ± 20.0", "SQFT + SparsePEFT", "50.0 ± 20.0"):
+        assert f">{text}</text>" in html
+
+
 @pytest.mark.slow
 def test_a_sweep_draws_every_level(recipe: Recipe, tmp_path: Path) -> None:
-    page = sweep.run(recipe, tmp_path / "out", ["0", "0.6"], ["sparse", "sparsepeft", "int4"])
+    path = sweep.run(recipe, tmp_path / "out", ["0", "0.6"], ["sparse", "sparsepeft", "int4"])
     summary = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert {name: sorted(values) for name, values in summary["methods"].items()} == {
         "sparse": ["0", "0.6"], "sparsepeft": ["0.6"], "int4": ["0", "0.6"],
     }  # fmt: skip
-    assert "<svg" in page.read_text()
+    assert "<svg" in path.read_text()
     made = Artifact.open(tmp_path / "out" / "sparsity-0.6" / "shared" / "sparse").manifest["result"]
     assert made["sparsity"] == pytest.approx(0.6, abs=0.02)
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import random
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,23 +210,53 @@ class Recorder:
         return recorded
 
 
+def drawn(*texts: str) -> str:
+    """Return texts in the order in which lm-eval draws all of them."""
+    return "".join(random.Random(1234).sample(texts, len(texts)))
+
+
+def test_five_shot_prompts_of_gsm8k_are_those_of_lm_evals_own_task(
+    model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import yaml
+    from datasets import Dataset
+    from lm_eval import tasks
+    from lm_eval.api.task import ConfigurableTask
+
+    rows = [{"question": f"What is {n} and {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(24)]
+    splits = {"train": Dataset.from_list(rows[:20]), "test": Dataset.from_list(rows[20:])}
+    text = (Path(tasks.__file__).parent / "gsm8k" / "gsm8k.yaml").read_text()
+    theirs = ConfigurableTask(config={**yaml.safe_load(text), "custom_dataset": lambda **_: splits})
+    theirs.set_fewshot_seed(1234)  # what lm_eval's command does where it is given no seed
+    theirs.build_all_requests(limit=None, rank=0, world_size=1)
+    wanted = [request.args[0] for request in theirs.instances]
+
+    examples = [BUILTIN["gsm8k"].build(row) for row in rows]
+    recorder = Recorder(monkeypatch)
+    task = dataclasses.replace(BUILTIN["gsm8k"], max_new_tokens=2)
+    evaluate_examples(model, tiny_tokenizer, task, examples[20:], 2, examples[:20], 5)
+    assert [args[0] for args in recorder.asked] == wanted
+    assert len({prompt.rpartition("Question:")[0] for prompt in wanted}) == 4  # other examples for each question
+
+
 def test_few_shot_prompts_are_worked_examples_before_the_question(
     model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder(monkeypatch)
-    evaluate_examples(model, tiny_tokenizer, BUILTIN["arc_easy"], ARC[:1], 2, shots=ARC[1:])
-    head = "Question: What burns?\nAnswer: wood\n\nQuestion: What flies?\nAnswer: a bird\n\n"
+    evaluate_examples(model, tiny_tokenizer, BUILTIN["arc_easy"], ARC[:1], 2, ARC[1:], 2)
+    head = drawn("Question: What burns?\nAnswer: wood\n\n", "Question: What flies?\nAnswer: a bird\n\n")
     assert recorder.asked == [(f"{head}{ARC[0].prompt}", f" {c}") for c in ("water", "a stone", "fire")]
     recorder.asked.clear()
-    evaluate_examples(model, tiny_tokenizer, BUILTIN["winogrande"], WINOGRANDE[:1], 2, shots=WINOGRANDE[1:])
+    evaluate_examples(model, tiny_tokenizer, BUILTIN["winogrande"], WINOGRANDE[:1], 2, WINOGRANDE[1:], 1)
     head = "The cup fell off the shelf as the shelf shook.\n\nAnn called Bea because "
     assert recorder.asked == [(f"{head}{name}", " was lonely.") for name in ("Ann", "Bea")]
     recorder.asked.clear()
-    evaluate_examples(model, tiny_tokenizer, EXACT, OWN[:1], 2, shots=OWN[1:3])
-    assert recorder.asked == [("Spell dog: d o g\n\nSpell ox: o x\n\nSpell cat:", " c a t<|end|>")]
+    evaluate_examples(model, tiny_tokenizer, EXACT, OWN[:1], 2, OWN[1:3], 2)
+    head = drawn("Spell dog: d o g\n\n", "Spell ox: o x\n\n")
+    assert recorder.asked == [(f"{head}Spell cat:", " c a t<|end|>")]
     recorder.asked.clear()
     task = dataclasses.replace(BUILTIN["gsm8k"], max_new_tokens=2)
-    evaluate_examples(model, tiny_tokenizer, task, GSM8K[:1], 2, shots=GSM8K[1:2])
+    evaluate_examples(model, tiny_tokenizer, task, GSM8K[:1], 2, GSM8K[1:2], 1)
     head = "Question: Six and six?\nAnswer: 6 + 6 = 12\n#### 12\n\n"
     assert [args[0] for args in recorder.asked] == [head + GSM8K[0].prompt]
 

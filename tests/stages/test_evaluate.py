@@ -140,20 +140,24 @@ def test_worked_examples_come_from_train_by_seed(
     from sqft.evaluation import harness
 
     given: list[list[str]] = []
+    drawn: list[tuple[int, int]] = []
     original = harness.evaluate_examples
 
-    def recorded(model: Any, tokenizer: Any, task: Any, examples: Any, batch: int, shots: Any) -> Any:
+    def recorded(*arguments: Any) -> Any:
+        shots, count, seed = arguments[5:]
         given.append([shot.prompt for shot in shots])
-        return original(model, tokenizer, task, examples, batch, shots)
+        drawn.append((count, seed))
+        return original(*arguments)
 
     monkeypatch.setattr(harness, "evaluate_examples", recorded)
     config = EvaluateConfig(fewshot=2, limit=2)
     for number, seed in enumerate((0, 0, 1)):
         out = tmp_path / f"eval{number}.json"
         assert evaluate.run(config, DataConfig(task="own"), model_dir, None, out, seed=seed)["fewshot"] == 2
-    assert given[0] == given[1] != given[2]
+    assert given[0] == given[1] == given[2]
     assert all(prompt.startswith("say train") for prompts in given for prompt in prompts)
-    assert len(set(given[0])) == 2
+    assert len(given[0]) == 9
+    assert drawn == [(2, 0), (2, 0), (2, 1)]
     with pytest.raises(InputError, match=r"evaluate.fewshot is 20, but own has 9 training rows"):
         out = tmp_path / "eval9.json"
         evaluate.run(EvaluateConfig(fewshot=20), DataConfig(task="own"), model_dir, None, out, seed=0)

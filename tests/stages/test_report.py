@@ -5,6 +5,7 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -168,6 +169,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.fetched, self.words, self.ids, self.unnamed = [], [], [], [], []
+        self.shapes, self.used = [], []
         self.feed(text)
         assert self.open == []
 
@@ -181,7 +183,9 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        pass
+        values = dict(attrs)
+        self.shapes += [values["id"]] if "id" in values else []
+        self.used += [values["href"]] if "href" in values else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -193,6 +197,39 @@ class Page(HTMLParser):
     @property
     def text(self):
         return " ".join(" ".join(self.words).split())
+
+
+class Drawn:
+    """A chart as its numbers: texts and marks with their places, cells with their opacity, lines with their points."""
+
+    def __init__(self, svg):
+        self.texts, self.marks, self.cells, self.lines = {}, {}, {}, []
+        root = ElementTree.fromstring(svg)
+        self.label, self.size = root.get("aria-label"), [float(number) for number in root.get("viewBox").split()[2:]]
+        for text in root.iter("text"):
+            self.texts[text.text] = float(text.get("x")), float(text.get("y"))
+            assert "font-family" not in text.get("style")
+        for group in root.iter("g"):
+            title, use, path = group.find("title"), group.find("g/use"), group.find("path")
+            if title is not None and use is not None:
+                self.marks[title.text] = float(use.get("x")), float(use.get("y"))
+            elif title is not None:
+                self.cells[title.text] = float(re.search(r"opacity: ([\d.]+)", path.get("style") + "opacity: 1")[1])
+            elif path is not None and "fill: none; stroke" in path.get("style"):
+                points = [tuple(map(float, p.split())) for p in re.findall(r"[ML] ([\d.]+ [\d.]+)", path.get("d"))]
+                self.lines.append((path.get("style"), points))
+
+    def line(self, colour, *, width):
+        """The line of a colour and a width; that of the legend comes after it."""
+        style = re.compile(f"stroke: var\\(--{colour}\\)(; stroke-opacity: [\\d.]+)?; stroke-width: {width}")
+        return next(points for found, points in self.lines if style.search(found))
+
+    def x_of(self, value, unit=""):
+        """Where a value stands by the ticks 0 and 20, or those that `unit` is a pair of."""
+        low, high = unit if isinstance(unit, tuple) else (f"0{unit}", f"20{unit}")
+        (left, _), (right, _) = self.texts[low], self.texts[high]
+        first, second = (float(re.match(r"[\d.]+", text)[0]) for text in (low, high))
+        return left + (right - left) * (value - first) / (second - first)
 
 
 def read_page(out):
@@ -225,6 +262,10 @@ class TestWholeRun:
         assert page.unnamed == []
         assert html.count('role="img"') == 5  # two tasks, loss, sparsity, ranks
         assert len(page.ids) == len(set(page.ids)) == 9
+        assert len(page.shapes) == len(set(page.shapes)), "several charts, no two shapes of one name"
+        assert {f"#{name}" for name in page.shapes} >= set(page.used) != set()
+        assert not re.search(r"#5af7|clip-path|<\?xml|<!DOCTYPE svg", html)
+        assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= set(re.findall(r"^ +(--[\w-]+):", html, re.MULTILINE))
 
     def test_both_forms_say_the_same(self, written):
         text, page = (written / "report.md").read_text(encoding="utf-8"), read_page(written).text.replace("\u00a0", " ")
@@ -487,7 +528,7 @@ class TestModels:
         assert row["arc_easy acc"] == "25.0 % ± 1.0 (n = 2,376)"
         assert row["arc_easy normalised acc_norm"] == "30.0 % (n = 2,376)"
         report.run(tmp_path, recipe_of())
-        assert (tmp_path / "report.html").read_text(encoding="utf-8").count('class="dots"') == 3, (
+        assert (tmp_path / "report.html").read_text(encoding="utf-8").count('class="chart"') == 3, (
             "none for the perplexity"
         )
 
@@ -549,32 +590,59 @@ class TestNumbers:
 
 
 class TestCharts:
-    @pytest.mark.parametrize(
-        ("low", "high", "expected"),
-        [
-            (0, 60, [0, 20, 40, 60]),
-            (0, 1, [0, 0.25, 0.5, 0.75, 1]),
-            (0.5, 2.9, [0, 1, 2, 3]),
-            (5, 5, [4.5, 4.75, 5, 5.25, 5.5]),
-        ],
-    )
-    def test_ticks_are_round_and_cover_the_range(self, low, high, expected):
-        assert charts.ticks(low, high) == expected
-
     def test_dots_stand_where_their_values_are(self):
-        drawn = charts.dot_plot([charts.Dot("a", 30, 10, "30 % ± 10", "dense")], "accuracy", unit=" %")
-        assert 'cx="75.00%"' in drawn, "the axis ends at 40"
-        assert 'class="whisker" x1="50.00%" x2="100.00%"' in drawn
-        assert 'aria-label="accuracy: a 30 % ± 10"' in drawn
-        assert charts.dot_plot([charts.Dot("zero", 0, 0, "0", "dense")], "all wrong")
+        dots = [charts.Dot("a & b", 30, 10, "30 % ± 10", "dense"), charts.Dot("c", 12.5, None, "12.5 %", "merged")]
+        drawn = Drawn(charts.dot_plot(dots, "accuracy", unit=" %"))
+        assert {"a & b", "c", "30 % ± 10", "12.5 %", "0 %", "20 %", "40 %"} <= set(drawn.texts)
+        assert drawn.marks["a & b: 30 % ± 10"][0] == pytest.approx(drawn.x_of(30, " %"))
+        assert drawn.marks["c: 12.5 %"][0] == pytest.approx(drawn.x_of(12.5, " %"))
+        (left, _), (right, _) = drawn.line("plain", width=5)
+        assert (left, right) == pytest.approx((drawn.x_of(20, " %"), drawn.x_of(40, " %"))), "the whisker"
+        assert drawn.label == "accuracy: a & b 30 % ± 10; c 12.5 %"
 
-    def test_a_line_falls_when_its_values_do(self):
-        drawn = charts.line_chart([("loss", "main", [(1, 3.0), (2, 2.0), (3, 1.0)])], "loss", "step", "loss")
-        points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', drawn)[1].split()]
-        assert [x for x, _ in points] == [0, 50, 100]
-        assert points[0][1] < points[1][1] < points[2][1], "y grows downwards in SVG"
+    def test_all_wrong_and_differences_have_an_axis_too(self):
+        assert {"0 %", "1 %"} <= set(Drawn(charts.dot_plot([charts.Dot("z", 0, 0, "0", "")], "", unit=" %")).texts)
+        one_of_ten = Drawn(charts.dot_plot([charts.Dot("a", 10, 15, "10", "dense")], "share"))
+        assert one_of_ten.line("plain", width=5)[0][0] == one_of_ten.texts["0"][0], "no share is below zero"
+        below = Drawn(charts.dot_plot([charts.Dot("a", -2, 3, "−2", "dense")], "difference", lowest=-100))
+        (left, _), (right, _) = below.line("plain", width=5)
+        assert left < below.marks["a: −2"][0] < below.texts["0"][0] < right
+
+    def test_a_line_holds_every_point(self):
+        points = [(1, 50.0), (2, 40.0), (3, 30.0), (4, 30.0)]
+        drawn = Drawn(charts.line_chart([("loss", "main", points)], "loss", "step", "nats"))
+        line = drawn.line("accent", width="1.6")
+        assert [x for x, _ in line] == pytest.approx([drawn.x_of(x, ("1", "4")) for x, _ in points])
+        assert line[0][1] < line[1][1] < line[2][1] == line[3][1], "y grows downwards in SVG"
+        assert {"loss", "step", "nats", "1", "2", "3", "4", "30", "50"} <= set(drawn.texts), "whole steps"
         assert charts.line_chart([("loss", "main", [])], "loss", "step", "loss") == ""
-        assert "<circle" in charts.line_chart([("loss", "main", [(1, 3.0)])], "one", "step", "loss")
+        assert "loss, step 1: 3" in Drawn(charts.line_chart([("loss", "main", [(1, 3.0)])], "", "step", "loss")).marks
+
+    def test_the_loss_has_its_mean_and_the_validation(self):
+        log = training_log(random.Random(0))
+        drawn = Drawn(figures.loss(log)[0])
+        assert len(drawn.line("accent", width="0.7")) == len(drawn.line("accent", width="1.6")) == 240
+        assert len(drawn.marks) == len(log["eval"]) == 6
+        assert {"training, each step", "training, mean of 13 steps", "validation"} <= set(drawn.texts)
+        alone = Drawn(figures.loss({"train": log["train"][:9], "eval": []})[0])
+        assert "training" in alone.texts
+        assert "validation" not in alone.texts
+
+    def test_every_text_lies_within_the_figure(self):
+        drawn = Drawn(figures.ranks(rank_choice(random.Random(0)))[0])
+        assert {"rank 48", "rank 32", "rank 16", "q+k+v_proj", "up_proj", "down_proj", "layer", "20"} <= set(
+            drawn.texts
+        )
+        assert all(0 <= x <= drawn.size[0] and 0 <= y <= drawn.size[1] for x, y in drawn.texts.values())
+        assert len(drawn.cells) == 90
+
+    def test_settings_of_the_user_change_nothing(self):
+        from matplotlib import rc_context
+
+        dots = [charts.Dot("a", 30, 10, "30", "dense")]
+        before = charts.dot_plot(dots, "accuracy")
+        with rc_context({"font.size": 30, "axes.grid": False, "lines.linewidth": 9, "svg.fonttype": "path"}):
+            assert charts.dot_plot(dots, "accuracy") == before
 
     def test_losses_that_are_not_finite_are_counted_and_not_drawn(self, tmp_path):
         points = [{"step": s, "loss": v, "learning_rate": 1e-4} for s, v in [(1, 2.0), (2, math.nan), (3, 1.0)]]
@@ -604,7 +672,7 @@ class TestCharts:
             "model.layers.5.self_attn.q_proj+k_proj+v_proj",
             "lm_head",
         ]
-        assert list(charts.place(names).values()) == [
+        assert list(figures.place(names).values()) == [
             ("attn.c_proj", 0),
             ("mlp.c_proj", 11),
             ("c_fc", 0),
@@ -625,13 +693,13 @@ class TestCharts:
 
     def test_shade_is_the_sparsity(self):
         drawn, _ = figures.sparsity([{"name": "layers.0.w", "sparsity": 0.37, "weights": 10}])
-        assert 'fill-opacity="0.370"' in drawn
+        assert Drawn(drawn).cells == {"layer 0 w: 37 % zero": pytest.approx(0.1 + 0.9 * 0.37)}
 
     def test_ranks_are_drawn_and_counted(self):
         value = {"strategy": "file", "choices": [8, 4], "ranks": {"layers.0.up": 8, "layers.1.up": 4}, "groups": {}}
         drawn, counts = figures.ranks(value)
-        assert 'fill-opacity="0.500"' in drawn
-        assert ">8</text>" in drawn
+        assert Drawn(drawn).cells == {"layers.0.up: rank 8": 1, "layers.1.up: rank 4": pytest.approx(0.55)}
+        assert {"8", "4", "up", "rank 8", "rank 4"} <= set(Drawn(drawn).texts)
         assert figures.counts_text(dict(counts)["up"]) == "8 in 1 layer, 4 in 1 layer"
 
     def test_a_long_series_keeps_its_ends(self):
@@ -639,7 +707,7 @@ class TestCharts:
         kept = figures.thin(points, 11)
         assert len(kept) == 11
         assert (kept[0], kept[-1]) == (points[0], points[-1])
-        assert charts.smooth([(0, 0.0), (1, 3.0), (2, 0.0)], 3) == [(0, 1.5), (1, 1.0), (2, 1.5)]
+        assert figures.smooth([(0, 0.0), (1, 3.0), (2, 0.0)], 3) == [(0, 1.5), (1, 1.0), (2, 1.5)]
 
 
 class TestSearch:
@@ -681,28 +749,31 @@ class TestSearch:
         assert "52 % chosen 7,000" in read_page(searched).text
 
     def test_the_path_shows_every_configuration_and_the_best_so_far(self):
-        drawn = figures.search_path(SEARCH)
+        drawn = Drawn(figures.search_path(SEARCH))
         assert figures.best_so_far(SEARCH["trials"]) == [0.45, 0.45, 0.48, 0.48, 0.52, 0.52]
-        assert drawn.count('class="mark marks trial"') == 6
-        best = re.search(r'class="line main" points="([^"]+)"', drawn)[1].split()
+        trials = {name: place for name, place in drawn.marks.items() if name.startswith("configuration, ")}
+        assert len(trials) == 6
+        assert {"configuration", "best so far", "heuristic", "chosen"} <= set(drawn.texts)
+        best = drawn.line("accent", width="1.6")
         assert len(best) == 11, "six levels, five of them reached sideways first"
-        heights = [float(point.split(",")[1]) for point in best]
+        heights = [y for _, y in best]
         assert heights == sorted(heights, reverse=True), "it never falls; y grows downwards in SVG"
-        assert "order of evaluation 5: 52</title>" in drawn
-        assert drawn.count("mark marks heuristic") == drawn.count("mark marks chosen") == 1
-        assert re.search('mark marks chosen" cx="80.00%"', drawn), "the fifth of six"
+        fifth = drawn.marks["chosen, order of evaluation 5: 52"]
+        assert fifth == trials["configuration, order of evaluation 5: 52"] == best[8]
+        assert drawn.marks["heuristic, order of evaluation 1: 45"] == best[0]
 
     def test_the_front_is_drawn_over_all_configurations(self):
-        drawn = figures.search_front(SEARCH)
-        assert "adapter parameters (thousands)" in drawn
-        assert "3 on the Pareto front, from 3,000 with 40 % to 7,000 with 52 %" in drawn
-        front = re.findall(r'mark marks front" cx="([\d.]+)%" cy="([\d.]+)%"', drawn)
-        assert [x for x, _ in front] == ["0.00", "40.00", "80.00"], "from 3 to 8 thousand"
-        assert drawn.count('class="mark marks trial"') == 6
+        drawn = Drawn(figures.search_front(SEARCH))
+        assert "adapter parameters (thousands)" in drawn.texts
+        assert "3 on the Pareto front, from 3,000 with 40 % to 7,000 with 52 %" in drawn.label
+        front = [place for name, place in drawn.marks.items() if name.startswith("Pareto front, ")]
+        assert front == drawn.line("accent", width="1.2")
+        assert [x for x, _ in front] == pytest.approx([drawn.x_of(x, ("4", "8")) for x in (3, 5, 7)])
+        assert sum(name.startswith("configuration, ") for name in drawn.marks) == 6
 
     def test_one_configuration_is_a_chart_too(self):
         record = search_record([0.0], [640], chosen=0)
-        assert "adapter parameters<" in figures.search_front(record)
+        assert "adapter parameters" in Drawn(figures.search_front(record)).texts
         assert 'aria-label="Accuracy on the validation rows of 1 configurations' in figures.search_path(record)
 
     def test_rows_of_several_tasks_are_named(self):
@@ -773,7 +844,7 @@ def test_a_perplexity_is_a_plain_number_everywhere(tmp_path):
         assert "2048" not in text, "the window is no score"
     assert "-0.250 changed" not in page
     assert "changed by merging -0.250" in page
-    assert 'class="dots"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'class="chart"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 INT4 = {

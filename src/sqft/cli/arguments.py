@@ -90,6 +90,13 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     task_help = "a built-in task, gym:NAME, a Hub data set, or a JSONL file or folder"
+
+    def calibrates(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
+        for rows, use in (("validation", "search selects on"), ("test", "are reported")):
+            text = f"rows cut from them that {use}: as many as the other commands are given (default 0)"
+            sub.add_argument(f"--{rows}-rows", type=_whole(0), default=0, help=text)
+
     sub = add(
         "run",
         "take a recipe through all its stages; run it again to continue",
@@ -110,13 +117,13 @@ def parser() -> argparse.ArgumentParser:
               example="HuggingFaceTB/SmolLM2-135M sparse --task gsm8k --sparsity 0.5")  # fmt: skip
     sub.add_argument("model", help="Hub id, folder, or .gguf file")
     sub.add_argument("out", type=Path, help="folder to make")
-    sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
+    calibrates(sub)
 
     sub = add("quantize", "round a model's weights to an integer grid, keeping its zeros", QuantizeConfig,
               example="sparse quantized --task gsm8k --bits 4 --group-size 64")  # fmt: skip
     sub.add_argument("model", help="Hub id, folder, or .gguf file: the float model, sparse or not")
     sub.add_argument("out", type=Path, help="folder to make")
-    sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
+    calibrates(sub)
     sub.add_argument("--sparsity", type=float, help="also prune this fraction of each row, in the same pass")
     sub.add_argument("--pruner", default="wanda", help="how --sparsity chooses weights (default wanda)")
 

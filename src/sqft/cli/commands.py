@@ -78,7 +78,8 @@ def _calibrate(options: argparse.Namespace, config: CalibrationConfig, model: Pa
     from sqft.data.calibration import calibration_tokens
     from sqft.model.load import load_tokenizer
 
-    data = DataConfig(task=options.task) if options.task else None
+    cut = {"validation_rows": options.validation_rows, "test_rows": options.test_rows}
+    data = DataConfig(task=options.task, **cut) if options.task else None
     if data is None and config.data == "task":
         raise SqftError(
             "--task NAME or --calibration.data FILE is needed: this method looks at text to see which inputs each "
@@ -188,8 +189,8 @@ def _refuse_trained_on(adapter: Path, rows: list[tuple[Any, list[Any]]], tokeniz
     if shared := sum(question_key(example, punctuation=fold) in asked for _, part in rows for example in part):
         raise SqftError(
             f"{adapter} was trained on {shared} of the {sum(len(part) for _, part in rows)} rows that the search would "
-            f"select on; it trained with --validation-rows {source.get('validation_rows', 0)}: train with as many "
-            "validation rows as the search uses"
+            f"select on; it trained with --validation-rows {data.validation_rows} and --test-rows {data.test_rows}: "
+            "train with as many as the search is given"
         )
 
 
@@ -268,7 +269,7 @@ def extract(options: argparse.Namespace) -> int:
 
 
 def merge(options: argparse.Namespace) -> int:
-    from sqft.stages import merge
+    from sqft.stages import merge, report
 
     artifact = merge.run(
         read_config(options, MergeConfig),
@@ -277,6 +278,7 @@ def merge(options: argparse.Namespace) -> int:
         options.out,
         trust_remote_code=options.trust_remote_code,
     )
+    report.write_card(artifact)
     result = artifact.manifest["result"]
     changes = f"{result['changed']} weights changed, {result['filled_zeros']} pruned ones filled"
     print(f"{result['coverage']}, {changes}: {options.out}")

@@ -19,8 +19,8 @@ from sqft.compare.run import run as run_comparison
 from sqft.compare.table import score_text
 from sqft.errors import Problems
 from sqft.model.load import read_json
-from sqft.stages.report.charts import line_chart
-from sqft.stages.report.page import document, table, table_row
+from sqft.stages.report.charts import SERIES, Point, line_chart
+from sqft.stages.report.page import charts, document, table, table_row
 from sqft.stages.report.words import model_name
 
 if TYPE_CHECKING:
@@ -118,20 +118,37 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", "Per cent ± standard error over test rows, then over training seeds.", ""])
 
 
+def chart(summary: Mapping[str, Any]) -> str:
+    """Draw accuracy over sparsity: a line for each method, hollow marks for its patterns such as 2:4."""
+    series: list[tuple[str, str, list[Point]]] = []
+    patterns = [level for level in summary["levels"] if ":" in level]
+    for number, (name, values) in enumerate(summary["methods"].items()):
+        found = {v: (100 * _zeros(v), 100 * values[v]["value"]) for v in summary["levels"] if v in values}
+        label, style = METHODS[name].label, number % SERIES
+        if line := sorted(point for level, point in found.items() if level not in patterns):
+            series.append((label, f"series-{style}", line))
+        key = "" if line else label  # a method with patterns alone is still in the legend
+        marks = [(level, found[level]) for level in patterns if level in found]
+        series += [(key or f"_{label} at {level}", f"hollow-{style}", [point]) for level, point in marks]
+    if any(style.startswith("hollow") for _, style, _ in series):
+        series.append((f"hollow: {', '.join(patterns)}", "hollow", []))
+    said = [f"{name.lstrip('_')} {'; '.join(f'{x:g} %: {y:.1f}' for x, y in points)}" for name, _, points in series]
+    return line_chart(series, f"Accuracy over sparsity. {'. '.join(said)}", "sparsity (%)", "accuracy (%)")
+
+
+def _zeros(level: str) -> float:
+    kept, colon, group = level.partition(":")
+    return 1 - int(kept) / int(group) if colon else float(level)
+
+
 def _page(summary: Mapping[str, Any]) -> str:
     levels, methods = summary["levels"], summary["methods"]
     title = f"{model_name(summary['model'])} on {summary['data']} over sparsity"
-    series = []
-    for number, (name, values) in enumerate(methods.items()):
-        points = [(100 * float(v), 100 * values[v]["value"]) for v in levels if ":" not in v and v in values]
-        if points:
-            series.append((METHODS[name].label, f"series-{number % 6}", points))
-    chart = line_chart(series, "accuracy over sparsity", "sparsity, %", "accuracy, %") if series else ""
     heads = [("Method", ""), *((_level_text(level), "num") for level in levels)]
     rows = [
         table_row(escape(METHODS[name].label), [score_text(values.get(level)) for level in levels])
         for name, values in methods.items()
     ]
     caption = "Per cent ± standard error over test rows, then over training seeds."
-    sections = [("sweep", "Accuracy over sparsity", chart + table(heads, rows, caption))]
+    sections = [("sweep", "Accuracy over sparsity", charts(chart(summary)) + table(heads, rows, caption))]
     return document(title, f"<header><h1>{escape(title)}</h1></header>", sections, "sweep.md says the same as text.")

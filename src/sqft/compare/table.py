@@ -20,7 +20,7 @@ from sqft.compare.methods import METHODS
 from sqft.model.load import read_json
 from sqft.recipe import QuantizeConfig
 from sqft.stages.report.charts import Dot, dot_plot
-from sqft.stages.report.page import document, table, table_row
+from sqft.stages.report.page import charts, document, table, table_row
 from sqft.stages.report.words import bytes_text, model_name
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ PAIRS = (
     ("sparsepeft", "shears", "does masking cost accuracy? (merged against unmerged, float)"),
     ("sparsepeft", "lora", "one sparse model against a sparse base with LoRA beside it"),
     ("qa_sparsepeft", "sqft", "does merging into INT4 cost accuracy? (merged against unmerged, INT4)"),
+    ("sparsepeft_lora", "lora", "does masking cost accuracy? (one rank, merged against unmerged, float)"),
+    ("qa_lora", "gptq_lora", "does merging into INT4 cost accuracy? (one rank, merged against unmerged)"),
     ("sqft", "shears", "does an INT4 base cost accuracy?"),
     ("gptq_lora", "lora", "does an INT4 base cost accuracy? (one rank)"),
     ("shears", "lora", "do elastic ranks help? (float)"),
@@ -294,7 +296,7 @@ def page(summary: Mapping[str, Any]) -> str:
     """Return the comparison as one HTML document that loads nothing."""
     columns = _columns(summary)
     title = f"{model_name(summary['model'])} on {summary['data']}"
-    charts = []
+    drawn = []
     for key, name in columns:
         dots = []
         for method in summary["methods"]:
@@ -309,7 +311,7 @@ def page(summary: Mapping[str, Any]) -> str:
             text = score_text({**entry, "stderr_seeds": None})
             dots.append(Dot(method["label"], 100 * entry["value"], None if error is None else 100 * error, text, style))
         if dots:
-            charts.append(f"<h3>{escape(name)}</h3>{dot_plot(dots, name, unit=' %')}")
+            drawn.append(f"<div><h3>{escape(name)}</h3>{dot_plot(dots, name, unit=' %')}</div>")
     # Scores and costs apart: side by side they are wider than a printed page.
     cells = {method["label"]: [escape(cell) for cell in _cells(method, columns)] for method in summary["methods"]}
     split = len(columns)
@@ -324,7 +326,7 @@ def page(summary: Mapping[str, Any]) -> str:
         _CAPTION,
     )
     legend = "<p>Blue: one merged model. Grey: a base, alone or with an adapter beside it. Bars: ± standard error.</p>"
-    sections = [("methods", "Methods", legend + "".join(charts) + scores), ("costs", "Models and costs", costs)]
+    sections = [("methods", "Methods", legend + charts(*drawn) + scores), ("costs", "Models and costs", costs)]
     if summary["pairs"]:
         pairs = [
             table_row(escape(_pair_name(pair)), _pair_cells(pair), escape(pair["question"]))

@@ -10,6 +10,8 @@ Guards, the same in every stage because none depends on the run's seed:
 - with `validation_rows`, so many rows are cut from train; without, the data's own validation split is used. Either
   loses the questions that stand in test, and train loses those that stand in either: what a search selects on, what a
   table reports and what a model is tuned on are never the same rows.
+- with `test_rows`, so many rows are cut from the train of data without a test split of its own, before all others: they
+  are its test split in every guard above, and do not change with `validation_rows`.
 - `train_limit` draws from what remains; this draw alone depends on the seed.
 
 A mix of tasks (:func:`sqft.data.tasks.mix_members`) has the rows of its members. Its guards hold across them: a
@@ -17,7 +19,8 @@ question of one member's test rows is in no member's training rows. A member who
 of training, which is logged; validation rows come from those members that have such a split or, with `validation_rows`,
 are cut from each member's train.
 
-Own data may have no test split: then nothing is reported, and nothing guarded. A single file has none.
+Own data may have no test split, as a single file has none: then nothing is reported and nothing guarded, unless
+`test_rows` cuts one. Data that has one is refused with `test_rows`: two readings of "test" are one too many.
 """
 
 from __future__ import annotations
@@ -31,14 +34,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sqft.data import generated
+from sqft.data.guards import cut, drop, questions
 from sqft.data.own import as_chat, build_examples, own_builder, read_lines
 from sqft.data.taskfile import is_task_file, load_task_file
-from sqft.data.tasks import BUILTIN, MIXES, Example, Metric, Row, Split, Task, mix_members, question_key
+from sqft.data.tasks import BUILTIN, MIXES, Example, Metric, Row, Split, Task, mix_members
 from sqft.errors import InputError, SplitAbsentError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedTokenizerBase
 
     from sqft.recipe import DataConfig, Template
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "SQFT_DATA_DIR"
-_CUT_SEED = 42
+_UNKNOWN_SPLIT = "Unknown split"  # how `datasets` begins to say that a data set has no such split
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What the Hub did not have, by (name, configuration, split), and why. A try without a network takes half a minute of
 # retries, a mix has seven tasks, and each stage of a run reads them anew.
@@ -152,8 +154,8 @@ def load_tasks(
     for name, task in tasks.items():
         rows = parts[name][split]
         for other in guarded:
-            seen = {q for n, part in parts.items() for q in _questions(tasks[n], part.get(cast("Split", other), []))}
-            rows = _drop(task, rows, seen, split, other) if rows else rows
+            seen = {q for n, part in parts.items() for q in questions(tasks[n], part.get(cast("Split", other), []))}
+            rows = drop(task, rows, seen, split, other) if rows else rows
         if rows:
             found.append((task, [as_chat(row, tokenizer, task) for row in rows] if config.chat_template else rows))
     if not found:
@@ -174,7 +176,7 @@ def member_configs(config: DataConfig) -> list[DataConfig]:
 def _read_splits(
     config: DataConfig, task: Task, split: Split, tokenizer: PreTrainedTokenizerBase | None, *, optional: bool
 ) -> dict[Split, list[Example]]:
-    """Return the wanted split and those that guard it, as they are at their source; validation cut if asked for.
+    """Return the wanted split and those that guard it, as their source has them; test and validation cut if asked for.
 
     With `optional` a split that is nowhere is empty, and those that guard other members' rows are there all the same.
     """
@@ -189,16 +191,22 @@ def _read_splits(
             logger.info("leaves %s out of the %s rows of the mix: %s", task.name, split, error)
             return []
 
-    test = reader.read("test", needed=split == "test")
+    rest: list[Example] | None = None
+    if config.test_rows:
+        reader.refuse_own_test()
+        test, rest = cut(task, reader.read("train", needed=True), "test_rows", config.test_rows)
+    else:
+        test = reader.read("test", needed=split == "test")
     if split == "test":
         return {"test": test}
     if split == "validation" and not config.validation_rows:
         return {"test": test, "validation": wanted("validation")}
-    pool = wanted("train")
+    pool = wanted("train") if rest is None else rest
     if pool:
-        pool = _drop(task, pool, _questions(task, test), "train", "test")
+        pool = drop(task, pool, questions(task, test), "train", "test")
     if config.validation_rows and pool:
-        validation, pool = _cut(task, pool, config.validation_rows)
+        left = " that test_rows leaves" if config.test_rows else ""
+        validation, pool = cut(task, pool, "validation_rows", config.validation_rows, left)
     else:
         validation = reader.read("validation", needed=False)
     return {"test": test, "validation": validation, "train": pool}
@@ -213,39 +221,6 @@ def load_file(path: Path, template: Template | None, tokenizer: PreTrainedTokeni
 def folds_punctuation(config: DataConfig) -> bool:
     """Tell whether punctuation is ignored where questions of this data are compared with those of other data."""
     return all(resolve_task(member).fold_punctuation for member in member_configs(config))
-
-
-def _questions(task: Task, examples: Sequence[Example]) -> set[str]:
-    return {_question(task, example) for example in examples}
-
-
-def _question(task: Task, example: Example) -> str:
-    return question_key(example, punctuation=task.fold_punctuation)
-
-
-def _drop(task: Task, examples: list[Example], seen: set[str], split: str, other: str) -> list[Example]:
-    """Remove the examples whose question stands in another split; an emptied split is an error."""
-    kept = [example for example in examples if _question(task, example) not in seen]
-    if len(kept) < len(examples):
-        logger.info(
-            "%s: removed %d of %d %s rows whose question stands in %s",
-            task.name,
-            len(examples) - len(kept),
-            len(examples),
-            split,
-            other,
-        )
-    if not kept:
-        raise InputError(f"data {task.name}: every question of its {split} rows also stands in {other}; none is left")
-    return kept
-
-
-def _cut(task: Task, pool: list[Example], rows: int) -> tuple[list[Example], list[Example]]:
-    """Cut a validation split from the training rows, the same one in every stage and for every seed."""
-    if rows >= len(pool):
-        raise InputError(f"data.validation_rows is {rows}, but {task.name} has {len(pool)} training rows; choose fewer")
-    cut = set(random.Random(_CUT_SEED).sample(range(len(pool)), rows))  # noqa: S311
-    return [e for i, e in enumerate(pool) if i in cut], [e for i, e in enumerate(pool) if i not in cut]
 
 
 class _Reader:
@@ -287,16 +262,64 @@ class _Reader:
             return self._absent(split)
         return self._read_hub(split, local, needed=needed)
 
+    def refuse_own_test(self) -> None:
+        """Refuse to cut test rows from data that has a test split of its own, or of which that cannot be known.
+
+        Raises:
+            InputError: as said.
+        """
+        config, task = self.config, self.task
+        own, remedy = "", ""
+        if config.task in BUILTIN:
+            own = "as every built-in task"
+        elif config.task.startswith(generated.PREFIX):
+            size = generated.GymOptions.parse(config.options, self.where).test_size
+            own, remedy = f"{size} rows" if size else "", ", or data.options.test_size"
+        elif task.hub is None:
+            file = self._file(Path(task.rows or config.task).expanduser(), "test")
+            own, remedy = str(file) if file.is_file() else "", ", or take that file away"
+        else:
+            own = self._own_hub_test(*task.hub)
+        if own:
+            raise InputError(
+                f"{self.where}: data.test_rows is {config.test_rows}, but there is a test split already ({own}); "
+                f"set data.test_rows to 0{remedy}"
+            )
+
+    def _own_hub_test(self, name: str, configuration: str | None) -> str:
+        """Describe the test split of a Hub data set, or return nothing where the data set is known to have none."""
+        try:
+            return f"{len(self._read_hub('test', None, needed=True))} rows on the Hub"
+        except SplitAbsentError as error:
+            reason = _failures[name, configuration, self._hub_split("test")]
+            if reason.startswith(_UNKNOWN_SPLIT):
+                return ""
+            raise InputError(
+                f"{self.where}: data.test_rows is {self.config.test_rows}, but whether there is a test split already "
+                f"could not be seen on the Hub ({reason}); try again, or give the rows as a file"
+            ) from error
+
     def _absent(self, split: str) -> list[Example]:
         logger.info("%s: no %s split here, so no training row is compared with one", self.where, split)
         return []
 
-    def _remedy(self, split: str) -> str:
-        return "; set data.validation_rows to cut one from train" if split == "validation" else ""
+    def _remedy(self, split: str, reason: str = _UNKNOWN_SPLIT) -> str:
+        """Return how to do without a split; `reason` is why the Hub did not give it, which may be for now only."""
+        absent = self.config.task not in BUILTIN and reason.startswith(_UNKNOWN_SPLIT)
+        cut = split == "validation" or (split == "test" and absent)
+        return f"; set data.{split}_rows to cut one from train" if cut else ""
+
+    def _file(self, path: Path, split: Split) -> Path:
+        """Return where a split of local rows stands, there or not."""
+        named = self.task.splits or _SPLITS
+        return path if path.is_file() and split == "train" else path / f"{named[split]}.jsonl"
+
+    def _hub_split(self, split: Split) -> str:
+        return self.task.hub_splits.get(split, self.task.splits[split])
 
     def _read_path(self, path: Path, split: Split, *, needed: bool) -> list[Example]:
         named = self.task.splits or _SPLITS
-        file = path if path.is_file() and split == "train" else path / f"{named[split]}.jsonl"
+        file = self._file(path, split)
         if path.is_dir() and not any((path / f"{name}.jsonl").is_file() for name in named.values()):
             raise InputError(f"{self.where}: the folder has none of train.jsonl, validation.jsonl, test.jsonl")
         if file.is_file():
@@ -315,7 +338,7 @@ class _Reader:
         if task.hub is None:
             raise AssertionError("only data sets of the Hub are read from it")
         name, configuration = task.hub
-        hub_split = task.hub_splits.get(split, task.splits[split])
+        hub_split = self._hub_split(split)
         import datasets
 
         rows: list[Row] = []
@@ -335,7 +358,7 @@ class _Reader:
             raise SplitAbsentError(
                 f"{self.where}: no {split} split: looked for {here} and for the Hub data set {name}"
                 f"{f' ({configuration})' if configuration else ''}, split {hub_split!r} ({_failures[wanted]})"
-                f"{self._remedy(split)}"
+                f"{self._remedy(split, _failures[wanted])}"
             )
         logger.info("%s: %s split from the Hub data set %s, %d rows", self.where, split, name, len(rows))
         return build_examples(

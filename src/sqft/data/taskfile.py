@@ -1,7 +1,7 @@
 r"""A task of your own in one YAML file: where its rows are, how a row reads, how an answer is judged.
 
     name: trivia
-    data: trivia/                         # a folder with train.jsonl, test.jsonl, ..., or a Hub data set 'owner/name'
+    data: trivia/                         # a folder of JSONL files, one file, or a Hub data set 'owner/name'
     metric: choice                        # choice, generate or exact, as the built-in tasks
     prompt: "Question: {question}\nAnswer:"
     choices: "{options}"                  # a column that holds a list, or a list of texts: ["{a}", "{b}", "{c}"]
@@ -39,7 +39,7 @@ class TaskFile(Config):
     """The settings of a task file."""
 
     name: str = Field(description="name in results")
-    data: str = Field(description="folder of JSONL files, relative to the task file, or Hub data set 'owner/name'")
+    data: str = Field(description="folder of JSONL files or one file, relative to the task file, or Hub 'owner/name'")
     metric: Literal["choice", "generate", "exact"] = Field(description="how an answer is judged")
     prompt: str = Field(description="what the model reads; {column} is replaced by the row's value")
     answer: str | None = Field(None, description="of generate and exact: what the model should write")

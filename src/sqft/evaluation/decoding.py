@@ -6,7 +6,7 @@ What makes it fast, on a CPU above all, where lm-eval's own way spends most of i
 - rows are sorted by length and read some 1,000 tokens at a time, whatever the batch: little of it is padding, and what
   a layer makes stays in the processor's cache.
 - sequences that begin alike read the common part once: its keys and values are copied for each. A prompt and its
-  choices do, and all rows of a task that begins with instructions or worked examples.
+  choices do, and all rows of a task that begins with instructions.
 - a row of a generation leaves the batch when it has ended, and the next prompt takes its place.
 - the linears' weights are laid out once for the processor's matrix kernels (:mod:`sqft.evaluation.prepacked`).
 

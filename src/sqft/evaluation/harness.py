@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LM_EVAL_SEED = 1234  # of worked examples, where its command is given none
 _NAMES = {"choice": "acc", "generate": "number_match", "exact": "exact_match"}
 _NOISY = ("lm_eval", "datasets", "transformers")
 
@@ -80,6 +81,8 @@ def evaluate_examples(
     examples: Sequence[Example],
     batch: int,
     shots: Sequence[Example] = (),
+    fewshot: int = 0,
+    seed: int = 0,
 ) -> Scores:
     """Score examples through lm-eval.
 
@@ -89,7 +92,9 @@ def evaluate_examples(
         task: whose metric judges.
         examples: at least one.
         batch: sequences at a time.
-        shots: worked examples before each question, the same for all.
+        shots: what worked examples are drawn from, the training rows in their order.
+        fewshot: how many stand before each question, drawn anew for each, as lm-eval does.
+        seed: of the draw; with 0 it is the one that lm-eval's command makes.
 
     Raises:
         InputError: there is no example, or the tokenizer lacks the end token that an `exact` answer needs.
@@ -104,7 +109,8 @@ def evaluate_examples(
         from lm_eval.evaluator import evaluate
 
         lm = _language_model()(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-        lm_task = ConfigurableTask(config=_task_config(task, examples, shots, tokenizer.eos_token or ""))
+        lm_task = ConfigurableTask(config=_task_config(task, examples, shots, fewshot, tokenizer.eos_token or ""))
+        lm_task.set_fewshot_seed(_LM_EVAL_SEED + seed)
         results = evaluate(lm, {"tasks": {"task": lm_task}, "groups": {}})
     model.train(was_training)
     if lm.shortened:
@@ -132,7 +138,9 @@ def _scores(task: Task, results: Mapping[str, Any]) -> Scores:
     )
 
 
-def _task_config(task: Task, examples: Sequence[Example], shots: Sequence[Example], end: str) -> dict[str, Any]:
+def _task_config(
+    task: Task, examples: Sequence[Example], shots: Sequence[Example], fewshot: int, end: str
+) -> dict[str, Any]:
     """Return lm-eval's configuration of the task, with its rows."""
     from datasets import Dataset, Features, List, Value
 
@@ -144,13 +152,13 @@ def _task_config(task: Task, examples: Sequence[Example], shots: Sequence[Exampl
         "task": "task",
         "custom_dataset": lambda **_: {"test": rows},
         "test_split": "test",
-        "num_fewshot": len(shots),
+        "num_fewshot": fewshot,
         "metadata": {"version": task.version},
         **_judgement(task, examples[0]),
     }
-    if shots:
+    if fewshot:
         # Without an end token, which stands after the answer that is scored and not inside the prompt.
-        config["fewshot_config"] = {"sampler": "first_n", "samples": [_row(shot, "") for shot in shots]}
+        config["fewshot_config"] = {"samples": [_row(shot, "") for shot in shots]}
     return config
 
 

@@ -13,7 +13,6 @@ peak_memory_bytes} of the whole, loading the model included, and `answering` {ta
 from __future__ import annotations
 
 import logging
-import random
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -83,7 +82,7 @@ def run(
     if (done := finished_result(out_file, description)) is not None:
         return done
     with costing() as cost:
-        results, answering = _evaluate_all(rows, config, model_dir, adapter, tokenizer, trust_remote_code)
+        results, answering = _evaluate_all(rows, config, model_dir, adapter, tokenizer, seed, trust_remote_code)
     value = {"tasks": results, "seed": seed, "fewshot": config.fewshot, "cost": cost | {"answering": answering}}
     return write_result(out_file, description, value)
 
@@ -127,7 +126,7 @@ def read_all(
 def read_rows(
     name: str, config: EvaluateConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Reading:
-    """Return task, reported rows and worked examples of one task; of a text for perplexity no rows.
+    """Return task, reported rows and what worked examples are drawn from; of a text for perplexity no rows.
 
     Raises:
         InputError: rows are nowhere or malformed, or there are no worked examples to be had.
@@ -168,7 +167,7 @@ def _shots(
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Example]:
-    """Return worked examples from train, the same for every question and none of them reported."""
+    """Return the training rows from which worked examples are drawn, none of them reported."""
     if not count:
         return []
     if data.chat_template:
@@ -184,7 +183,7 @@ def _shots(
     ]
     if count > len(train):
         raise InputError(f"evaluate.fewshot is {count}, but {name} has {len(train)} training rows; choose fewer")
-    return random.Random(seed).sample(train, count)  # noqa: S311
+    return train
 
 
 def _evaluate_all(
@@ -193,6 +192,7 @@ def _evaluate_all(
     model_dir: Path,
     adapter: Path | None,
     tokenizer: PreTrainedTokenizerBase,
+    seed: int,
     trust_remote_code: bool,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Return the results and the seconds that answering took, by task."""
@@ -208,7 +208,7 @@ def _evaluate_all(
             if task is PERPLEXITY:
                 results[name] = {**perplexity(model, tokenizer, config.limit), "version": task.version}
             else:
-                scores = evaluate_examples(model, tokenizer, task, examples, config.batch, shots)
+                scores = evaluate_examples(model, tokenizer, task, examples, config.batch, shots, config.fewshot, seed)
                 results[name] = _entry(task, examples, scores)
             answering[name] = round(time.monotonic() - started, 2)
             entry = results[name]

@@ -86,6 +86,7 @@ def _describe_change(module: str, merged: Merged) -> dict[str, Any]:
     return {
         "name": module,
         "weights": merged.before.numel(),
+        "zeros": int((merged.after == 0).count_nonzero()),
         "changed": int((merged.before != merged.after).sum()),
         "filled_zeros": int((merged.pruned & (merged.after != 0)).count_nonzero()),
     }

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from sqft.stages.report import words
-from sqft.stages.report.card import CARD, base_card, model_card
+from sqft.stages.report.card import CARD, base_card, merge_card, model_card
 from sqft.stages.report.facts import check_baselines, gather
 from sqft.stages.report.markdown import markdown
 from sqft.stages.report.page import page
@@ -20,9 +20,10 @@ from sqft.stages.report.page import page
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sqft.artifact import Artifact
     from sqft.recipe import Recipe
 
-__all__ = ["check_baselines", "run", "summary_table"]
+__all__ = ["check_baselines", "run", "summary_table", "write_card"]
 
 
 def run(out: Path, recipe: Recipe) -> Path:
@@ -44,6 +45,12 @@ def run(out: Path, recipe: Recipe) -> Path:
     if "merged" in facts.manifests and (base := base_card(out / "merged", facts.manifests["merged"])) is not None:
         _write(out / "merged" / CARD, model_card(facts, base))
     return out / "report.html"
+
+
+def write_card(merged: Artifact) -> None:
+    """Write the model card of a folder that was merged outside a run; a person's own README.md is left alone."""
+    if (base := base_card(merged.path, merged.manifest)) is not None:
+        _write(merged.path / CARD, merge_card(merged.path, merged.manifest, base))
 
 
 def summary_table(out: Path, recipe: Recipe) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sqft.artifact import digest_file
+from sqft.model.load import read_json
 from sqft.stages.report import words
 from sqft.stages.report.facts import stored_precision, zeros_of
 from sqft.stages.report.markdown import table
@@ -96,19 +97,51 @@ def model_card(facts: Facts, base: BaseCard | None = None) -> str:
         f"{words.headline(facts)} Made with sqft: one model, which needs no adapter and no sqft to run.",
         facts.recipe.note,
         f"- Base model: `{facts.recipe.model}`\n- Data: `{data.task}`{limit}\n"
-        f"- Sparsity: {_sparsity(facts)}\n- Precision: {_precision(facts)}",
+        f"- Sparsity: {_sparsity(facts)}\n- Precision: {_precision(facts.merged_config or {})}",
         *words.sparsity_notes(facts),
         "## Accuracy",
         _accuracy(facts),
         "## Is the merge exact?",
         *_verification(facts),
         "## Loading it",
-        *_loading(facts),
+        *_loading(facts.merged_config or {}, trust=facts.recipe.trust_remote_code),
         "## The recipe",
         f"```yaml\n{words.recipe_text(facts.recipe, full=False)}```",
         *([BASE_HEADING, base.text] if base.text else []),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def merge_card(folder: Path, manifest: Mapping[str, Any], base: BaseCard) -> str:
+    """Return the README.md of a folder that was merged by itself, outside a run: what its manifest knows.
+
+    Args:
+        folder: the merged folder.
+        manifest: its manifest.
+        base: the base model's own card, which is kept at the end.
+    """
+    config, result = read_json(folder / "config.json"), manifest["result"]
+    weights = sum(layer["weights"] for layer in result["layers"])
+    zeros = sum(layer["zeros"] for layer in result["layers"]) / weights
+    name = Path(manifest["inputs"]["base"]["path"]).name
+    front = {**base.licence, "library_name": "transformers", "tags": ["sqft"], "pipeline_tag": "text-generation"}
+    exact = "to the nearest weight of its precision" if result["kind"] == "dense" else "exactly"
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        MARK,
+        f"# {name}, fine-tuned",
+        f"An adapter of kind {result['kind']} is merged in {exact}. Made with sqft: one model, which needs no adapter "
+        "and no sqft to run.",
+        f"- Base model: `{name}`\n"
+        f"- Sparsity: {words.percent_text(zeros)} of the weights of the adapted linears are zero\n"
+        f"- Precision: {_precision(config)}",
+        "## Is the merge exact?",
+        "`sqft verify MERGED --base BASE --adapter ADAPTER` proves it; this card does not know whether that was done.",
+        "## Loading it",
+        *_loading(config, trust=False),
+        *([BASE_HEADING, base.text] if base.text else []),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(facts: Facts, base: BaseCard) -> dict[str, Any]:
@@ -139,8 +172,7 @@ def _sparsity(facts: Facts) -> str:
     return f"{words.percent_text(zeros)} of the weights of the targeted linears are zero"
 
 
-def _precision(facts: Facts) -> str:
-    config = facts.merged_config or {}
+def _precision(config: dict[str, Any]) -> str:
     method = (config.get("quantization_config") or {}).get("quant_method")
     return (stored_precision(config) or words.ABSENT) + (f", stored as {method}" if method else "")
 
@@ -177,9 +209,8 @@ def _verification(facts: Facts) -> list[str]:
     return [sentence, table(["check", "result", "measured", "bound", "detail"], rows) if rows else ""]
 
 
-def _loading(facts: Facts) -> list[str]:
-    quantization = (facts.merged_config or {}).get("quantization_config") or {}
-    trust = facts.recipe.trust_remote_code
+def _loading(config: dict[str, Any], *, trust: bool) -> list[str]:
+    quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") == "gptq":
         opens = "vLLM opens it as it is; transformers needs a package for GPTQ models besides."
     elif quantization:

@@ -1,30 +1,51 @@
-"""Small charts as HTML and inline SVG: no script, no request, one colour scheme for light and dark.
+"""Charts as static inline SVG, drawn by matplotlib: no script, no request, the same bytes for the same numbers.
 
-Every chart is drawn in percent of the width it gets, so text keeps its size on a narrow screen. Colours are classes
-and CSS variables of style.css. A chart has a label for screen readers; its numbers stand in a table beside it.
+What matplotlib writes is made part of the page: colours become variables of style.css, so that light and dark both fit,
+text stays text in the page's own font, and marks have titles for a pointer. Figures are drawn narrow, for phones. Each
+has a label for screen readers; its numbers stand in a table beside it.
 """
 
 from __future__ import annotations
 
-import math
+import io
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
 from html import escape
+from importlib.resources import as_file, files
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 Point = tuple[float, float]
 
+SERIES = 6
+_TITLE = "title: "  # begins the id of a mark that has a title
+# The first three are those of charts.mplstyle, the last ones those of the series.
+_COLOURS: tuple[str, ...] = ("ink", "muted", "grid", "card", "plain", "on-accent", "accent-soft")
+_COLOURS += ("accent", "earlier", "held-out", "bad", "violet", "muted")
+_INK, _MUTED, _, _CARD, _PLAIN, _ON_ACCENT, _SOFT, *_OF_SERIES = (f"#5af7{i:02x}" for i in range(len(_COLOURS)))
+_ACCENT, _EARLIER, _HELD_OUT = _OF_SERIES[:3]
+_DOTS = {"tuned": _ACCENT, "merged": _ACCENT, "sparse": _SOFT, "quantized": _SOFT, "baseline": _EARLIER}
+_MARK: dict[str, Any] = {"marker": "o", "ls": ""}
+_LINES: dict[str, dict[str, Any]] = {
+    "main": {"color": _ACCENT, "lw": 1.6},
+    "raw": {"color": _ACCENT, "lw": 0.7, "alpha": 0.4},
+    "held-out": {"color": _HELD_OUT, "lw": 1.2, "ls": ":", "marker": "o"},
+    "trial": {**_MARK, "mec": _PLAIN, "mfc": _CARD, "ms": 5},
+    "front": {"color": _ACCENT, "lw": 1.2, "marker": "o"},
+    "heuristic": {**_MARK, "mec": _EARLIER, "mfc": "none", "ms": 10, "mew": 1.6},
+    "chosen": {**_MARK, "color": _HELD_OUT, "marker": "D"},
+    "hollow": {**_MARK, "mec": _MUTED, "mfc": _CARD},
+}
+for _number, (_colour, _shape) in enumerate(zip(_OF_SERIES, "osD^vP", strict=True)):
+    _LINES[f"series-{_number}"] = {"color": _colour, "marker": _shape}
+    _LINES[f"hollow-{_number}"] = {"ls": "", "marker": _shape, "mec": _colour, "mfc": _CARD, "mew": 1.4}
 
-@dataclass(frozen=True)
-class Dot:
-    """One row of a dot plot.
 
-    Attributes:
-        label: what stands at its left.
-        value: position, in the unit of the axis.
-        stderr: half the length of its whisker, or None.
-        text: the number as a reader sees it.
-        style: CSS class of the mark.
-    """
+class Dot(NamedTuple):
+    """A row of a dot plot: `stderr` is half its whisker, `text` what a reader sees; `style` is in `_DOTS` or grey."""
 
     label: str
     value: float
@@ -33,216 +54,153 @@ class Dot:
     style: str
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a grid.
-
-    Attributes:
-        shade: 0 (background) to 1 (full colour).
-        text: short text inside it, hidden where cells are narrow.
-        title: what a pointer on it shows.
-    """
+class Cell(NamedTuple):
+    """A cell of a grid: 0 (background) to 1 (full colour), text where there is room, and what a pointer on it shows."""
 
     shade: float
     text: str
     title: str
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return round numbers from `low` to `high` or a little beyond, about `count` of them."""
-    if not high > low:
-        low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
-    raw = (high - low) / max(1, count - 1)
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def dot_plot(dots: list[Dot], label: str, *, unit: str = "") -> str:
-    """Draw values with their standard errors on one axis that starts at zero.
+def dot_plot(dots: list[Dot], label: str, *, unit: str = "", lowest: float = 0.0) -> str:
+    """Draw values with their standard errors on one axis that holds zero.
 
     Args:
         dots: rows, top to bottom.
         label: what the chart shows, for screen readers.
         unit: text after each tick's number.
+        lowest: where whiskers are cut off; no share is below zero.
     """
-    top = max((dot.value + (dot.stderr or 0) for dot in dots), default=1.0)
-    marks = ticks(0, top or 1.0)
-    scale = 100 / marks[-1]
-    lines = "".join(
-        f'<line class="gridline" x1="{m * scale:.2f}%" x2="{m * scale:.2f}%" y1="0" y2="100%"/>' for m in marks
-    )
-    rows = []
-    for dot in dots:
-        x, half = dot.value * scale, (dot.stderr or 0) * scale
-        whisker = f'<line class="whisker" x1="{max(0, x - half):.2f}%" x2="{x + half:.2f}%" y1="50%" y2="50%"/>'
-        rows.append(
-            f'<div class="dot-row {dot.style}"><span class="dot-label">{escape(dot.label)}</span>'
-            f'<svg aria-hidden="true" focusable="false"><title>{escape(f"{dot.label}: {dot.text}")}</title>{lines}'
-            f'<line class="stem" x1="0" x2="{max(0, x - half):.2f}%" y1="50%" y2="50%"/>{whisker if half else ""}'
-            f'<circle cx="{x:.2f}%" cy="50%" r="5.5"/></svg><span class="dot-value">{escape(dot.text)}</span></div>'
-        )
-    axis = "".join(f'<span style="left:{m * scale:.2f}%">{_short(m)}{escape(unit)}</span>' for m in marks)
-    summary = f"{label}: " + "; ".join(f"{dot.label} {dot.text}" for dot in dots)
-    return (
-        f'<div class="dots" role="img" aria-label="{escape(summary)}">{"".join(rows)}'
-        '<div class="dot-row axis-row" aria-hidden="true"><span></span>'
-        f'<div class="axis-x">{axis}</div><span></span></div></div>'
-    )
+
+    def paint(ax: Axes) -> None:
+        _number_axis(ax.xaxis, unit=unit)
+        for row, dot in enumerate(dots):
+            colour, half, bold = _DOTS.get(dot.style, _PLAIN), dot.stderr or 0, dot.style == "merged"
+            ax.plot([0, dot.value], [row, row], color=colour, lw=1.5, alpha=0.35)
+            ax.plot([max(lowest, dot.value - half), dot.value + half], [row, row], color=colour, lw=5, alpha=0.4)
+            ax.plot([dot.value], [row], "o", mfc=colour, ms=8, gid=f"{_TITLE}{dot.label}: {dot.text}")
+            name = dot.label if len(dot.label) <= 42 else f"{dot.label[:41]}…"
+            for x, side, text in ((0, "left", name), (1, "right", dot.text)):
+                placed = ax.text(x, row - 0.45, text, ha=side, va="center", transform=ax.get_yaxis_transform())
+                placed.set_fontweight("bold" if bold else "normal")
+        if not any(dot.value or dot.stderr for dot in dots):
+            ax.set_xlim(0, 1)
+        ax.set_ylim(len(dots) - 0.5, -0.8)
+        ax.set_yticks([])
+
+    return _draw(paint, 32 * len(dots) + 24, f"{label}: " + "; ".join(f"{dot.label} {dot.text}" for dot in dots))
 
 
 def line_chart(series: list[tuple[str, str, list[Point]]], label: str, x_title: str, y_title: str) -> str:
     """Draw lines over a common x axis.
 
     Args:
-        series: (name, CSS class, points); the class `marks` draws the points too, `marks trial` without a line.
+        series: (name, style, points); the legend leaves out names that begin with an underscore. A style is a key of
+            `_LINES`, among them `series-N` and `hollow-N` for N below `SERIES`.
         label: what the chart shows, for screen readers.
         x_title: under the x axis.
         y_title: above the y axis.
     """
-    points = [point for _, _, values in series for point in values]
-    if not points:
+    across = [x for _, _, values in series for x, _ in values]
+    if not across:
         return ""
-    marks_y = ticks(min(y for _, y in points), max(y for _, y in points))
-    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    whole = all(x == int(x) for x, _ in points)  # such as steps: 2.5 of them would make no sense
-    marks_x = [m for m in ticks(x_low, x_high) if x_low <= m <= x_high and (m == int(m) or not whole)] or [x_low]
 
-    def across(x: float) -> float:
-        return 50.0 if x_high == x_low else 100 * (x - x_low) / (x_high - x_low)
+    def paint(ax: Axes) -> None:
+        # Of whole numbers such as steps 2.5 would make no sense.
+        _number_axis(ax.xaxis, integer=all(x == int(x) for x in across))
+        _number_axis(ax.yaxis)
+        for name, style, values in series:
+            look = _LINES[style]
+            if look.get("ls") != "":
+                ax.plot([x for x, _ in values], [y for _, y in values], **look | {"marker": ""})
+            for x, y in values if "marker" in look or len(values) == 1 else []:
+                title = f"{_TITLE}{name.lstrip('_')}, {x_title} {x:g}: {y:.4g}"
+                ax.plot([x], [y], **_MARK | look | {"gid": title})
+        beside = 0.03 * (max(across) - min(across)) or 0.5
+        ax.set_xlim(min(across) - beside, max(across) + beside)
+        ax.grid(axis="x", visible=False)
+        ax.set_title(y_title)
+        ax.set_xlabel(x_title, loc="right")
+        keys = {name: _LINES[style] for name, style, _ in series if not name.startswith("_")}
+        _legend(ax, {name: ax.plot([], [], **look)[0] for name, look in keys.items()})
 
-    def down(y: float) -> float:
-        return 100 * (marks_y[-1] - y) / (marks_y[-1] - marks_y[0])
-
-    grid = "".join(
-        f'<line class="gridline" x1="0" x2="100%" y1="{down(m):.2f}%" y2="{down(m):.2f}%"/>' for m in marks_y
-    )
-    drawn, legend = [], []
-    for name, style, values in series:
-        if not values:
-            continue
-        drawn.append(_line(style, [(across(x), down(y), f"{name}, {x_title} {x:g}: {y:.4g}") for x, y in values]))
-        legend.append(f'<span class="key {style}"><i></i>{escape(name)}</span>')
-    labels_y = "".join(f'<span style="top:{down(m):.2f}%">{_short(m)}</span>' for m in marks_y)
-    labels_x = "".join(f'<span style="left:{across(m):.2f}%">{_short(m)}</span>' for m in marks_x)
-    return (
-        f'<div class="legend" aria-hidden="true">{"".join(legend)}</div>'
-        f'<div class="lines" role="img" aria-label="{escape(label)}"><div class="axis-title">{escape(y_title)}</div>'
-        f'<div class="axis-y" aria-hidden="true">{labels_y}</div>'
-        f'<svg class="plot" focusable="false">{grid}{"".join(drawn)}</svg>'
-        f'<div class="axis-x" aria-hidden="true">{labels_x}</div>'
-        f'<div class="axis-title end">{escape(x_title)}</div></div>'
-    )
+    return _draw(paint, 205, label)
 
 
-def _line(style: str, points: list[tuple[float, float, str]]) -> str:
-    """Draw one series; points are (x, y) in percent and what a pointer on them shows."""
-    path = " ".join(f"{x:.3f},{y:.3f}" for x, y, _ in points)
-    drawn = (
-        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" overflow="visible" width="100%" height="100%">'
-        f'<polyline class="line {style}" points="{path}"/></svg>'
-    )
-    if "marks" not in style and len(points) > 1:
-        return drawn
-    return drawn + "".join(
-        f'<circle class="mark {style}" cx="{x:.2f}%" cy="{y:.2f}%" r="4"><title>{escape(text)}</title></circle>'
-        for x, y, text in points
-    )
-
-
-def grid_chart(cells: dict[tuple[str, int], Cell], label: str) -> str:
+def grid_chart(cells: dict[tuple[str, int], Cell], label: str, stops: list[tuple[str, float]]) -> str:
     """Draw a grid with a row per kind of module and a column per layer; what is absent stays empty.
 
     Args:
         cells: {(row label, layer): cell}; rows keep their order.
         label: what the chart shows, for screen readers.
+        stops: (text, shade) of the legend.
     """
     names = list(dict.fromkeys(name for name, _ in cells))
-    layers = sorted({layer for _, layer in cells})
-    width = 100 / len(layers)
-    rows = []
-    for name in names:
-        drawn = [_cell(cells.get((name, layer)), index * width, width) for index, layer in enumerate(layers)]
-        rows.append(
-            f'<div class="grid-row"><span class="grid-label">{escape(name).replace("+", "<wbr>+")}</span>'
-            f'<svg focusable="false" aria-hidden="true">{"".join(drawn)}</svg></div>'
-        )
-    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if len(layers) / step <= 12)
-    axis = "".join(
-        f'<span style="left:{(i + 0.5) * width:.2f}%">{layer}</span>'
-        for i, layer in enumerate(layers)
-        if layer % every == 0
-    )
-    size = "grid many" if len(layers) > 16 else "grid"
-    return (
-        f'<div class="{size}" role="img" aria-label="{escape(label)}">{"".join(rows)}'
-        f'<div class="grid-row axis-row" aria-hidden="true"><span class="grid-label">layer</span>'
-        f'<div class="axis-x">{axis}</div></div></div>'
-    )
+    first, last = min(layer for _, layer in cells), max(layer for _, layer in cells)
+
+    def paint(ax: Axes) -> None:
+        from matplotlib.patches import Rectangle
+
+        def patch(x: int, y: int, shade: float, **more: Any) -> Rectangle:
+            return Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, color=_ACCENT, lw=0, alpha=0.1 + 0.9 * shade, **more)
+
+        for (name, layer), cell in cells.items():
+            row = names.index(name)
+            ax.add_patch(patch(layer, row, cell.shade, gid=_TITLE + cell.title))
+            if last - first < 12:
+                colour = _ON_ACCENT if cell.shade > 0.55 else _INK
+                ax.text(layer, row, cell.text, color=colour, ha="center", va="center")
+        ax.set_xlim(first - 0.5, last + 0.5)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        _number_axis(ax.xaxis, integer=True)
+        ax.set_yticks(range(len(names)), [name if len(name) <= 18 else f"…{name[-17:]}" for name in names])
+        ax.grid(visible=False)
+        ax.set_xlabel("layer", loc="right")
+        _legend(ax, {text: patch(0, 0, shade) for text, shade in stops}, handlelength=1, handleheight=1)
+
+    return _draw(paint, 22 * len(names) + 34, label)
 
 
-def _cell(cell: Cell | None, left: float, width: float) -> str:
-    place = f'x="{left:.3f}%" width="{width:.3f}%" y="0" height="100%"'
-    if cell is None:
-        return f'<rect class="cell empty" {place}/>'
-    style = "cell-text strong" if cell.shade > 0.55 else "cell-text"
-    text = f'<text class="{style}" x="{left + width / 2:.3f}%" y="50%">{escape(cell.text)}</text>' if cell.text else ""
-    return (
-        f'<g><title>{escape(cell.title)}</title><rect class="cell ground" {place}/>'
-        f'<rect class="cell" {place} fill-opacity="{cell.shade:.3f}"/>{text}</g>'
-    )
+def _number_axis(axis: Axis, *, integer: bool = False, unit: str = "") -> None:
+    """Give an axis about five round ticks."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=integer))
+    axis.set_major_formatter(f"{{x:,.10g}}{unit}")
 
 
-def scale_legend(stops: list[tuple[str, float]]) -> str:
-    """Draw what the shades of a grid mean."""
-    size = 'width="14" height="14"'
-    swatches = "".join(
-        f'<span class="key"><svg {size} aria-hidden="true"><rect class="cell ground" {size}/>'
-        f'<rect class="cell" {size} fill-opacity="{shade:.3f}"/></svg>{escape(text)}</span>'
-        for text, shade in stops
-    )
-    return f'<div class="legend">{swatches}</div>'
+def _legend(ax: Axes, keys: dict[str, Any], **more: Any) -> None:
+    """Put a legend above a chart, which grows by its height."""
+    columns = max(1, min(len(keys), 56 // (max(map(len, keys)) + 5)))
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.legend(keys.values(), keys.keys(), loc="outside upper left", ncols=columns, **more)
+    figure.set_figheight(figure.get_figheight() + 15 / 72 * -(-len(keys) // columns))
 
 
-def smooth(points: list[Point], window: int) -> list[Point]:
-    """Return the centred moving mean of a series, over up to `window` points."""
-    half = window // 2
-    values = [y for _, y in points]
-    means = []
-    for index, (x, _) in enumerate(points):
-        around = values[max(0, index - half) : index + half + 1]
-        means.append((x, sum(around) / len(around)))
-    return means
+def _draw(paint: Callable[[Axes], None], height: float, label: str) -> str:
+    """Return what `paint` draws as an element of the page, 340 wide where text has the size 10."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    file = io.StringIO()
+    style = files("sqft.stages.report") / "charts.mplstyle"  # leaves nothing of a user's own settings
+    with as_file(style) as path, mpl.rc_context({"svg.hashsalt": label}, fname=path):  # ids differ from chart to chart
+        figure = Figure(figsize=(340 / 72, height / 72))
+        paint(figure.add_subplot())
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return _inline(file.getvalue(), label)
 
 
-def place(names: list[str]) -> dict[str, tuple[str, int]]:
-    """Return {module name: (row, layer)} for a grid.
-
-    The layer is the first number in a name. The row is its last part, or more of it where that alone is ambiguous;
-    further numbers (experts) fall together as `*`.
-    """
-    split: dict[str, tuple[str, int]] = {}
-    for name in names:
-        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-        rest = name[match.end() :] if match else name
-        split[name] = (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", rest), int(match[1]) if match else 0)
-    longs = {long for long, _ in split.values()}
-    lasts = [long.rpartition(".")[2] for long in longs]
-    return {
-        name: (_fold(last if lasts.count(last := long.rpartition(".")[2]) == 1 else long), layer)
-        for name, (long, layer) in split.items()
-    }
-
-
-def _fold(name: str) -> str:
-    """Shorten the name of a group: 'q_proj+k_proj+v_proj' to 'q+k+v_proj'."""
-    parts = name.split("+")
-    ends = {part.rpartition("_")[2] for part in parts}
-    if len(parts) == 1 or len(ends) > 1 or not all("_" in part for part in parts):
-        return name
-    return "+".join(part.rpartition("_")[0] for part in parts) + f"_{ends.pop()}"
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:g}"
+def _inline(svg: str, label: str) -> str:
+    """Make the file that matplotlib wrote an element of the page."""
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None
+    body = svg[svg.index(">", box.end()) + 1 :].replace("xlink:href", "href")
+    body = re.sub(r"<(style|clipPath|metadata)\b.*?</\1>", "", body, flags=re.DOTALL)  # its style is for the whole page
+    body = re.sub(r' clip-path="[^"]*"| transform="rotate\(-0 [^"]*"|font-family: [^;"]*;? ?', "", body)
+    body = re.sub(r"(?<=: )#5af7([0-9a-f]{2})", lambda found: f"var(--{_COLOURS[int(found[1], 16)]})", body)
+    body = re.sub(r"\s*\n\s*", " ", body).replace("> <", "><").replace("<defs></defs>", "").strip()
+    body = re.sub(rf'<g id="{_TITLE}([^"]*)">', r"<g><title>\1</title>", body)
+    body = re.sub(r' id="(?!m[0-9a-f]{10}")[^"]*"', "", body)
+    return f'<svg class="chart" {box[0]} role="img" aria-label="{escape(label)}" focusable="false">{body}\n'

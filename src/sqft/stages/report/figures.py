@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from itertools import accumulate
 from typing import Any
 
-from sqft.stages.report.charts import Cell, Point, grid_chart, line_chart, place, scale_legend, smooth
+from sqft.stages.report.charts import Cell, Point, grid_chart, line_chart
 from sqft.stages.report.facts import finite
 from sqft.stages.report.words import percent_text
 
@@ -19,9 +20,10 @@ def loss(log: dict[str, Any]) -> tuple[str, list[Point], list[Point]]:
     if window > 1:
         series.append(("training, each step", "raw", thin(train, 1000)))
         series.append((f"training, mean of {window // 2 * 2 + 1} steps", "main", thin(smooth(train, window), 1000)))
-    else:
+    elif train:
         series.append(("training", "main", train))
-    series.append(("validation", "marks held-out", held_out))
+    if held_out:
+        series.append(("validation", "held-out", held_out))
     label = "Loss over optimiser steps"
     if train:
         label += f": training from {train[0][1]:.3f} to {train[-1][1]:.3f}"
@@ -35,6 +37,45 @@ def thin(points: list[Point], count: int) -> list[Point]:
     if len(points) <= count:
         return points
     return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+
+
+def smooth(points: list[Point], window: int) -> list[Point]:
+    """Return the centred moving mean of a series, over up to `window` points."""
+    half = window // 2
+    values = [y for _, y in points]
+    means = []
+    for index, (x, _) in enumerate(points):
+        around = values[max(0, index - half) : index + half + 1]
+        means.append((x, sum(around) / len(around)))
+    return means
+
+
+def place(names: list[str]) -> dict[str, tuple[str, int]]:
+    """Return {module name: (row, layer)} for a grid.
+
+    The layer is the first number in a name. The row is its last part, or more of it where that alone is ambiguous;
+    further numbers (experts) fall together as `*`.
+    """
+    split: dict[str, tuple[str, int]] = {}
+    for name in names:
+        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        rest = name[match.end() :] if match else name
+        split[name] = (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", rest), int(match[1]) if match else 0)
+    longs = {long for long, _ in split.values()}
+    lasts = [long.rpartition(".")[2] for long in longs]
+    return {
+        name: (_fold(last if lasts.count(last := long.rpartition(".")[2]) == 1 else long), layer)
+        for name, (long, layer) in split.items()
+    }
+
+
+def _fold(name: str) -> str:
+    """Shorten the name of a group: 'q_proj+k_proj+v_proj' to 'q+k+v_proj'."""
+    parts = name.split("+")
+    ends = {part.rpartition("_")[2] for part in parts}
+    if len(parts) == 1 or len(ends) > 1 or not all("_" in part for part in parts):
+        return name
+    return "+".join(part.rpartition("_")[0] for part in parts) + f"_{ends.pop()}"
 
 
 def sparsity(layers: list[dict[str, Any]]) -> tuple[str, list[tuple[str, list[float], int]]]:
@@ -58,12 +99,12 @@ def sparsity(layers: list[dict[str, Any]]) -> tuple[str, list[tuple[str, list[fl
     label = (
         f"Sparsity of {len(layers)} linears by layer, from {percent_text(min(values))} to {percent_text(max(values))}"
     )
-    legend = scale_legend([(f"{round(100 * v)} %", v) for v in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    stops = [(f"{round(100 * v)} %", v) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
     summary = []
     for name, members in kinds.items():
         shares, weights = [s for s, _ in members], sum(w for _, w in members)
         summary.append((name, [min(shares), sum(s * w for s, w in members) / weights, max(shares)], weights))
-    return legend + grid_chart(cells, label), summary
+    return grid_chart(cells, label, stops), summary
 
 
 def ranks(value: dict[str, Any]) -> tuple[str, list[tuple[str, Counter[int]]]]:
@@ -81,8 +122,8 @@ def ranks(value: dict[str, Any]) -> tuple[str, list[tuple[str, Counter[int]]]]:
         )
         counts[name][rank] += 1
     shown = sorted({*value.get("choices", []), *chosen.values()}, reverse=True)
-    legend = scale_legend([(f"rank {rank}", rank / largest) for rank in shown])
-    return legend + grid_chart(cells, f"Ranks of {len(chosen)} groups by layer"), list(counts.items())
+    stops = [(f"rank {rank}", rank / largest) for rank in shown]
+    return grid_chart(cells, f"Ranks of {len(chosen)} groups by layer", stops), list(counts.items())
 
 
 def counts_text(found: Counter[int]) -> str:
@@ -104,7 +145,7 @@ def search_path(record: dict[str, Any]) -> str:
         steps += [(number, steps[-1][1])] if steps else []
         steps.append((number, 100 * value))
     points = {number: (float(number), 100 * float(trial["accuracy"])) for number, trial in enumerate(trials, 1)}
-    series = [("configuration", "marks trial", list(points.values())), ("best so far", "main", steps)]
+    series = [("configuration", "trial", list(points.values())), ("best so far", "main", steps)]
     series += _singled_out(record, [(trial, points[number]) for number, trial in enumerate(trials, 1)])
     label = (
         f"Accuracy on the validation rows of {len(trials)} configurations in order of evaluation: "
@@ -125,8 +166,8 @@ def search_front(record: dict[str, Any]) -> str:
         return int(trial["parameters"]) / unit, 100 * float(trial["accuracy"])
 
     series = [
-        ("configuration", "marks trial", [place_of(trial) for trial in trials]),
-        ("Pareto front", "marks front", [place_of(trial) for trial in front]),
+        ("configuration", "trial", [place_of(trial) for trial in trials]),
+        ("Pareto front", "front", [place_of(trial) for trial in front]),
         *_singled_out(record, [(trial, place_of(trial)) for trial in trials]),
     ]
     ends = [f"{trial['parameters']:,} with {percent_text(trial['accuracy'])}" for trial in (front or trials)]
@@ -142,6 +183,6 @@ def _singled_out(
 ) -> list[tuple[str, str, list[Point]]]:
     """Return the heuristic and the chosen configuration as series of one point each."""
     return [
-        (name, f"marks {name}", [point for trial, point in placed if trial["ranks"] == record[name]["ranks"]][:1])
+        (name, name, [point for trial, point in placed if trial["ranks"] == record[name]["ranks"]][:1])
         for name in ("heuristic", "chosen")
     ]

@@ -126,7 +126,7 @@ def _results(facts: Facts) -> str:
         rest = [words.percent_text(row.zeros), precision, words.bytes_text(row.size_bytes)]
         rows.append(table_row(escape(row.label) + tag, [*scores, *rest], where, row.key))
     caption = "Value ± one standard error. Zeros: share of the weights of the targeted linears."
-    return "".join(_dots(facts, column) for column in facts.columns[:4]) + table(heads, rows, caption)
+    return charts(*(_dots(facts, column) for column in facts.columns[:4])) + table(heads, rows, caption)
 
 
 def _score(score: Score | None) -> str:
@@ -148,7 +148,7 @@ def _dots(facts: Facts, column: str) -> str:
         text = f"{words.value_text(score)} {words.error_text(score)}".strip()
         dots.append(Dot(row.label, 100 * score.value, half, text, row.key))
     title = words.column_title(facts, column)
-    return f"<h3>{escape(title)}</h3>{dot_plot(dots, title, unit=' %')}"
+    return f"<div><h3>{escape(title)}</h3>{dot_plot(dots, title, unit=' %')}</div>"
 
 
 def _verification(facts: Facts) -> str:
@@ -183,7 +183,7 @@ def _training(facts: Facts) -> str:
     )
     text = f"{len(train)} optimiser steps logged.{last}{peak}{lost} Source: adapter/sqft/training_log.json."
     shown = table([("Step", ""), ("Training loss", "num")], rows, "Evenly chosen steps; the file has all.")
-    return f'{chart}<p class="source-line">{escape(text)}</p>{_details("Losses as a table", shown)}'
+    return charts(chart, _beside(text, "Losses as a table", shown))
 
 
 def _sparsity(facts: Facts) -> str:
@@ -200,7 +200,7 @@ def _sparsity(facts: Facts) -> str:
     source += f"; the mask itself is {folder}/sqft/mask.safetensors." if facts.recipe.sparsify else "."
     text = f"{coverage}. {source}" if coverage else source
     shown = table(heads, rows, "Over the layers.")
-    return f'{chart}<p class="source-line">{escape(text)}</p>{_details("Sparsity by kind of linear", shown)}'
+    return charts(chart, _beside(text, "Sparsity by kind of linear", shown))
 
 
 def _search(facts: Facts) -> str:
@@ -224,10 +224,11 @@ def _search(facts: Facts) -> str:
     ]
     heads = [("Configuration", ""), ("Accuracy", "num"), ("Best so far", "num"), ("Adapter parameters", "num")]
     caption = "The Pareto front: no other configuration is both more accurate and smaller."
+    path, size = figures.search_path(record), figures.search_front(record)
     source = f"Strategy “{record.get('strategy')}”; {record.get('metric')}. Source: sub_adapter/sqft/search.json."
     return (
-        f"<p>{escape(words.search_sentence(record))}</p><h3>In order of evaluation</h3>{figures.search_path(record)}"
-        f"<h3>Accuracy against size</h3>{figures.search_front(record)}"
+        f"<p>{escape(words.search_sentence(record))}</p>"
+        f"{charts(f'<div><h3>In order of evaluation</h3>{path}</div>', f'<div><h3>Against size</h3>{size}</div>')}"
         f"{table([('Accuracy on the validation rows', ''), ('Adapter parameters', 'num')], front, caption)}"
         f'<p class="source-line">{escape(source)}</p>'
         f"{_details('Every configuration', table(heads, rows, 'In order of evaluation.'))}"
@@ -241,11 +242,9 @@ def _ranks(facts: Facts) -> str:
     rows = [table_row(escape(name), [escape(figures.counts_text(found))]) for name, found in counts]
     choices = ", ".join(str(choice) for choice in facts.ranks.get("choices", []))
     strategy = f"Chosen by strategy “{facts.ranks.get('strategy')}” from ranks {choices}."
-    source = "sub_adapter/sqft/ranks.json"
+    source = "Source: sub_adapter/sqft/ranks.json."
     shown = table([("Group", ""), ("Ranks over the layers", "num")], rows, "")
-    return (
-        f'{chart}<p class="source-line">{escape(strategy)} Source: {source}.</p>{_details("Ranks as a table", shown)}'
-    )
+    return charts(chart, _beside(f"{strategy} {source}", "Ranks as a table", shown))
 
 
 def _cost(facts: Facts) -> str:
@@ -312,6 +311,16 @@ def table(heads: list[tuple[str, str]], rows: list[str], caption: str) -> str:
         f'<div><div class="scroll" tabindex="0" role="group" aria-label="table: {escape(heads[0][0])}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{below}</div>"
     )
+
+
+def charts(*items: str) -> str:
+    """Return charts, or a chart and its text, side by side where the page is wide enough."""
+    drawn = "".join(items)
+    return f'<div class="charts">{drawn}</div>' if drawn else ""
+
+
+def _beside(text: str, title: str, content: str) -> str:
+    return f'<div><p class="source-line">{escape(text)}</p>{_details(title, content)}</div>'
 
 
 def _list(items: list[str]) -> str:
