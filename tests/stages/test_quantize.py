@@ -414,13 +414,19 @@ def test_changing_the_models_dtype_leaves_the_grid_alone(dtype: torch.dtype, tin
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_gptq_names_the_linear_whose_zero_point_it_cannot_store(tiny_model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"method": "rtn"}, {"act_order": False}])
+def test_gptq_has_no_zero_point_0_so_the_range_is_widened(
+    options: dict[str, Any], tiny_model: Any, tmp_path: Path
+) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_model("llama"), source)
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = tensors[name].abs()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj: .* zero points are 0.*symmetric: true"):
-        quantized(source, tmp_path / "base", sparsity=None, format="gptq")
-    assert not (tmp_path / "base").exists()
+    quantized(source, tmp_path / "base", sparsity=None, format="gptq", **options)
+    codes, grid = PackedCheckpoint(tmp_path / "base").read(name)
+    assert int(grid.zero_OG.min()) == 1
+    if options.get("method") == "rtn":  # nothing is cut off at the top
+        far = (grid.dequantize(codes) - tensors[name].float()).abs()
+        assert (far <= 0.51 * grid.scale_OG.float().repeat_interleave(grid.group_size, dim=1)).all()

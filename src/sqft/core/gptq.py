@@ -18,7 +18,9 @@ rows, so that the float32 copies that the loop needs stay small.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -70,7 +72,13 @@ def stretches(weight_OI: torch.Tensor) -> list[slice]:
 
 
 def round_to_nearest(
-    weight_OI: torch.Tensor, *, bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
+    weight_OI: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    dtype: torch.dtype,
+    least_zero: int = 0,
 ) -> Quantized:
     """Quantise without calibration; zeros stay zeros because the grid contains them.
 
@@ -80,11 +88,13 @@ def round_to_nearest(
         group_size: columns that share a scale; None is the whole row.
         symmetric: see :meth:`Grid.fit`.
         dtype: what the scales are stored in.
+        least_zero: see :meth:`Grid.fit`.
     """
+    fit = partial(Grid.fit, bits=bits, symmetric=symmetric, dtype=dtype, least_zero=least_zero)
     parts = []
     for rows in stretches(weight_OI):
         weight = weight_OI[rows]
-        grid = Grid.fit(weight, bits=bits, group_size=group_size, symmetric=symmetric, dtype=dtype)
+        grid = fit(weight, group_size=group_size)
         codes = grid.quantize(weight)
         parts.append(Quantized(codes, grid, grid.offsets(weight, codes)))
     return Quantized.join(parts)
@@ -99,6 +109,7 @@ def gptq(
     group_size: int | None,
     symmetric: bool,
     dtype: torch.dtype,
+    least_zero: int = 0,
     act_order: bool = True,
     damping: float = 0.01,
 ) -> Quantized:
@@ -112,6 +123,7 @@ def gptq(
         group_size: columns that share a scale; None is the whole row.
         symmetric: see :meth:`Grid.fit`.
         dtype: what the scales are stored in.
+        least_zero: see :meth:`Grid.fit`.
         act_order: take columns by falling activity (the hessian's diagonal). Grids are then those of the given
             weight, so groups stay contiguous columns and no index of columns is stored. Without it a group's grid is
             made when the loop reaches the group, from the weights as compensated so far.
@@ -124,6 +136,7 @@ def gptq(
         NumericalError: the damped hessian is not positive definite, or it or the weight is not finite.
         InputError: the group size does not divide the row.
     """
+    fit = partial(Grid.fit, bits=bits, symmetric=symmetric, dtype=dtype, least_zero=least_zero)
     columns = weight_OI.shape[1]
     order = torch.arange(columns, device=weight_OI.device)
     if act_order:
@@ -139,8 +152,8 @@ def gptq(
             work_IO=weight.T[order].contiguous(),
             kept_IO=None if mask is None else mask.T.contiguous(),
             order=order.tolist(),
-            grid=Grid.fit(weight, bits=bits, group_size=group_size, symmetric=symmetric, dtype=dtype),
-            refit=not act_order,
+            grid=fit(weight, group_size=group_size),
+            refit=None if act_order else fit,
         )
         loop.run(0, columns)
         parts.append(loop.result())
@@ -164,7 +177,7 @@ class _ColumnLoop:
         order: list[int],
         grid: Grid,
         *,
-        refit: bool,
+        refit: Callable[..., Grid] | None,
     ) -> None:
         self.factor, self.work_IO, self.kept_IO, self.order = factor_II, work_IO, kept_IO, order
         self.grid, self.refit = grid, refit
@@ -178,8 +191,8 @@ class _ColumnLoop:
         that a group is whole, and fully compensated, when its grid is made.
         """
         group = self.grid.group_size
-        if self.refit and start % group == 0 and stop - start == group:
-            self._fit_group(start)
+        if self.refit is not None and start % group == 0 and stop - start == group:
+            self._fit_group(start, self.refit)
         if stop - start <= min(_LEAF, group):
             self._columns(start, stop)
             return
@@ -203,20 +216,14 @@ class _ColumnLoop:
             if index + 1 < stop:
                 self.work_IO[index + 1 : stop].addr_(self.factor[index, index + 1 : stop], weight, alpha=-1)
 
-    def _fit_group(self, start: int) -> None:
+    def _fit_group(self, start: int, refit: Callable[..., Grid]) -> None:
         """Replace a group's scale and bounds by those of its weights as compensated so far."""
         group = self.grid.group_size
         weight_BO = self.work_IO[start : start + group]
         if self.kept_IO is not None:
             weight_BO = weight_BO * self.kept_IO[start : start + group]
-        fitted = Grid.fit(
-            weight_BO.T,
-            bits=self.grid.bits,
-            group_size=None,
-            symmetric=self.grid.symmetric,
-            dtype=self.grid.scale_OG.dtype,
-        )
-        for target, value in zip((self.scale, self.low, self.high), fitted.steps(), strict=True):
+        fitted = refit(weight_BO.T, group_size=None).steps()
+        for target, value in zip((self.scale, self.low, self.high), fitted, strict=True):
             target[start // group] = value.flatten()
 
     def result(self) -> Quantized:
@@ -226,7 +233,7 @@ class _ColumnLoop:
         offset = self.position_IO.sub_(self.rounded_IO).mul_(256).round_().clamp_(-127, 127)
         if self.kept_IO is not None:
             offset.mul_(self.kept_IO)
-        if self.refit:
+        if self.refit is not None:
             scale = self.scale.T.contiguous().to(grid.scale_OG.dtype)
             zero = (-self.low).T.contiguous().to(torch.uint8)
             grid = Grid(scale, zero, grid.bits, grid.columns, grid.symmetric)

@@ -41,7 +41,14 @@ class Grid:
 
     @classmethod
     def fit(
-        cls, weight_OI: torch.Tensor, *, bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
+        cls,
+        weight_OI: torch.Tensor,
+        *,
+        bits: int,
+        group_size: int | None,
+        symmetric: bool,
+        dtype: torch.dtype,
+        least_zero: int = 0,
     ) -> Grid:
         """Return the grid that spans each group's values, min to max.
 
@@ -51,6 +58,7 @@ class Grid:
             group_size: columns that share a scale; None is the whole row.
             symmetric: one code for zero in the middle of the grid; the range is ± the largest magnitude.
             dtype: what the scales are stored in.
+            least_zero: smallest zero point, 1 where the stored form has no 0: the range is then widened downwards.
 
         Raises:
             InputError: the group size does not divide the row.
@@ -66,6 +74,8 @@ class Grid:
             raise NumericalError("a weight to quantise is NaN or Inf")
         top, middle = 2**bits - 1, 2 ** (bits - 1)
         span = 2 * torch.maximum(-low, high) if symmetric else high - low
+        if least_zero and not symmetric:
+            span = torch.maximum(span, high * (top / (top - least_zero)))
         # A scale that the stored dtype would round to 0 or to infinity is brought to its nearest usable value.
         limits = torch.finfo(dtype)
         scale = (span / top).clamp_(limits.tiny, limits.max)
@@ -73,7 +83,7 @@ class Grid:
         if symmetric:
             zero = torch.full_like(low, middle)
         else:
-            zero = (-low / scale.float()).round_().clamp_(0, top)
+            zero = (-low / scale.float()).round_().clamp_(least_zero, top)
             zero = torch.where(span == 0, torch.full_like(zero, middle), zero)
         return cls(scale, zero.to(torch.uint8), bits, columns, symmetric)
 

@@ -57,6 +57,11 @@ class Scheme:
     gptq_version: int = 1
 
     @property
+    def least_zero(self) -> int:
+        """The smallest zero point that can be stored."""
+        return 1 if self.format == "gptq" and self.gptq_version == 1 else 0
+
+    @property
     def suffixes(self) -> tuple[str, ...]:
         """The names of a linear's stored tensors; the first holds the codes."""
         if self.format == "gptq":
@@ -131,20 +136,10 @@ class Scheme:
         return self._pack(codes_OI.T, 0) if self.format == "gptq" else self._pack(codes_OI, 1)
 
     def encode(self, codes_OI: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
-        """Return {suffix: tensor} of a quantised weight.
-
-        Raises:
-            InputError: a zero point that the format cannot hold.
-        """
+        """Return {suffix: tensor} of a quantised weight, whose zero points are `least_zero` or more."""
         stored = {self.suffixes[0]: self.encode_codes(codes_OI)}
         if self.format == "gptq":
-            if self.gptq_version == 1 and int(grid.zero_OG.min()) == 0:
-                count = int((grid.zero_OG == 0).sum())
-                raise InputError(
-                    f"{count} of {grid.zero_OG.numel()} zero points are 0, which GPTQ's version 1 cannot store; "
-                    "use quantize.symmetric: true, or quantize.format: compressed-tensors"
-                )
-            zero = grid.zero_OG.T.contiguous() - (1 if self.gptq_version == 1 else 0)
+            zero = grid.zero_OG.T.contiguous() - self.least_zero
             groups = torch.arange(grid.columns, dtype=torch.int32) // grid.group_size
             return {
                 **stored,

@@ -78,12 +78,8 @@ class _Quantizing:
             if block.names.parameter_of[name] in floats:
                 self._write(name, tensor.to(self.output.entries[name].dtype))
 
-    def _store(self, target: Target, name: str, quantized: Quantized) -> None:
-        try:
-            stored = self.scheme.encode(quantized.codes_OI, quantized.grid)
-        except InputError as error:
-            raise InputError(f"{target.name}: {error}") from error
-        for suffix, tensor in stored.items():
+    def _store(self, name: str, quantized: Quantized) -> None:
+        for suffix, tensor in self.scheme.encode(quantized.codes_OI, quantized.grid).items():
             self._write(f"{name.removesuffix('.weight')}.{suffix}", tensor)
         self.start.write(name, quantized.offset_OI)
 
@@ -113,6 +109,7 @@ class _Quantizing:
             "group_size": self.config.group_size,
             "symmetric": self.config.symmetric,
             "dtype": self._scale_dtype(disk_name[f"{group[0].module}.weight"]),
+            "least_zero": self.scheme.least_zero,
         }
         try:
             if self.config.method == "rtn":
@@ -131,7 +128,7 @@ class _Quantizing:
             group, views, parts, mask_OI.split([v.shape[0] for v in views]), strict=True
         ):
             view.copy_(part.grid.dequantize(part.codes_OI, view.dtype))
-            self._store(target, disk_name[f"{target.module}.weight"], part)
+            self._store(disk_name[f"{target.module}.weight"], part)
             self.layers.append(
                 {
                     "name": target.name,
