@@ -25,7 +25,7 @@ from torch import nn
 from sqft.artifact import Artifact, check_space, describe, digest_text, finished, write_json, writing
 from sqft.core.gptq import Quantized, gptq, round_to_nearest, stretches
 from sqft.core.mask import pack_mask
-from sqft.errors import InputError, NumericalError, Problems
+from sqft.errors import NumericalError, Problems
 from sqft.memory import release_memory
 from sqft.model.calibrate import Block, check_tokens, visit_blocks
 from sqft.model.checkpoint import Checkpoint, Layout, allocate, allocate_file, copy_side_files
