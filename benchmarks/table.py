@@ -265,7 +265,7 @@ def evaluation(result: dict[str, Any]) -> str:
             "sqft / lm-eval": row["speed_up"]["lm-eval"],
             "judged alike": f"{row['judged_alike']} of {result['rows']}",
             "right, in that order": " / ".join(
-                str(row["right"][side]) for side in row["rows_per_second"] if side != "sqft, one batch"
+                str(row["right"][side]) for side in ("generate", "lm-eval", "sqft") if side in row["right"]
             ),
         }
         for row in result["tasks"]
@@ -325,8 +325,8 @@ SECTIONS = {
         costs,
     ),
     "memory": ("Memory of fine-tuning", "python benchmarks/memory.py runs/quickstart/dense", memory),
-    "evaluation": ("Evaluation", "python benchmarks/evaluation.py MODEL --rows 238 --batch 48", evaluation),
-    "search": ("Search", "python benchmarks/search.py BASE ADAPTER --configurations 5", searching),
+    "evaluation": ("Evaluation", "python benchmarks/evaluation.py MODEL --rows 238 --batch 48 --rounds 2", evaluation),
+    "search": ("Search", "python benchmarks/search.py BASE ADAPTER --configurations 8", searching),
     "workers": ("Two processes on one search", "python benchmarks/workers.py BASE ADAPTER", workers),
     "strategies": (
         "What searching gives",
