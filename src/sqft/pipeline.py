@@ -113,6 +113,7 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
             finetune.run(recipe.finetune, base, train, validation, out / "adapter", data=inputs.source, **seeded)
             if not processes.first():
                 return RunResult(out, out / "report.html", None)
+            processes.go_on_alone()
             announce("search for a sub-adapter" if recipe.search.searches else "extract the sub-adapter")
             search.run(
                 recipe.search, out / "adapter", out / "sub_adapter", base=base, rows=inputs.selection, **common

@@ -31,3 +31,16 @@ def meet() -> None:
         # Without `cpu` accelerate takes processes on a machine without a GPU for strangers to each other.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
     torch.distributed.barrier()
+
+
+def go_on_alone() -> None:
+    """Leave the others, whose part is done: libraries that find a process group would wait for them."""
+    if count() == 1:
+        return
+    import torch.distributed
+    from accelerate import PartialState
+
+    torch.distributed.destroy_process_group()
+    PartialState._reset_state()
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)

@@ -82,6 +82,16 @@ def test_processes_share_the_rows_of_a_step(recipe: Path, tmp_path: Path, proces
     assert keys[0] == keys[1]
 
 
+def test_an_int4_run_goes_on_alone_after_its_training(recipe: Path, tmp_path: Path) -> None:
+    """compressed-tensors and lm-eval share work with a process group that they find, and would wait for the others."""
+    settings = ["quantize.group_size=16", "finetune.kind=quantized", "quantize.calibration.samples=4"]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    shared = run(recipe, tmp_path / "int4", *sets, "--set", "quantize.calibration.length=32", processes=2)
+    assert shared.returncode == 0, shared.stderr
+    assert json.loads((tmp_path / "int4" / "verify.json").read_text())["passed"]
+    assert (tmp_path / "int4" / "evaluations" / "merged.json").is_file()
+
+
 def test_what_processes_cannot_share_is_refused(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]
 ) -> None:
