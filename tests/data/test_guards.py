@@ -210,15 +210,10 @@ def test_a_hub_that_does_not_answer_is_no_data_set_without_a_test_split(hub: Cal
     assert "test_rows" not in str(raised.value)
 
 
-def test_the_setting_is_in_a_stages_key_and_older_keys_stay() -> None:
-    """Runs made before there was `test_rows` are not orphaned by it."""
-
+def test_the_setting_is_in_a_stages_key() -> None:
     def key(data: DataConfig) -> str:
         return key_of(describe("finetune", {"data": data.model_dump(mode="json")}, {}, 0))
 
-    before = {"task": "rows.jsonl", "template": None, "train_limit": None, "validation_rows": 0,
-              "chat_template": False, "options": {}}  # fmt: skip
-    assert key(DataConfig(task="rows.jsonl")) == key_of(describe("finetune", {"data": before}, {}, 0))
     cut = [key(DataConfig(task="rows.jsonl", test_rows=rows)) for rows in (0, 5, 6)]
     assert len(set(cut)) == 3
     # A recipe that is written out and read again is the same recipe.
