@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# mallopt's parameters, from malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
 
 def release_memory() -> None:
     """Give freed memory back to the system.
@@ -25,26 +22,6 @@ def release_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
-
-
-@contextmanager
-def returning_memory() -> Iterator[None]:
-    """Inside the block, let what is freed in pieces of 1 MiB or more go back to the system at once.
-
-    For stages that stream weights: kept pieces of other sizes than the next ones add up to several weights. Each piece
-    then costs its page faults, which reading and writing files hides and training would not. glibc only, else a no-op.
-    """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if tune is None:
-        yield
-        return
-    tune(_MMAP_THRESHOLD, 2**20)
-    try:
-        yield
-    finally:
-        # Where glibc's own, growing thresholds end.
-        tune(_MMAP_THRESHOLD, 2**25)
-        tune(_TRIM_THRESHOLD, 2**26)
 
 
 def begin_peak() -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from sqft.artifact import Artifact, check_space, describe, finished, writing
 from sqft.errors import Problems
-from sqft.memory import returning_memory
+from sqft.memory import release_memory
 from sqft.model.adapter import SavedAdapter
 from sqft.model.attach import check_base
 from sqft.model.checkpoint import copy_model
@@ -56,13 +56,15 @@ def run(
     if saved.kind == "dense":
         _refuse_losses(config, weights, saved)
     check_space(out, int(weights.checkpoint.size_bytes * 1.05), "the merged model")
-    with writing(out, description) as draft, returning_memory():
+    with writing(out, description) as draft:
         output = copy_model(base, draft.path)
         layers = []
         for module, low in tqdm(saved.modules.items(), desc="merging", unit="linear", disable=None, leave=False):
             merged = weights.merged(module, low)
             output.write(merged.name, merged.tensor)
             layers.append(_describe_change(module, merged))
+            del merged
+            release_memory()  # else heap that training has freed fills again, piece by piece, and stays
         if saved.kind != "dense" and (base / MASK_FILE).is_file():
             (draft.path / MASK_FILE).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / MASK_FILE, draft.path / MASK_FILE)
