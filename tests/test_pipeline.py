@@ -21,7 +21,7 @@ from sqft import cli
 from sqft.data.tasks import Example, Task
 from sqft.errors import InputError
 from sqft.model.checkpoint import Checkpoint
-from sqft.pipeline import _leaks, _prepare, run
+from sqft.pipeline import _leaks, _prepare, _write_summary, run
 from sqft.recipe import Recipe, load_recipe
 
 RECIPE = {
@@ -407,7 +407,9 @@ def test_the_quantised_stages_as_single_commands(
     calibration = ["--task", task, "--calibration.samples", "4", "--calibration.length", "32"]
     joint = sqft("quantize", model, at["int4"], "--sparsity", "0.5", "--group-size", "16", *calibration)
     assert "quantised 14/14 linears to 4 bits; sparsity 0.5" in joint
-    sqft("sparsify", model, at["sparse"], *calibration)
+    sqft("sparsify", model, at["sparse"], *calibration, "--validation-rows", "6")
+    manifest = json.loads((tmp_path / "sparse" / "sqft" / "manifest.json").read_text())
+    assert manifest["config"]["calibrated_on"]["data"]["validation_rows"] == 6
     assert "to 3 bits; sparsity 0.5" in sqft("quantize", at["sparse"], at["two"], "--bits", "3", "--group-size", "null",
                                              "--method", "rtn")  # fmt: skip
     assert cli.run(["quantize", model, str(tmp_path / "none"), "--group-size", "16"]) == 2
@@ -476,3 +478,9 @@ def test_test_rows_are_refused_where_there_are_some(recipe: Path, tmp_path: Path
     made = load_recipe(recipe, ["data.test_rows=3"])
     with pytest.raises(InputError, match=r"data.test_rows is 3, but there is a test split already \(.*test.jsonl\)"):
         _prepare(made, Path(made.model))
+
+
+def test_the_stable_result_is_that_of_the_furthest_model(tmp_path: Path) -> None:
+    results = {row: {"tasks": {"t": row}, "versions": {}} for row in ("merged", "dense")}
+    _write_summary(tmp_path, results, 0)
+    assert json.loads((tmp_path / "eval.json").read_text())["model"] == "merged"

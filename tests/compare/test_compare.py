@@ -313,3 +313,10 @@ def test_a_failed_row_of_any_level_decides_the_exit_code(tmp_path: Path) -> None
         tables[-1].write_text(json.dumps({"methods": [{"failed": []}, {"failed": failed}]}))
     assert not _any_failed(tables[0])
     assert _any_failed(*tables)
+
+
+def test_the_words_name_the_bits_of_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    eight = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"bits": 8})})  # type: ignore[union-attr]
+    run(eight, tmp_path / "out", ["int4"], 1, lambda _: None, "typed")
+    (method,) = summarise(eight, tmp_path / "out", ["int4"], 1)["methods"]
+    assert (method["label"], method["precision"]) == ("sparse INT8, untuned", "INT8")

@@ -304,3 +304,17 @@ def test_no_space_is_refused_before_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"the sparse model needs .* GB of disk and 0\.00 GB are free"):
         sparsify.run(config(), tiny_model("llama"), TOKENS, tmp_path / "out", seed=0)
+
+
+def test_blocks_that_hand_on_keys_and_values_are_not_calibrated(tiny_model: Callable[..., Path]) -> None:
+    network = skeleton(tiny_model("llama"))
+    sparsify.check(config(), network, find_targets(network)[0], TOKENS)
+    cast(Any, network.config).num_kv_shared_layers = 1
+    with pytest.raises(InputError, match="hands keys and values from block to block"):
+        sparsify.check(config(), network, find_targets(network)[0], TOKENS)
+    sparsify.check(config(method="magnitude"), network, find_targets(network)[0], None)
+
+
+def test_patterns_that_leave_nothing_are_refused(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="leave no linear"):
+        find_targets(skeleton(tiny_model("llama")), ["q_proj"], ["*attn*"])

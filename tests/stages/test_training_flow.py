@@ -228,6 +228,17 @@ def test_a_dense_adapter_is_not_merged_into_a_sparse_base_unasked(chain: Callabl
     assert result["weights_equal"]["passed"]
 
 
+def test_a_dense_adapter_merges_where_nothing_was_pruned(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The mask file alone is no reason: a base that was pruned elsewhere loses none of its zeros."""
+    settings = SparsifyConfig.model_validate({"targets": ["mlp.*"], "calibration": {"batch": 4}})
+    sparsify.run(settings, tiny_model("llama", "bfloat16"), TOKENS, tmp_path / "sparse", seed=0)
+    config = training(kind="dense", ranks=[4], target_modules=["q_proj"])
+    finetune.run(config, tmp_path / "sparse", PAIRS, [], tmp_path / "adapter", seed=0, data={})
+    merge.run(MergeConfig(), tmp_path / "sparse", tmp_path / "adapter", tmp_path / "merged")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (Checkpoint(tmp_path / "merged").read(name) == 0).any()
+
+
 def test_an_adapter_of_another_base_is_refused(chain: Callable[..., Path], tiny_model: Callable[..., Path]) -> None:
     out = chain()
     with pytest.raises(InputError, match="was trained on another base"):
@@ -252,6 +263,10 @@ def test_a_foreign_lora_merges_and_one_with_more_than_factors_is_refused(
         expected = model.eval()(TOKENS).logits
         assert torch.allclose(load_model(tmp_path / "merged")(TOKENS).logits, expected, atol=1e-4)
         assert not torch.allclose(load_model(folder)(TOKENS).logits, expected, atol=1e-2)
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "pissa"}))
+    with pytest.raises(InputError, match="init_lora_weights: pissa, which rewrote the base's weights"):
+        merge.run(MergeConfig(), folder, tmp_path / "lora", tmp_path / "other")
     model = get_peft_model(load_model(folder), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path / "more")
     with pytest.raises(InputError, match="modules_to_save, which cannot be merged"):

@@ -87,7 +87,10 @@ def _calibrate(options: argparse.Namespace, config: CalibrationConfig, model: Pa
         )
     tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
     tokens = calibration_tokens(config, data, tokenizer, options.seed)
-    return tokens, {"data": data.model_dump(mode="json") if data else None, **config.model_dump(mode="json")}
+    return tokens, {
+        "data": data.model_dump(mode="json") if data else None,
+        "calibration": config.model_dump(mode="json"),
+    }
 
 
 def quantize(options: argparse.Namespace) -> int:
