@@ -16,6 +16,7 @@ import multiprocessing
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -38,7 +39,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROBE_STEPS = 3
+# Blocks of the two shortened copies. A line drawn on from them magnifies their noise, so the second has more where the
+# first was quick.
 _BLOCKS = (2, 6)
+_BLOCKS_IF_QUICK = 10
+_QUICK_SECONDS = 45.0
 _FOLDERS = {
     "sparse": "sparsify",
     "quantized": "quantize",
@@ -87,29 +92,35 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     config = AutoConfig.from_pretrained(model, trust_remote_code=recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"model {recipe.model}: is quantised; a forecast needs a float model, whose copy it shortens")
-    blocks = config.get_text_config(decoder=True).num_hidden_layers
+    blocks: int = config.get_text_config(decoder=True).num_hidden_layers
     if blocks <= _BLOCKS[0]:
         raise InputError(f"model {recipe.model}: has {blocks} blocks, so few that a run is its own probe")
-    sizes = _BLOCKS if blocks > _BLOCKS[1] else (1, blocks)
-    found = []
+    few_blocks, many_blocks = _BLOCKS if blocks > _BLOCKS[1] else (1, blocks)
     # The copies are small enough for a layout of weights that the model may be too large for.
     whole = skeleton(model, trust_remote_code=recipe.trust_remote_code)
     linears = [module.weight for module in whole.modules() if isinstance(module, nn.Linear)]
     laid_out = 2 * sum(weight.numel() for weight in linears) <= MOST_BYTES
     with tempfile.TemporaryDirectory(dir=workspace, prefix=".plan-") as temporary:
-        for count in sizes:
+
+        def probe(count: int) -> dict[str, dict[str, float]]:
             announce(f"probe with {count} of {blocks} blocks")
             folder = Path(temporary) / str(count)
             _shorten(model, config, count, folder / "model", trust_remote_code=recipe.trust_remote_code)
-            found.append(_run_apart(_on_copy(recipe, model, folder / "model"), folder, laid_out=laid_out))
+            return _run_apart(_on_copy(recipe, model, folder / "model"), folder, laid_out=laid_out)
+
+        started = time.monotonic()
+        at_few = probe(few_blocks)
+        if blocks > _BLOCKS_IF_QUICK and time.monotonic() - started < _QUICK_SECONDS:
+            many_blocks = _BLOCKS_IF_QUICK
+        at_many = probe(many_blocks)
     free_memory, free_disk = available_memory(), shutil.disk_usage(workspace).free
     forecasts, left = [], free_disk
-    for stage in found[0]:
-        few, many = found[0][stage], found[1][stage]
+    for stage in at_few:
+        few, many = at_few[stage], at_many[stage]
 
         def at_all_blocks(key: str, few: Mapping[str, float] = few, many: Mapping[str, float] = many) -> float:
-            slope = (many[key] - few[key]) / (sizes[1] - sizes[0])
-            return float(max(0.0, few[key] + slope * (blocks - sizes[0])))
+            slope = max(0.0, (many[key] - few[key]) / (many_blocks - few_blocks))  # more blocks never take less
+            return few[key] + slope * (blocks - few_blocks)
 
         disk, memory = int(at_all_blocks("disk")), int(at_all_blocks("memory"))
         left -= disk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
 from sqft.core import gptq as gptq_module
 from sqft.core.gptq import Quantized, gptq, round_to_nearest
-from sqft.core.grid import Grid, QuantizedWeight, pack_codes, unpack_codes
+from sqft.core.grid import Grid, QuantizedWeight, pack_codes, stretches, unpack_codes
 from sqft.errors import InputError, NumericalError
 
 
@@ -101,8 +102,9 @@ def test_stretches_of_rows_are_the_whole(act_order: bool, monkeypatch: pytest.Mo
     weight, hessian, mask = problem()
     settings: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False, "dtype": torch.bfloat16}
     whole = gptq(weight, hessian, mask, act_order=act_order, **settings), round_to_nearest(weight, **settings)
-    monkeypatch.setattr(gptq_module, "_STRETCH", 7 * weight.shape[1])  # three stretches of 7 rows, and one of 3
-    assert [part.stop - part.start for part in gptq_module.stretches(weight)] == [7, 7, 7, 3]
+    short = partial(stretches, most=7 * weight.shape[1])  # three stretches of 7 rows, and one of 3
+    assert [part.stop - part.start for part in short(weight)] == [7, 7, 7, 3]
+    monkeypatch.setattr(gptq_module, "stretches", short)
     parts = gptq(weight, hessian, mask, act_order=act_order, **settings), round_to_nearest(weight, **settings)
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one.codes_OI, other.codes_OI)

@@ -24,11 +24,10 @@ from functools import partial
 
 import torch
 
-from sqft.core.grid import Grid
+from sqft.core.grid import Grid, stretches
 from sqft.core.statistics import inverse_cholesky
 
 _LEAF = 8  # columns updated one by one; so few that an update stays in cache and on one thread
-_STRETCH = 2**23  # weights quantised at a time, in whole rows: a float32 copy takes 32 MiB
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,6 @@ class Quantized:
         scale, zero = (torch.cat([getattr(part.grid, name) for part in parts]) for name in ("scale_OG", "zero_OG"))
         grid = Grid(scale, zero, first.bits, first.columns, first.symmetric)
         return cls(torch.cat([p.codes_OI for p in parts]), grid, torch.cat([p.offset_OI for p in parts]))
-
-
-def stretches(weight_OI: torch.Tensor) -> list[slice]:
-    """Return stretches of rows, each of at most 2²³ weights, or of one row."""
-    rows, columns = weight_OI.shape
-    step = max(1, _STRETCH // columns)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def round_to_nearest(

@@ -19,6 +19,15 @@ import torch
 from sqft.errors import InputError, NumericalError
 
 BITS = (2, 3, 4, 8)
+STRETCH = 2**23
+"""Weights quantised at a time, in whole rows: a float32 copy of them takes 32 MiB."""
+
+
+def stretches(weight_OI: torch.Tensor, most: int = STRETCH) -> list[slice]:
+    """Return stretches of rows, each of at most `most` weights, or of one row."""
+    rows, columns = weight_OI.shape
+    step = max(1, most // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 @dataclass(frozen=True)
@@ -156,11 +165,11 @@ def pack_codes(codes_OI: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def unpack_codes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Undo :func:`pack_codes`, as float32 [O, I] for arithmetic."""
+def unpack_codes(packed: torch.Tensor, bits: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Undo :func:`pack_codes`, as [O, I] of any dtype, float32 for arithmetic."""
     width = storage_bits(bits)
     rows, step = packed.shape
-    codes: torch.Tensor = torch.empty(rows, step * (8 // width), device=packed.device)
+    codes: torch.Tensor = torch.empty(rows, step * (8 // width), dtype=dtype, device=packed.device)
     for plane in range(8 // width):
         codes[:, plane * step : (plane + 1) * step] = (packed >> (width * plane)).bitwise_and_(2**width - 1)
     return codes[:, :columns]
@@ -194,7 +203,7 @@ class QuantizedWeight:
 
     def codes(self) -> torch.Tensor:
         """Return the codes, uint8 [O, I]."""
-        return unpack_codes(self.packed, self.grid.bits, self.grid.columns).to(torch.uint8)
+        return unpack_codes(self.packed, self.grid.bits, self.grid.columns, torch.uint8)
 
     def start_steps(self, rows: slice) -> torch.Tensor:
         """Return the starting weight of some rows in steps of the grid, W_start / s, float32 [rows, G, I / G]."""

@@ -73,10 +73,12 @@ def _lowest(score_RC: torch.Tensor, count: int) -> torch.Tensor:
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Pack a bool mask [..., I] into uint8 [..., ceil(I / 8)], bit i of byte j being column 8 j + i."""
     columns = mask.shape[-1]
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8))
-    bits = padded.unflatten(-1, (-1, 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    packed: torch.Tensor = (bits * weights).sum(dim=-1, dtype=torch.uint8)
+    bits = mask.view(torch.uint8)
+    if columns % 8:
+        bits = torch.nn.functional.pad(bits, (0, -columns % 8))
+    packed: torch.Tensor = bits[..., 0::8].clone()
+    for place in range(1, 8):
+        packed |= bits[..., place::8] << place
     return packed
 
 
@@ -91,8 +93,8 @@ def unpack_mask(packed: torch.Tensor, columns: int) -> torch.Tensor:
         bool mask [..., I].
     """
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits: torch.Tensor = (packed.unsqueeze(-1) >> shifts) & 1
-    return bits.flatten(-2)[..., :columns].bool()
+    bits: torch.Tensor = (packed.unsqueeze(-1) >> shifts).bitwise_and_(1)
+    return bits.view(torch.bool).flatten(-2)[..., :columns]
 
 
 def conforms(kept: torch.Tensor, keep_n: int, group_m: int) -> bool:

@@ -111,10 +111,10 @@ def evaluation_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer that appends in place, in memory reserved for the next tokens."""
+    """A cache layer with room for the next tokens: it appends in place, and is copied once where rows come or go."""
 
-    key_room: torch.Tensor | None = None
-    value_room: torch.Tensor | None = None
+    keys_room: torch.Tensor | None = None
+    values_room: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -123,25 +123,49 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
-        self.keys = self._append("key_room", self.keys, length, key_states)
-        self.values = self._append("value_room", self.values, length, value_states)
-        return self.keys, self.values
+        return self._append("keys", length, key_states), self._append("values", length, value_states)
 
-    def _append(self, name: str, held: torch.Tensor | None, length: int, new: torch.Tensor) -> torch.Tensor:
-        room: torch.Tensor | None = getattr(self, name)
-        batch, heads, tokens, width = new.shape
-        if room is None or room.shape[0] != batch or room.shape[2] < length + tokens:
-            room = new.new_empty(batch, heads, length + tokens + _ROOM, width)
-            if length and held is not None:
+    def _append(self, name: str, length: int, new: torch.Tensor) -> torch.Tensor:
+        held, room = getattr(self, name), getattr(self, f"{name}_room")
+        whole = length + new.shape[2]
+        if room is None or room.shape[0] != new.shape[0] or room.shape[2] < whole:
+            room = self.make_room(name, new, new.shape[0], whole)
+            if length:
                 room[:, :, :length] = held
-            setattr(self, name, room)
-        room[:, :, length : length + tokens] = new
-        return room[:, :, : length + tokens]
+        room[:, :, length:whole] = new
+        setattr(self, name, room[:, :, :whole])
+        return cast("torch.Tensor", getattr(self, name))
+
+    def make_room(self, name: str, like: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+        """Make the keys or values of that many rows and tokens, with room for more; return all of it, to be filled.
+
+        Args:
+            name: `keys` or `values`.
+            like: [B, G, T, D], with their heads, width and dtype.
+            rows: B.
+            length: T.
+        """
+        room = like.new_empty(rows, like.shape[1], length + _ROOM, like.shape[3])
+        setattr(self, f"{name}_room", room)
+        setattr(self, name, room[:, :, :length])
+        return room
+
+    def select(self, dimension: int, indices: torch.Tensor) -> None:
+        """Keep those rows (dimension 0) or tokens (dimension 2)."""
+        for name in ("keys", "values"):
+            held = getattr(self, name)
+            rows, _, length, _ = held.shape
+            if dimension == 0:
+                rows = len(indices)
+            else:
+                length = len(indices)
+            room = self.make_room(name, held, rows, length)
+            torch.index_select(held, dimension, indices, out=room[:, :, :length])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep those rows of the batch."""
-        super().batch_select_indices(indices)
-        self.key_room = self.value_room = None
+        if self.get_seq_length() > 0:
+            self.select(0, indices)
 
 
 def roomy_cache(model: PreTrainedModel) -> DynamicCache:
@@ -160,25 +184,26 @@ def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache:
     """
     whole = caches[0]
     for index, layer in enumerate(whole.layers):
-        others = [cast("RoomyLayer", cache.layers[index]) for cache in caches]
-        length = others[0].get_seq_length()
+        layers = [cast("RoomyLayer", cache.layers[index]) for cache in caches]
+        length = layers[0].get_seq_length()
         for name in ("keys", "values"):
-            held = [getattr(other, name) for other in others]
-            padded = [functional.pad(part, (0, 0, length - part.shape[2], 0)) for part in held]
-            setattr(layer, name, torch.cat(padded))
-        for other in others:
-            other.key_room = other.value_room = None
-            if other is not layer:
-                other.keys = other.values = None
+            parts = [getattr(part, name) for part in layers]
+            room = cast("RoomyLayer", layer).make_room(name, parts[0], sum(part.shape[0] for part in parts), length)
+            row = 0
+            for part in parts:
+                rows = room[row : row + part.shape[0]]
+                rows[:, :, : length - part.shape[2]] = 0
+                rows[:, :, length - part.shape[2] : length] = part
+                row += part.shape[0]
+        for part in layers[1:]:
+            part.keys = part.values = part.keys_room = part.values_room = None
     return whole
 
 
 def select_columns(cache: DynamicCache, columns: torch.Tensor) -> None:
-    """Keep those tokens of a cache whose rows were just chosen. Every layer must be a :class:`RoomyLayer`."""
+    """Keep those tokens of a cache. Every layer must be a :class:`RoomyLayer`."""
     for layer in cache.layers:
-        layer = cast("RoomyLayer", layer)
-        for name in ("keys", "values"):
-            setattr(layer, name, getattr(layer, name)[:, :, columns])
+        cast("RoomyLayer", layer).select(2, columns)
 
 
 def select_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:

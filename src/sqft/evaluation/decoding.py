@@ -319,7 +319,7 @@ class _Reader:
             if waiting and (not rows or (self.joins and free >= _ENDED_SHARE * batch)):
                 fresh, waiting = waiting[:free], waiting[free:]
                 logits, fresh_mask, fresh_cache = self.read([prompts[row] for row in fresh])
-                first = logits[:, -1].argmax(dim=-1)
+                first = _likeliest(logits[:, -1])
                 record(fresh, first)
                 if rows:
                     fresh_mask = functional.pad(fresh_mask, (mask.shape[1] - fresh_mask.shape[1], 0))
@@ -331,7 +331,7 @@ class _Reader:
             elif rows:
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
                 logits, cache = self(tokens[:, None], mask, 1, cache, use_cache=True)
-                tokens = logits[:, -1].argmax(dim=-1)
+                tokens = _likeliest(logits[:, -1])
                 record(rows, tokens)
         return found
 
@@ -348,6 +348,11 @@ class _Reader:
             mask = mask[:, columns]
             select_columns(cache, columns)
         return tokens, mask, cache
+
+
+def _likeliest(logits_BV: torch.Tensor) -> torch.Tensor:
+    """Return argmax over the vocabulary, [B]; on a CPU `max` finds the same index four times faster in bfloat16."""
+    return logits_BV.max(dim=-1).indices
 
 
 def _judge(logits_LV: torch.Tensor, answer: Tokens) -> Likelihood:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from sqft.core.grid import BITS, Grid
+from sqft.core.grid import BITS, Grid, stretches
 from sqft.errors import InputError, Problems
 from sqft.model.checkpoint import Checkpoint, Layout
 from sqft.model.load import read_json
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FormatName = Literal["compressed-tensors", "gptq"]
+_PACKED_AT_ONCE = 2**20
 
 
 def quantization_config(folder: str | Path) -> dict[str, Any] | None:
@@ -133,7 +134,8 @@ class Scheme:
 
     def encode_codes(self, codes_OI: torch.Tensor) -> torch.Tensor:
         """Return the stored form of codes, uint8 [O, I]: `weight_packed` or `qweight`."""
-        return self._pack(codes_OI.T, 0) if self.format == "gptq" else self._pack(codes_OI, 1)
+        words = self._pack(codes_OI)
+        return words.T.contiguous() if self.format == "gptq" else words
 
     def encode(self, codes_OI: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
         """Return {suffix: tensor} of a quantised weight, whose zero points are `least_zero` or more."""
@@ -144,13 +146,13 @@ class Scheme:
             return {
                 **stored,
                 "scales": grid.scale_OG.T.contiguous(),
-                "qzeros": self._pack(zero, 1),
+                "qzeros": self._pack(zero),
                 "g_idx": groups,
             }
         stored["weight_scale"] = grid.scale_OG.contiguous()
         stored["weight_shape"] = torch.tensor(codes_OI.shape)
         if not self.symmetric:
-            stored["weight_zero_point"] = self._pack(grid.zero_OG, 0)
+            stored["weight_zero_point"] = self._pack(grid.zero_OG.T).T.contiguous()
         return stored
 
     def decode(self, read: Callable[[str], torch.Tensor], shape: tuple[int, int]) -> tuple[torch.Tensor, Grid]:
@@ -161,34 +163,40 @@ class Scheme:
             shape: (O, I).
         """
         rows, columns = shape
-        groups = 1 if self.group_size is None else columns // self.group_size
         if self.format == "gptq":
-            codes = self._unpack(read("qweight"), (columns, rows), 0).T.contiguous()
-            zero = self._unpack(read("qzeros"), (groups, rows), 1).T.contiguous()
+            codes = self._unpack(read("qweight").T, columns)
+            zero = self._unpack(read("qzeros"), rows).T.contiguous()
             if self.gptq_version == 1:
                 zero = zero + 1
             return codes, Grid(read("scales").T.contiguous(), zero, self.bits, columns, self.symmetric)
-        codes = self._unpack(read("weight_packed"), shape, 1)
+        codes = self._unpack(read("weight_packed"), columns)
         scale = read("weight_scale")
         if self.symmetric:
             zero = torch.full(scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8)
         else:
-            zero = self._unpack(read("weight_zero_point"), (rows, groups), 0)
+            zero = self._unpack(read("weight_zero_point").T, rows).T.contiguous()
         return codes, Grid(scale, zero, self.bits, columns, self.symmetric)
 
-    def _pack(self, codes: torch.Tensor, dim: Literal[0, 1]) -> torch.Tensor:
+    def _pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return codes, uint8 [R, C], as int32 words [R, C·n/32]; in stretches, a code takes 10 bytes on the way."""
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-        signed = (codes.to(torch.int16) - 2 ** (self.bits - 1)).to(torch.int8)
-        words: torch.Tensor = pack_to_int32(signed, self.bits, packed_dim=dim)
-        return words.contiguous()
+        words = torch.empty(codes.shape[0], self._words(codes.shape[1]), dtype=torch.int32)
+        for rows in stretches(codes, _PACKED_AT_ONCE):
+            signed = (codes[rows].to(torch.int16) - 2 ** (self.bits - 1)).to(torch.int8)
+            words[rows] = pack_to_int32(signed, self.bits)
+        return words
 
-    def _unpack(self, words: torch.Tensor, shape: tuple[int, int], dim: Literal[0, 1]) -> torch.Tensor:
+    def _unpack(self, words: torch.Tensor, columns: int) -> torch.Tensor:
+        """Undo :meth:`_pack`."""
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-        signed = unpack_from_int32(words, self.bits, torch.Size(shape), packed_dim=dim)
-        codes: torch.Tensor = (signed.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
-        return codes.contiguous()
+        codes = torch.empty(words.shape[0], columns, dtype=torch.uint8)
+        for rows in stretches(codes, _PACKED_AT_ONCE):
+            part = words[rows]
+            signed = unpack_from_int32(part, self.bits, torch.Size((part.shape[0], columns)))
+            codes[rows] = signed.to(torch.int16) + 2 ** (self.bits - 1)
+        return codes
 
 
 def parse_scheme(config: dict[str, Any], where: str) -> Scheme:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from sqft.core.delta import effective_codes, effective_weight
 from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
@@ -19,6 +17,8 @@ from sqft.model.targets import DiskNames, skeleton
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from sqft.model.adapter import LowRank, SavedAdapter
 
 
@@ -29,17 +29,45 @@ class Merged:
     Attributes:
         name: the tensor on disk that merging overwrites.
         tensor: what it becomes.
-        before: the base's weight; of a quantised base its codes minus the zero points, so that 0 is a zero.
-        after: the same of the merged weight.
-        pruned: bool, what should stay zero: outside the base's mask; where it has none, of a float base its zeros, of a
-            quantised one nothing, for any weight may have the zero point's code.
+        weights: how many there are.
+        zeros: how many are zero after merging.
+        changed: how many differ from the base's.
+        filled_zeros: how many should have stayed zero and did not. Those outside the base's mask should; where it has
+            none, of a float base its zeros, of a quantised one nothing, for any weight may have the zero point's code.
     """
 
     name: str
     tensor: torch.Tensor
-    before: torch.Tensor
-    after: torch.Tensor
-    pruned: torch.Tensor
+    weights: int
+    zeros: int
+    changed: int
+    filled_zeros: int
+
+    @classmethod
+    def compare(
+        cls,
+        name: str,
+        tensor: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        zero: torch.Tensor | int,
+        mask: torch.Tensor | None,
+    ) -> Merged:
+        """Return it with its counts.
+
+        Args:
+            name: the tensor on disk.
+            tensor: what it becomes.
+            before: the base's weight, or its codes.
+            after: the same of the merged one.
+            zero: what a zero is among them, everywhere or at each place.
+            mask: bool, True = kept; None: nothing should have stayed zero.
+        """
+        nonzero = after != zero
+        weights = after.numel()
+        zeros = weights - int(nonzero.count_nonzero())
+        filled = 0 if mask is None else int(nonzero.logical_and_(~mask).count_nonzero())
+        return cls(name, tensor, weights, zeros, int((before != after).count_nonzero()), filled)
 
 
 class BaseWeights:
@@ -112,15 +140,9 @@ class BaseWeights:
             weight, mask = self.quantized(module), self.mask(module)
             packed_mask = None if mask is None or kind == "dense" else pack_mask(mask)
             codes = effective_codes(weight, low.lora_A, low.lora_B, low.scaling, packed_mask)
-            zeros = weight.grid.zero_codes().to(torch.int16)
-            before = weight.codes().to(torch.int16) - zeros
-            return Merged(
-                self.stored_name(module),
-                self.packed.scheme.encode_codes(codes),
-                before,
-                codes.to(torch.int16) - zeros,
-                torch.zeros_like(codes, dtype=torch.bool) if mask is None else ~mask,
-            )
+            stored = self.packed.scheme.encode_codes(codes)
+            zero = weight.grid.zero_codes()
+            return Merged.compare(self.stored_name(module), stored, weight.codes(), codes, zero, mask)
         before = self.checkpoint.read(name)
         mask = self.mask(module)
         assert mask is not None
@@ -133,7 +155,7 @@ class BaseWeights:
         )
         if self.transposed[module]:
             merged, mask = merged.T, mask.T
-        return Merged(name, merged, before, merged, ~mask)
+        return Merged.compare(name, merged, before, merged, 0, mask)
 
     def quantized(self, module: str) -> QuantizedWeight:
         """Return a module's quantised weight with the adapter's starting point."""

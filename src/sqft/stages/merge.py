@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
@@ -20,7 +20,7 @@ from sqft.memory import release_memory
 from sqft.model.adapter import SavedAdapter
 from sqft.model.attach import check_base
 from sqft.model.checkpoint import copy_model
-from sqft.model.merged import BaseWeights, Merged
+from sqft.model.merged import BaseWeights
 from sqft.model.stored import MASK_FILE, SPARSE_FROM, load_mask
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def run(
         for module, low in tqdm(saved.modules.items(), desc="merging", unit="linear", disable=None, leave=False):
             merged = weights.merged(module, low)
             output.write(merged.name, merged.tensor)
-            layers.append(_describe_change(module, merged))
+            counts = {name: getattr(merged, name) for name in ("weights", "zeros", "changed", "filled_zeros")}
+            layers.append({"name": module, **counts})
             del merged
             release_memory()  # else heap that training has freed fills again, piece by piece, and stays
         if saved.kind != "dense" and (base / MASK_FILE).is_file():
@@ -82,16 +83,6 @@ def run(
         }
         logger.info("merged %d linears of %d weights, %d pruned weights filled", len(layers), total, filled)
     return Artifact.open(out)
-
-
-def _describe_change(module: str, merged: Merged) -> dict[str, Any]:
-    return {
-        "name": module,
-        "weights": merged.before.numel(),
-        "zeros": int((merged.after == 0).count_nonzero()),
-        "changed": int((merged.before != merged.after).sum()),
-        "filled_zeros": int((merged.pruned & (merged.after != 0)).count_nonzero()),
-    }
 
 
 def _refuse_losses(config: MergeConfig, weights: BaseWeights, adapter: SavedAdapter) -> None:

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from sqft.artifact import Artifact, check_space, describe, digest_text, finished, write_json, writing
-from sqft.core.gptq import Quantized, gptq, round_to_nearest, stretches
+from sqft.core.gptq import Quantized, gptq, round_to_nearest
+from sqft.core.grid import stretches
 from sqft.core.mask import pack_mask
 from sqft.errors import NumericalError, Problems
 from sqft.memory import release_memory

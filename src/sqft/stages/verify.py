@@ -151,7 +151,7 @@ def _weights(weights: BaseWeights, adapter: SavedAdapter, output: Checkpoint) ->
         found = output.read(expected.name) if expected.name in output.entries else None
         if found is None or found.shape != expected.tensor.shape or not torch.equal(found, expected.tensor):
             differing.append(expected.name)
-        elif not torch.equal(expected.before, expected.after):
+        elif expected.changed:
             changed += 1
     adapted = {weights.stored_name(module) for module in adapter.modules}
     grid = set() if weights.packed is None else set(weights.packed.stored_names()) - adapted
