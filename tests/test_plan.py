@@ -14,6 +14,7 @@ from sqft import pipeline
 from sqft.artifact import Artifact
 from sqft.errors import InputError
 from sqft.evaluation import perplexity
+from sqft.model.load import load_config
 from sqft.plan import _asked, _figures, _on_copy, _short_search, as_json, plan
 from sqft.recipe import EvaluateConfig, Recipe
 
@@ -71,6 +72,35 @@ def test_copies_lay_weights_out_anew_only_if_the_model_is_small_enough(
     monkeypatch.setattr("sqft.plan._run_apart", run)
     plan(make_recipe(tiny_model("llama", "bfloat16", num_hidden_layers=8), tmp_path), tmp_path / "out")
     assert told == [expected, expected]
+
+
+@pytest.mark.parametrize(("blocks", "slow", "counts"), [(12, False, [2, 10]), (12, True, [2, 6]), (8, False, [2, 6])])
+def test_the_second_copy_is_longer_where_the_first_was_quick_and_nothing_shrinks_with_blocks(
+    blocks: int,
+    slow: bool,
+    counts: list[int],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probed = []
+
+    def run(recipe: Recipe, _folder: Path, **_options: bool) -> dict[str, dict[str, float]]:
+        count = load_config(Path(recipe.model)).num_hidden_layers
+        probed.append(count)
+        return {
+            "merge": {"disk": 100 * count, "memory": 1000 - count, "seconds": 0.5 * count},
+            "verify": {"disk": 0, "memory": 50 + 10 * count, "seconds": 1},
+        }
+
+    monkeypatch.setattr("sqft.plan._run_apart", run)
+    monkeypatch.setattr("sqft.plan._QUICK_SECONDS", 0.0 if slow else 1e9)
+    recipe = make_recipe(tiny_model("llama", "bfloat16", num_hidden_layers=blocks), tmp_path)
+    merge, verify = plan(recipe, tmp_path / "out")
+    assert probed == counts
+    assert (merge.disk_bytes, merge.seconds) == (100 * blocks, 0.5 * blocks)
+    assert merge.memory_bytes == 998  # noise of the probes, not a saving
+    assert verify.memory_bytes == 50 + 10 * blocks
 
 
 def test_a_search_is_drawn_on_to_all_configurations_and_rows(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ class EvaluateConfig(Config):
 
     tasks: list[str] = Field([], description="tasks to report; empty is the one of the data, `task`")
     limit: PositiveInt | None = Field(None, description="rows a task")
-    batch: PositiveInt = Field(16, description="sequences at a time")
+    batch: PositiveInt = Field(32, description="sequences at a time")
     fewshot: int = Field(
         0,
         ge=0,

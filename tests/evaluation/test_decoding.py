@@ -165,6 +165,14 @@ def test_the_next_prompts_take_the_places_of_ended_rows() -> None:
     assert replaced < len(steps)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_of_equal_logits_the_first_wins_as_with_argmax(dtype: torch.dtype) -> None:
+    logits = torch.randn(16, 50_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for row, columns in enumerate(logits):
+        columns[[49_999, 7 + 1000 * row, 20_000 + row]] = 9.0
+    assert torch.equal(decoding._likeliest(logits), logits.argmax(dim=-1))
+
+
 def test_the_common_part_ends_before_the_token_that_predicts_an_answer() -> None:
     assert _common_length([([5, 6, 7], [8]), ([5, 6, 7], [9, 9])]) == 2
     assert _common_length([([5, 6, 7], [8]), ([5, 9, 7], [8])]) == 1
