@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sqft.evaluation import decoding
+from sqft.evaluation import attention, decoding
 from sqft.evaluation.decoding import _common_length, generate, likelihoods
 
 SHAPE = dict(
@@ -163,6 +163,40 @@ def test_the_next_prompts_take_the_places_of_ended_rows() -> None:
     for start in range(0, len(prompts), 4):
         generate(model, prompts[start : start + 4], 24, 4, lambda tokens: tokens[-1] == end)
     assert replaced < len(steps)
+
+
+@pytest.mark.parametrize(
+    ("begins", "parts"),
+    [
+        ([0, 0, 0, 0], [(0, 4, 0)]),
+        ([0, 3, 3, 6], [(0, 1, 0), (1, 3, 3), (3, 4, 6)]),
+        ([2, 6, 4, 6], [(0, 1, 2), (1, 3, 4), (3, 4, 6)]),  # a row that begins earlier than the one before it
+        ([5], [(0, 1, 5)]),
+    ],
+)
+def test_padding_is_left_out_of_a_step_from_the_row_on_where_all_have_it(
+    begins: list[int], parts: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_WORTH_A_CALL", 2)
+    mask = torch.tensor([[int(column >= begin) for column in range(8)] for begin in begins])
+    with attention.skipping_padding(mask):
+        found = attention._SPANS.get()
+        assert found is not None
+        assert [(rows.start, rows.stop, first) for rows, first in found.parts] == parts
+    assert attention._SPANS.get() is None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_answers_are_the_same_without_the_padding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(name)
+    prompts = [prompt for group in sequences(6) for prompt, _ in group]
+    expected = generate(model, prompts, 12, 100, lambda _: False)
+    parts = []
+    stock = attention._Spans
+    monkeypatch.setattr(attention, "_Spans", lambda columns, found: parts.append(len(found)) or stock(columns, found))
+    monkeypatch.setattr(attention, "_WORTH_A_CALL", 1)
+    assert generate(model, prompts, 12, 100, lambda _: False) == expected
+    assert max(parts) > 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

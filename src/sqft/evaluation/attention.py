@@ -11,6 +11,9 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,6 +28,46 @@ if TYPE_CHECKING:
 
 NAME = "sqft_grouped"
 _ROOM = 64
+# Cells of a cache (a row's column) that a call of its own must leave out to be worth it.
+_WORTH_A_CALL = 2048
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """The rows of a decoding step, parted by the first column of the cache that any of them uses.
+
+    Attributes:
+        columns: of the whole cache. A layer that holds fewer, those of a sliding window, is left alone.
+        parts: (rows, first column).
+    """
+
+    columns: int
+    parts: list[tuple[slice, int]]
+
+
+_SPANS: ContextVar[_Spans | None] = ContextVar("spans", default=None)
+
+
+@contextmanager
+def skipping_padding(mask_BL: torch.Tensor) -> Iterator[None]:
+    """Let :func:`grouped_attention` read no column of the cache that is padding in a row and in all rows after it.
+
+    Args:
+        mask_BL: of a decoding step, which has one query a row; padded on the left, best with the longest rows first.
+    """
+    rows, columns = mask_BL.shape
+    needed = list(accumulate(reversed(mask_BL.argmax(dim=1).tolist()), min))[::-1]
+    parts, begin = [], 0
+    for row in range(1, rows):
+        if (needed[row] - needed[begin]) * (rows - row) >= _WORTH_A_CALL:
+            parts.append((slice(begin, row), needed[begin]))
+            begin = row
+    parts.append((slice(begin, rows), needed[begin]))
+    token = _SPANS.set(_Spans(columns, parts))
+    try:
+        yield
+    finally:
+        _SPANS.reset(token)
 
 
 def grouped_attention(
@@ -38,6 +81,9 @@ def grouped_attention(
 ) -> tuple[torch.Tensor, None]:
     """Return transformers' sdpa attention, without copies of keys and values for the query heads that share them.
 
+    In a decoding step inside :func:`skipping_padding`, rows that begin later are attended to apart, without the columns
+    that are padding in them.
+
     Args:
         module: the attention layer.
         query: [B, H, Q, D].
@@ -50,20 +96,47 @@ def grouped_attention(
     Returns:
         [B, Q, H, D], and None for the weights.
     """
+    spans = _SPANS.get()
+    if spans is None or attention_mask is None or attention_mask.shape != (query.shape[0], 1, 1, spans.columns):
+        return _attention(module, query, key, value, attention_mask, scaling, options), None
+    found = [
+        _attention(
+            module,
+            query[rows],
+            key[rows, :, first:],
+            value[rows, :, first:],
+            attention_mask[rows, :, :, first:],
+            scaling,
+            options,
+        )
+        for rows, first in spans.parts
+    ]
+    return torch.cat(found), None
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
     batch, heads, queries, width = query.shape
     groups = key.shape[1]
     # Without a mask stock attention shares keys and values too, but reads them once for each query head.
     plain = queries > 1 if attention_mask is None else attention_mask.shape[1] > 1
     if groups == heads or plain or options.get("position_bias") is not None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-        return output, None
+        return output
     if queries == 1:
         # The query heads of a key-value head as rows of one product: each key is read once.
         query = query.reshape(batch, groups, heads // groups, width)
     found = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=queries > 1
     )
-    return found.reshape(batch, heads, queries, value.shape[-1]).transpose(1, 2).contiguous(), None
+    return found.reshape(batch, heads, queries, value.shape[-1]).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, grouped_attention)

@@ -18,6 +18,7 @@ the model's logits; lm-eval takes them in the logits' own dtype, which in bfloat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from sqft.evaluation.attention import (
     roomy_cache,
     select_columns,
     select_rows,
+    skipping_padding,
     takes,
 )
 from sqft.evaluation.prepacked import prepacked
@@ -217,7 +219,11 @@ class _Reader:
         if self.takes_positions:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             options["position_ids"] = positions[:, -ids.shape[1] :]
-        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, **options)
+        decodes = cache is not None and ids.shape[1] == 1
+        with skipping_padding(mask) if decodes else nullcontext():
+            output = self.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, **options
+            )
         return output.logits[:, -keep:], output.past_key_values if use_cache else None
 
     def pad(self, rows: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
