@@ -8,6 +8,7 @@ What makes it fast, on a CPU above all, where lm-eval's own way spends most of i
 - sequences that begin alike read the common part once: its keys and values are copied for each. A prompt and its
   choices do, and all rows of a task that begins with instructions.
 - a row of a generation leaves the batch when it has ended, and the next prompt takes its place.
+- a step of a generation reads, of the cache, no padding that shorter rows have in common.
 - the linears' weights are laid out once for the processor's matrix kernels (:mod:`sqft.evaluation.prepacked`).
 
 Padding is masked, and position ids count real tokens alone; what a model must be like for that says
