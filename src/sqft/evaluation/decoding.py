@@ -221,7 +221,7 @@ class _Reader:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             options["position_ids"] = positions[:, -ids.shape[1] :]
         decodes = cache is not None and ids.shape[1] == 1
-        with skipping_padding(mask) if decodes else nullcontext():
+        with skipping_padding(mask) if decodes and self.device.type == "cpu" else nullcontext():
             output = self.model(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, **options
             )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FormatName = Literal["compressed-tensors", "gptq"]
-_PACKED_AT_ONCE = 2**20
+_PACKED_AT_ONCE = 2**20  # weights
 
 
 def quantization_config(folder: str | Path) -> dict[str, Any] | None:
