@@ -22,13 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from sqft.data.encode import encode, encode_prompt
 from sqft.data.tasks import Example, Task, final_number, same_number
 from sqft.errors import InputError
 from sqft.evaluation.attention import pads_freely
 from sqft.evaluation.decoding import generate, likelihoods
+from sqft.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -265,9 +264,9 @@ def _language_model() -> type[Any]:
             for place, request in enumerate(requests):
                 rows.setdefault(request.doc_id, []).append(place)
                 pairs.append(self._fit(*self._encode_pair(*request.args)))
-            with _bar(len(requests), "scoring") as bar:
+            with progress(len(requests), "scoring", "answer") as advance:
                 groups = [[pairs[place] for place in places] for places in rows.values()]
-                found = likelihoods(self.model, groups, self.batch_size, bar.update)
+                found = likelihoods(self.model, groups, self.batch_size, advance)
             answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
             for places, values in zip(rows.values(), found, strict=True):
                 for place, value in zip(places, values, strict=True):
@@ -316,14 +315,14 @@ def _language_model() -> type[Any]:
                 recent = self.tokenizer.decode(tokens[-window:]) if stops else ""
                 return any(stop in recent for stop in stops)
 
-            with _bar(len(requests), "generating") as bar:
+            with progress(len(requests), "generating", "answer") as advance:
                 found = generate(
                     self.model,
                     [prompt[-room:] for prompt in prompts],
                     options["max_gen_toks"],
                     self.batch_size,
                     ended,
-                    bar.update,
+                    advance,
                 )
             texts = [
                 self.tokenizer.decode([token for token in tokens if token not in ends], skip_special_tokens=True)
@@ -339,10 +338,6 @@ def _cut(text: str, stops: Sequence[str]) -> str:
     for stop in stops:
         text = text.split(stop)[0]
     return text
-
-
-def _bar(total: int, what: str) -> Any:
-    return tqdm(total=total, desc=what, disable=None, leave=False)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from sqft.data.calibration import perplexity_tokens
+from sqft.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,10 +39,12 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit
     """
     rows = windows(model.config, tokenizer)[:limit]
     losses = []
-    for row in tqdm(rows, desc="perplexity", unit="window", disable=None, leave=False):
-        ids = row[None].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+    with progress(len(rows), "perplexity", "window") as advance:
+        for row in rows:
+            ids = row[None].to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+            advance(1)
     value = math.exp(statistics.mean(losses))
     stderr = value * statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
     return {"metric": "perplexity", "value": value, "stderr": stderr, "n": len(losses), "window": rows.shape[1]}

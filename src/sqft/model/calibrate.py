@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm
 
 from sqft.core.statistics import Statistics
 from sqft.memory import release_memory
 from sqft.model.checkpoint import Checkpoint
 from sqft.model.load import check_complete
 from sqft.model.targets import DiskNames, Target, decoder_blocks, skeleton
+from sqft.progress import progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,7 +182,7 @@ class _Run:
     batch: int
     hessian: bool
     heads: int
-    progress: Any
+    advance: Callable[[int], Any]
 
     def process(self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         prefix = f"{self.prefix}.{index}"
@@ -205,7 +205,7 @@ class _Run:
         real.to_empty(device="meta")
         self.blocks[index] = stand_in
         release_memory()
-        self.progress.update()
+        self.advance(1)
         return output
 
     def _forward(
@@ -276,9 +276,9 @@ def visit_blocks(
     names.load("", exclude=tuple([f"{prefix}."] + [f"{n}." for n, m in model.named_modules() if m is head]))
     model.tie_weights()
     # The language-model head is not run: only the blocks matter, and its logits would be the largest tensor of all.
-    with tqdm(total=len(blocks), desc="blocks", unit="block", disable=None, leave=False) as progress:
+    with progress(len(blocks), "compressing", "block") as advance:
         heads = getattr(model.config, "num_attention_heads", 0)
-        run = _Run(model, names, blocks, prefix, targets, visit, batch, hessian, heads, progress)
+        run = _Run(model, names, blocks, prefix, targets, visit, batch, hessian, heads, advance)
         for index, block in enumerate(list(blocks)):
             blocks[index] = _StandIn(block, index, run)
         model.base_model(input_ids=tokens, use_cache=False)

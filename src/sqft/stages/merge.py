@@ -12,8 +12,6 @@ import logging
 import shutil
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
 from sqft.artifact import Artifact, check_space, describe, finished, writing
 from sqft.errors import Problems
 from sqft.memory import release_memory
@@ -22,6 +20,7 @@ from sqft.model.attach import check_base
 from sqft.model.checkpoint import copy_model
 from sqft.model.merged import BaseWeights
 from sqft.model.stored import MASK_FILE, SPARSE_FROM, load_mask
+from sqft.progress import progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,13 +58,15 @@ def run(
     with writing(out, description) as draft:
         output = copy_model(base, draft.path)
         layers = []
-        for module, low in tqdm(saved.modules.items(), desc="merging", unit="linear", disable=None, leave=False):
-            merged = weights.merged(module, low)
-            output.write(merged.name, merged.tensor)
-            counts = {name: getattr(merged, name) for name in ("weights", "zeros", "changed", "filled_zeros")}
-            layers.append({"name": module, **counts})
-            del merged
-            release_memory()  # else heap that training has freed fills again, piece by piece, and stays
+        with progress(len(saved.modules), "merging", "linear") as advance:
+            for module, low in saved.modules.items():
+                merged = weights.merged(module, low)
+                output.write(merged.name, merged.tensor)
+                counts = {name: getattr(merged, name) for name in ("weights", "zeros", "changed", "filled_zeros")}
+                layers.append({"name": module, **counts})
+                del merged
+                release_memory()  # else heap that training has freed fills again, piece by piece, and stays
+                advance(1)
         if saved.kind != "dense" and (base / MASK_FILE).is_file():
             (draft.path / MASK_FILE).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / MASK_FILE, draft.path / MASK_FILE)
