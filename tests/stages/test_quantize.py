@@ -392,6 +392,19 @@ def test_stock_peft_cannot_merge_or_save_packed_weights_silently(tiny_model: Any
     assert not (tmp_path / "saved").exists()
 
 
+def test_opening_an_int4_folder_shows_no_bars_of_its_library(
+    tiny_model: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = quantized(tiny_model("llama"), tmp_path / "base")
+    capfd.readouterr()
+    model = load_model(base)
+    model(input_ids=PROMPT)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ != "PackedLinear"
+    shown = capfd.readouterr().err
+    assert "Applying" not in shown
+    assert "Dispatching" not in shown
+
+
 def test_masked_adapters_merge_one_at_a_time(tiny_model: Any, tmp_path: Path) -> None:
     adapted = random_adapter(quantized(tiny_model("llama"), tmp_path / "base"), tmp_path / "adapter")
     adapted.load_adapter(str(tmp_path / "adapter"), "second")

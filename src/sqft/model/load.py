@@ -40,6 +40,17 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _hide_bars_of_compressed_tensors() -> None:
+    """Switch off the two progress bars that every opening of an INT4 folder shows, at loading and at its first forward.
+
+    Their own switch is one that transformers does not hand on.
+    """
+    import importlib
+
+    for name in ("compressed_tensors.quantization.lifecycle.apply", "compressed_tensors.offload.dispatch"):
+        vars(importlib.import_module(name))["tqdm"] = lambda items, **_options: items
+
+
 def localize(model: str, workspace: Path) -> Path:
     """Return a local folder with the model's config, tokenizer and safetensors.
 
@@ -192,6 +203,8 @@ def load_model(
 
         options = {} if attention is None else {"attn_implementation": attention}
         try:
+            if config is not None:
+                _hide_bars_of_compressed_tensors()
             # Not "auto", which takes the dtype that config.json names: merging adds to the weights as they are stored.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
