@@ -88,11 +88,12 @@ def gsm8k() -> str:
     """Return what models trained on MAWPS answer of GSM8K, which the study keeps for the record."""
     files = {method: STUDY / "gsm8k" / f"{method}.json" for method in METHODS}
     rows = {method: json.loads(file.read_text()) for method, file in files.items() if file.is_file()}
-    lines = ["| method, seed 2 | gsm8k, n = 1,319 | − unmerged twin |", "|---|---|---|"]
+    lines = ["| method, seed 2 | gsm8k, n = 1,319 | − its base untuned | − unmerged twin |", "|---|---|---|---|"]
     for method, found in rows.items():
         (task,) = found["tasks"].values()
-        twin = _difference(found, rows.get(TWINS.get(method, "")))
-        lines.append(f"| {METHODS[method].label} | {100 * task['value']:.1f} ± {100 * task['stderr']:.1f} | {twin} |")
+        base, twin = (_difference(found, rows.get(name)) for name in (METHODS[method].base, TWINS.get(method, "")))
+        value = f"{100 * task['value']:.1f} ± {100 * task['stderr']:.1f}"
+        lines.append(f"| {METHODS[method].label} | {value} | {base} | {twin} |")
     return "\n".join(lines)
 
 
