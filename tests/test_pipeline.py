@@ -21,7 +21,7 @@ from sqft import cli
 from sqft.data.tasks import Example, Task
 from sqft.errors import InputError
 from sqft.model.checkpoint import Checkpoint
-from sqft.pipeline import _leaks, _prepare, _write_summary, run
+from sqft.pipeline import _leaks, _prepare, _tell, _write_summary, run
 from sqft.recipe import Recipe, load_recipe
 
 RECIPE = {
@@ -484,3 +484,15 @@ def test_the_stable_result_is_that_of_the_furthest_model(tmp_path: Path) -> None
     results = {row: {"tasks": {"t": row}, "versions": {}} for row in ("merged", "dense")}
     _write_summary(tmp_path, results, 0)
     assert json.loads((tmp_path / "eval.json").read_text())["model"] == "merged"
+
+
+def test_the_proof_is_told_and_what_fails_with_its_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    good = {"name": "codes_equal", "passed": True, "value": 0, "bound": 0, "detail": "150 adapted linears"}
+    with caplog.at_level("INFO", "sqft"):
+        _tell([good, {**good, "name": "zeros_kept"}])
+    assert [record.getMessage() for record in caplog.records] == ["all 2 checks hold: codes_equal, zeros_kept"]
+    caplog.clear()
+    with caplog.at_level("INFO", "sqft"):
+        _tell([good, {**good, "name": "zeros_kept", "passed": False, "value": 3, "detail": "new non-zeros in x"}])
+    (said,) = caplog.records
+    assert (said.levelname, said.getMessage()) == ("ERROR", "zeros_kept: 3, bound 0; new non-zeros in x")

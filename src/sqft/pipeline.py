@@ -132,6 +132,7 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
                     task=inputs.task, examples=held_out, **common,
                 )  # fmt: skip
                 verified = bool(proof["passed"])
+                _tell(proof["checks"])
 
         if recipe.evaluate is not None:
             results: dict[str, dict[str, Any]] = {}
@@ -304,6 +305,15 @@ def _quantize_tokens(recipe: Recipe, tokens: torch.Tensor | None, tokenizer: Pre
 def _quantize_calibration(recipe: Recipe) -> CalibrationConfig:
     own = None if recipe.quantize is None else recipe.quantize.calibration
     return own or (recipe.sparsify or SparsifyConfig()).calibration
+
+
+def _tell(checks: list[dict[str, Any]]) -> None:
+    """Say what the proof found."""
+    failed = [check for check in checks if not check["passed"]]
+    for check in failed:
+        logger.error("%s: %g, bound %g; %s", check["name"], check["value"], check["bound"], check["detail"])
+    if not failed:
+        logger.info("all %d checks hold: %s", len(checks), ", ".join(check["name"] for check in checks))
 
 
 def _write_summary(out: Path, results: dict[str, dict[str, Any]], seed: int) -> None:

@@ -19,7 +19,6 @@ Checks, each with its value and bound, in verify.json:
 from __future__ import annotations
 
 import json
-import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
 
     from sqft.data.tasks import Example, Task
     from sqft.recipe import VerifyConfig
-
-logger = logging.getLogger(__name__)
 
 
 def run(
