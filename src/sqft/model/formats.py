@@ -178,7 +178,7 @@ class Scheme:
         return codes, Grid(scale, zero, self.bits, columns, self.symmetric)
 
     def _pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return codes, uint8 [R, C], as int32 words [R, C·n/32]; in stretches, a code takes 10 bytes on the way."""
+        """Return codes, uint8 [R, C], as int32 words [R, C·n/32]; in stretches: each code becomes an int32 and more."""
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
         words = torch.empty(codes.shape[0], self._words(codes.shape[1]), dtype=torch.int32)

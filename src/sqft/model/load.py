@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,7 +48,8 @@ def _hide_bars_of_compressed_tensors() -> None:
     import importlib
 
     for name in ("compressed_tensors.quantization.lifecycle.apply", "compressed_tensors.offload.dispatch"):
-        vars(importlib.import_module(name))["tqdm"] = lambda items, **_options: items
+        with suppress(ImportError):  # where another version has moved them, they show
+            vars(importlib.import_module(name))["tqdm"] = lambda items, **_options: items
 
 
 def localize(model: str, workspace: Path) -> Path:
