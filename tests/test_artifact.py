@@ -13,19 +13,18 @@ from sqft import artifact
 from sqft.artifact import (
     MANIFEST,
     Artifact,
-    check_space,
     describe,
     digest_input,
     finished,
     finished_result,
     key_of,
     partial_of,
-    run_lock,
-    write_json,
     write_result,
     writing,
 )
+from sqft.disk import check_space, write_json
 from sqft.errors import InputError
+from sqft.locks import run_lock
 
 
 @pytest.fixture
@@ -91,16 +90,21 @@ class TestWriting:
         assert not folder.exists()
         assert not partial_of(folder).exists()
 
-    def test_partial_work_is_kept_where_a_stage_resumes(self, tmp_path, description):
+    def test_checkpoints_are_kept_and_are_no_part_of_the_result(self, tmp_path, description):
         folder = tmp_path / "adapter"
-        with pytest.raises(KeyboardInterrupt), writing(folder, description, keep_partial=True) as draft:
-            (draft.path / "checkpoint").write_bytes(b"step 3")
+        with pytest.raises(KeyboardInterrupt), writing(folder, description) as draft:
+            draft.checkpoints.mkdir()
+            (draft.checkpoints / "step").write_bytes(b"step 3")
+            (draft.path / "half").write_bytes(b"half")
             raise KeyboardInterrupt
         assert not folder.exists()
         assert finished(folder, description) is None
-        with writing(folder, description, keep_partial=True) as draft:
-            assert (draft.path / "checkpoint").read_bytes() == b"step 3"
-        assert (folder / "checkpoint").exists()
+        with writing(folder, description) as draft:
+            assert (draft.checkpoints / "step").read_bytes() == b"step 3"
+            assert not (draft.path / "half").exists()
+            (draft.path / "model").write_bytes(b"made")
+        assert list(Artifact.open(folder).manifest["files"]) == ["model"]
+        assert sorted(p.name for p in folder.iterdir()) == ["model", "sqft"]
 
     def test_old_partial_work_is_dropped_where_a_stage_starts_anew(self, tmp_path, description):
         folder = tmp_path / "sparse"
@@ -240,11 +244,12 @@ class TestFinished:
     def test_another_recipes_unfinished_work_is_refused(self, tmp_path, source, description):
         folder = tmp_path / "adapter"
         wanted = describe("sparsify", {**description["config"], "sparsity": 0.7}, {"model": source}, 0)
-        with pytest.raises(MemoryError), writing(folder, description, keep_partial=True):
+        with pytest.raises(MemoryError), writing(folder, description):
             raise MemoryError
         assert finished(folder, wanted) is None  # nothing was made that could be lost
-        with pytest.raises(KeyboardInterrupt), writing(folder, description, keep_partial=True) as draft:
-            (draft.path / "checkpoint").touch()
+        with pytest.raises(KeyboardInterrupt), writing(folder, description) as draft:
+            draft.checkpoints.mkdir()
+            (draft.checkpoints / "step").touch()
             raise KeyboardInterrupt
         with pytest.raises(
             InputError, match=r"\.partial-adapter belongs to another recipe .*sparsity was 0.5, is now 0.7"
@@ -302,7 +307,7 @@ class TestLock:
 
     def test_a_killed_process_releases_it(self, tmp_path):
         code = (
-            "import os, signal, sys; from pathlib import Path; from sqft.artifact import run_lock\n"
+            "import os, signal, sys; from pathlib import Path; from sqft.locks import run_lock\n"
             "with run_lock(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)\n"
         )
         assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9

@@ -7,31 +7,43 @@ the digests of its inputs, seed, versions, cost, and the digest of every file it
 A stage is skipped when its folder exists with the same *key*: the hash of stage, settings, input digests and seed.
 A folder with another key belongs to another recipe and is refused, with the settings that differ; nothing of a user's
 is ever deleted to make room. Versions are recorded but are not in the key: upgrading a library does not orphan a run.
+
+A manifest is a record, not a proof: wherever a folder is used, as an input or as finished work, its bytes are hashed
+and compared with it (:meth:`Artifact.check`).
+
+What a kill can leave, and how the next run goes on: a partial folder without checkpoints, at whatever moment, is
+discarded; one with checkpoints (`.checkpoints`, made after the description) is resumed from them; a whole folder that
+still has the description or the checkpoints inside, which go after the rename, loses them. A folder is deleted by
+renaming it first, so that no half-deleted one passes for work.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sqft.digests import digest_file, digest_names, digest_text, file_digests, is_document, model_files
+from sqft.disk import discard, disk_is_full, sync, sync_all, write_json
 from sqft.errors import InputError, Problems
+from sqft.locks import making
 from sqft.memory import costing
 
 MANIFEST = Path("sqft") / "manifest.json"
 DESCRIPTION = Path("sqft") / "description.json"
+CHECKPOINTS = ".checkpoints"
 PACKAGES = ("sqft", "torch", "transformers", "peft", "lm_eval", "safetensors")
+_DESCRIBED = {"stage": str, "config": dict, "inputs": dict, "seed": int}
+_RECORDED = {**_DESCRIBED, "digest": str, "files": dict, "result": dict}
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")  # the Hub's cache
 
 
 @dataclass(frozen=True)
@@ -43,65 +55,90 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the names and digests of its files."""
+        """SHA-256 over the names and digests of its files, as the manifest has it."""
         return str(self.manifest["digest"])
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """Read a stage folder.
+        """Read a stage folder's manifest; :meth:`check` compares it with the folder's bytes.
 
         Raises:
             InputError: the folder has no readable manifest.
         """
         path = Path(path)
         try:
-            return cls(path, json.loads((path / MANIFEST).read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+            return cls(path, _read_record(path / MANIFEST, _RECORDED))
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: has no readable {MANIFEST}; it was not written by sqft ({error})") from error
+
+    def check(self) -> Artifact:
+        """Compare the folder with its manifest, byte by byte.
+
+        Raises:
+            InputError: names the files that have changed, are gone, or were added.
+        """
+        files: dict[str, str] = self.manifest["files"]
+        where = f"{self.path} is no longer what its {MANIFEST} says"
+        remedy = "get the folder back or make it again; one that was changed on purpose is used once that file is gone"
+        with Problems(f"{where} ({remedy})") as problems:
+            if digest_names(files) != self.digest:
+                problems.add(f"{MANIFEST} contradicts itself")
+            for name, digest in files.items():
+                if is_document(name):
+                    continue
+                if not (self.path / name).is_file():
+                    problems.add(f"{name} is gone")
+                elif digest_file(self.path / name) != digest:
+                    problems.add(f"{name} has changed")
+            for path in [*model_files(self.path), *(self.path / "sqft").glob("*.safetensors")]:
+                if str(path.relative_to(self.path)) not in files:
+                    problems.add(f"{path.relative_to(self.path)} was added")
+        return self
 
 
 @dataclass
 class Draft:
-    """A stage folder in the making; `path` is the partial folder that the stage fills."""
+    """A stage folder in the making.
+
+    Attributes:
+        path: the partial folder that the stage fills.
+        result: what the manifest says was found.
+    """
 
     path: Path
     result: dict[str, Any] = field(default_factory=dict)
 
-
-def digest_text(text: str) -> str:
-    """Return the SHA-256 of a text, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@lru_cache(maxsize=4096)
-def _digest_file(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    @property
+    def checkpoints(self) -> Path:
+        """A folder from which interrupted work goes on; it is no part of the result."""
+        return self.path / CHECKPOINTS
 
 
-def digest_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hex; remembered within the process for unchanged files."""
-    stat = os.stat(path)
-    return _digest_file(str(path), stat.st_size, stat.st_mtime_ns)
+def _read_record(file: Path, needed: Mapping[str, type]) -> dict[str, Any]:
+    """Return a JSON object that has these entries.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or something is missing.
+    """
+    return _as_record(json.loads(file.read_text()), needed)
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """Return {relative name: SHA-256} of a folder's files, without the manifest itself and hidden files."""
-    names = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {
-        str(p.relative_to(folder)): digest_file(p)
-        for p in names
-        if p.relative_to(folder) != MANIFEST and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-    }
+def _as_record(value: Any, needed: Mapping[str, type]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"holds {type(value).__name__}, not an object")
+    wrong = [name for name, kind in needed.items() if not isinstance(value.get(name), kind)]
+    if wrong:
+        raise ValueError(f"lacks {', '.join(wrong)}")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("digest"), str) for entry in value["inputs"].values()):
+        raise ValueError("its inputs have no digests")
+    return value
 
 
 def digest_input(path: str | Path) -> str:
-    """Return what identifies an input: a stage folder's own digest, else one over the files that stand in it.
-
-    Documents (*.md) and folders inside it do not count: a model is the same with a README mended or an adapter beside.
+    """Return what identifies an input, from its bytes: a stage folder's digest, else one over the files that count.
 
     Raises:
-        InputError: there is no such file or folder.
+        InputError: there is no such file or folder, or a stage folder is not what its manifest says.
     """
     path = Path(path)
     if not path.exists():
@@ -109,9 +146,8 @@ def digest_input(path: str | Path) -> str:
     if path.is_file():
         return digest_file(path)
     if (path / MANIFEST).is_file():
-        return Artifact.open(path).digest
-    counted = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".") and p.suffix != ".md"]
-    return digest_text(json.dumps({p.name: digest_file(p) for p in counted}, sort_keys=True))
+        return Artifact.open(path).check().digest
+    return digest_names({str(p.relative_to(path)): digest_file(p) for p in model_files(path)})
 
 
 def versions() -> dict[str, str]:
@@ -125,74 +161,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that the file is whole or unchanged."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as stream:
-        json.dump(value, stream, indent=2, sort_keys=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def check_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Refuse a stage that would fill the disk.
-
-    Raises:
-        InputError: less than `needed_bytes` are free where `folder` will be.
-    """
-    probe = folder
-    while not probe.exists():
-        probe = probe.parent
-    free = shutil.disk_usage(probe).free
-    if free < needed_bytes:
-        raise InputError(
-            f"{folder}: {what} needs {needed_bytes / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; "
-            "free some or choose another --out"
-        )
-
-
-@contextmanager
-def run_lock(out: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; released by the kernel however the process ends.
-
-    Raises:
-        InputError: another process works in the folder, or it cannot be made.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stream = open(out / ".lock", "w")  # noqa: SIM115 - held until the run ends
-    except OSError as error:
-        raise InputError(f"{out}: cannot be used as output folder ({error.strerror}); choose another --out") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{out}: another sqft process works there; wait for it or use another --out") from error
-        yield
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Let one process at a time finish a folder that several may work on; waits for the others."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def describe(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path], seed: int) -> dict[str, Any]:
     """Return what a stage's result depends on; its hash is the key under which the stage is skipped."""
     return {
         "stage": stage,
         "config": dict(config),
-        "inputs": {
-            name: {"path": os.path.abspath(path), "digest": digest_input(path)} for name, path in inputs.items()
-        },
+        "inputs": {name: _describe_input(path) for name, path in inputs.items()},
         "seed": seed,
     }
+
+
+def _describe_input(path: str | Path) -> dict[str, str]:
+    """Return path and digest of an input, of a model of the Hub its revision too."""
+    place = os.path.abspath(path)
+    snapshot = _SNAPSHOT.search(place)
+    return {"path": place, "digest": digest_input(path)} | ({"revision": snapshot[1]} if snapshot else {})
 
 
 def key_of(description: Mapping[str, Any]) -> str:
@@ -205,22 +188,34 @@ def finished(folder: Path, description: Mapping[str, Any]) -> Artifact | None:
     """Return the stage's artifact if it was already made with this description, None if it is still to be made.
 
     Raises:
-        InputError: the folder, or unfinished work beside it, was made with other settings.
+        InputError: the folder, or unfinished work beside it, was made with other settings, or the folder has changed.
     """
     if not folder.exists():
         partial = partial_of(folder)
-        # A folder with a description alone is of work that ended before it made anything: nothing would be lost.
-        if any(p.is_file() and p != partial / DESCRIPTION for p in partial.rglob("*")):
-            _refuse_foreign(partial, json.loads((partial / DESCRIPTION).read_text()), description)
+        if _resumable(partial):
+            try:
+                unfinished = _read_record(partial / DESCRIPTION, _DESCRIBED)
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"{partial}: is unfinished work with no readable {DESCRIPTION} ({error}), so whose it is cannot be "
+                    "told; delete it, or choose another --out"
+                ) from error
+            _refuse_foreign(partial, unfinished, description)
         return None
     artifact = Artifact.open(folder)
     _refuse_foreign(folder, artifact.manifest, description)
-    return artifact
+    _tidy(folder)
+    return artifact.check()
 
 
 def partial_of(folder: Path) -> Path:
     """Return the folder in which the stage works until it is done."""
     return folder.parent / f".partial-{folder.name}"
+
+
+def _resumable(partial: Path) -> bool:
+    """Tell whether unfinished work holds anything that would be lost with it."""
+    return any(path.is_file() for path in (partial / CHECKPOINTS).rglob("*"))
 
 
 def _refuse_foreign(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -254,75 +249,71 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def writing(folder: Path, description: Mapping[str, Any], *, keep_partial: bool = False) -> Iterator[Draft]:
+def writing(folder: Path, description: Mapping[str, Any]) -> Iterator[Draft]:
     """Make a stage folder that appears whole or not at all.
+
+    Checkpoints that an earlier process left (:attr:`Draft.checkpoints`) are there; all else is made anew.
 
     Args:
         folder: the final folder; it must not exist.
         description: from :func:`describe`.
-        keep_partial: leave an earlier partial folder in place (the stage resumes from it) instead of starting anew.
 
     Raises:
         InputError: the folder exists, another process is making it, or the disk filled up while writing.
     """
-    partial = partial_of(folder)
-    with _making(folder):
-        yield from _write(folder, partial, description, keep_partial=keep_partial)
-
-
-@contextmanager
-def _making(folder: Path) -> Iterator[None]:
-    """Hold a folder in the making for this process: two would write into each other's files."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.parent / f".partial-{folder.name}.lock"
-    with open(lock, "w") as stream:
+    with making(folder):
+        if folder.exists():
+            raise InputError(f"{folder}: already exists; delete it or choose another folder")
+        partial = partial_of(folder)
+        _clear(partial)
+        draft = Draft(partial)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(stream.fileno()), os.stat(lock))  # not one that was just removed
-        except OSError:
-            held = False
-        if not held:
-            raise InputError(f"{folder}: another sqft process is making it; wait for it or use another --out")
-        try:
-            yield
-        finally:
-            lock.unlink()
+            write_json(partial / DESCRIPTION, description)
+            with costing() as cost:
+                yield draft
+            _seal(draft, folder, description, cost)
+        except BaseException as error:
+            with suppress(OSError):
+                _clear(partial)
+            if disk_is_full(error):
+                raise InputError(
+                    f"{partial}: the disk is full; free some space and run the same command again"
+                ) from error
+            raise
 
 
-def _write(folder: Path, partial: Path, description: Mapping[str, Any], *, keep_partial: bool) -> Iterator[Draft]:
-    if folder.exists():
-        raise InputError(f"{folder}: already exists; delete it or choose another folder")
-    if partial.exists() and not keep_partial:
-        shutil.rmtree(partial)
-    draft = Draft(partial)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        write_json(partial / DESCRIPTION, description)
-        with costing() as cost:
-            yield draft
-        _seal(draft, folder, description, cost)
-    except BaseException as error:
-        if not keep_partial:
-            shutil.rmtree(partial, ignore_errors=True)
-        if _disk_is_full(error):
-            raise InputError(f"{partial}: the disk is full; free some space and run the same command again") from error
-        raise
+def _clear(partial: Path) -> None:
+    """Remove a partial folder; of one with checkpoints all but these and the description that says whose they are."""
+    discard(partial.with_name(f"{partial.name}.trash"))
+    if not _resumable(partial):
+        discard(partial)
+        return
+    for path in partial.iterdir():
+        if path.name == DESCRIPTION.parent.name:
+            for inner in path.iterdir():
+                if inner.name != DESCRIPTION.name:
+                    discard(inner)
+        elif path.name != CHECKPOINTS:
+            discard(path)
 
 
-def _disk_is_full(error: BaseException) -> bool:
-    """Tell whether an error means that; safetensors and torch report it in their own exceptions' text alone."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+def _tidy(folder: Path) -> None:
+    """Remove from a whole folder what its making needed."""
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    if (folder / CHECKPOINTS).is_dir():
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _seal(draft: Draft, folder: Path, description: Mapping[str, Any], cost: Mapping[str, Any]) -> None:
     """Write the manifest and give the partial folder its final name."""
     partial = draft.path
-    digests = file_digests(partial)
-    del digests[str(DESCRIPTION)]
+    digests = {
+        name: digest for name, digest in file_digests(partial).items() if Path(name) not in (DESCRIPTION, MANIFEST)
+    }
     manifest = {
         **description,
         "key": key_of(description),
-        "digest": digest_text(json.dumps(digests, sort_keys=True)),
+        "digest": digest_names(digests),
         "files": digests,
         "versions": versions(),
         **cost,
@@ -330,26 +321,27 @@ def _seal(draft: Draft, folder: Path, description: Mapping[str, Any], cost: Mapp
         "result": draft.result,
     }
     write_json(partial / MANIFEST, manifest)
-    _sync(partial)
-    (partial / DESCRIPTION).unlink()  # last: unfinished work without it could be taken for another recipe's
+    sync_all(partial)
     os.rename(partial, folder)
+    sync(folder.parent)
+    _tidy(folder)
 
 
 def finished_result(path: Path, description: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a JSON result (verify.json, an evaluation) made with this description, None if it is still to be made.
 
     Raises:
-        InputError: the file was made with other settings, or not by sqft.
+        InputError: the file was made with other settings or from other bytes, or not by sqft.
     """
     if not path.is_file():
         return None
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
-        made_from = value["made_from"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        value = json.loads(path.read_text())
+        made_from = _as_record(value["made_from"], _DESCRIBED)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not written by sqft ({error!r}); move it away or choose another --out") from error
     _refuse_foreign(path, made_from, description)
-    return value
+    return dict(value)
 
 
 def write_result(path: Path, description: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,14 +349,3 @@ def write_result(path: Path, description: Mapping[str, Any], value: Mapping[str,
     result = {**value, "versions": versions(), "made_from": dict(description)}
     write_json(path, result)
     return result
-
-
-def _sync(folder: Path) -> None:
-    """Force a folder's files to disk, so that the rename that follows never shows a half-written one."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sqft import processes
-from sqft.artifact import run_lock, write_json
 from sqft.data.calibration import calibration_tokens
 from sqft.data.load import folds_punctuation, load_examples, load_tasks
 from sqft.data.tasks import question_key
+from sqft.disk import write_json
 from sqft.errors import InputError, Problems, SqftError
+from sqft.locks import run_lock
 from sqft.model.load import load_tokenizer, localize
 from sqft.model.targets import find_targets, skeleton
 from sqft.recipe import SparsifyConfig

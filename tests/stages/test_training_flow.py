@@ -16,8 +16,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from sqft.artifact import Artifact, file_digests
+from sqft.artifact import Artifact
 from sqft.data.tasks import Example, Task
+from sqft.digests import file_digests
 from sqft.errors import InputError, NumericalError
 from sqft.evaluation import prepacked
 from sqft.model.adapter import SavedAdapter

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from sqft.artifact import digest_text
+from sqft.digests import digest_text
 from sqft.errors import InputError
 
 

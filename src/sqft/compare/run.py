@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft import pipeline
-from sqft.artifact import Artifact, digest_text, exclusive, run_lock, write_json
+from sqft.artifact import Artifact
 from sqft.compare.methods import METHODS, base_recipe, check_methods, method_recipe
 from sqft.compare.table import write_table
 from sqft.data.load import load_examples
+from sqft.digests import digest_text
+from sqft.disk import write_json
 from sqft.errors import InputError, Problems, SqftError
+from sqft.locks import exclusive, run_lock
 from sqft.model.checkpoint import Checkpoint
 from sqft.model.load import load_tokenizer, localize, read_json
 from sqft.recipe import QuantizeConfig

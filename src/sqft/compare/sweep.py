@@ -13,10 +13,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.artifact import write_json
 from sqft.compare.methods import METHODS, check_methods, with_level
 from sqft.compare.run import run as run_comparison
 from sqft.compare.table import score_text
+from sqft.disk import write_json
 from sqft.errors import Problems
 from sqft.model.load import read_json
 from sqft.stages.report.charts import SERIES, Point, line_chart

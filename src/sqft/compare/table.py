@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.artifact import write_json
 from sqft.compare.methods import METHODS
+from sqft.disk import write_json
 from sqft.model.load import read_json
 from sqft.recipe import QuantizeConfig
 from sqft.stages.report.charts import Dot, dot_plot

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from sqft.artifact import MANIFEST, Artifact, digest_file, digest_input
+from sqft.artifact import MANIFEST, Artifact, digest_input
 from sqft.core.mask import unpack_mask
+from sqft.digests import digest_file
 from sqft.errors import InputError, Problems
 from sqft.model.checkpoint import Checkpoint, allocate_file
 from sqft.model.formats import PackedCheckpoint, quantization_config

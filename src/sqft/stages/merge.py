@@ -12,7 +12,8 @@ import logging
 import shutil
 from typing import TYPE_CHECKING
 
-from sqft.artifact import Artifact, check_space, describe, finished, writing
+from sqft.artifact import Artifact, describe, finished, writing
+from sqft.disk import check_space
 from sqft.errors import Problems
 from sqft.memory import release_memory
 from sqft.model.adapter import SavedAdapter

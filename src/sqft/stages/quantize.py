@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sqft.artifact import Artifact, check_space, describe, digest_text, finished, write_json, writing
+from sqft.artifact import Artifact, describe, finished, writing
 from sqft.core.gptq import Quantized, gptq, round_to_nearest
 from sqft.core.grid import stretches
 from sqft.core.mask import pack_mask
+from sqft.digests import digest_text
+from sqft.disk import check_space, write_json
 from sqft.errors import NumericalError, Problems
 from sqft.memory import release_memory
 from sqft.model.calibrate import Block, check_tokens, visit_blocks

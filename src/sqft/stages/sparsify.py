@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from sqft.artifact import Artifact, check_space, describe, digest_text, finished, writing
+from sqft.artifact import Artifact, describe, finished, writing
+from sqft.digests import digest_text
+from sqft.disk import check_space
 from sqft.errors import InputError, Problems
 from sqft.model.calibrate import Block, check_tokens, visit_blocks
 from sqft.model.checkpoint import Checkpoint, copy_model

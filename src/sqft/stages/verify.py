@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sqft.artifact import describe, digest_text, finished_result, write_result
+from sqft.artifact import describe, finished_result, write_result
 from sqft.data.encode import encode
+from sqft.digests import digest_text
 from sqft.evaluation.harness import score_examples
 from sqft.evaluation.prepacked import stock_products
 from sqft.memory import costing

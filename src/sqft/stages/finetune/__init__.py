@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,18 +21,10 @@ from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from sqft import processes
-from sqft.artifact import (
-    Artifact,
-    Draft,
-    check_space,
-    describe,
-    digest_text,
-    finished,
-    partial_of,
-    write_json,
-    writing,
-)
+from sqft.artifact import Artifact, Draft, describe, finished, partial_of, writing
 from sqft.data.encode import encode
+from sqft.digests import digest_text
+from sqft.disk import check_space, write_json
 from sqft.errors import InputError, NumericalError, Problems
 from sqft.model.adapter import RANK_SPACE
 from sqft.model.elastic import rank_space
@@ -104,10 +95,10 @@ def run(
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     # Adapter, two checkpoints of it with two moments each, all in float32.
     check_space(out, trainable * 4 * 8, "training")
-    writes = writing(out, description, keep_partial=True) if processes.first() else nullcontext(Draft(partial_of(out)))
+    writes = writing(out, description) if processes.first() else nullcontext(Draft(partial_of(out)))
     with writes as draft:
         started = time.monotonic()
-        checkpoints = draft.path / "checkpoints"
+        checkpoints = draft.checkpoints
         trainer = loop.make_trainer(config, adapted, rows, held_out, checkpoints, seed, tokenizer.pad_token_id)
         resumed_at = loop.train(trainer, checkpoints)
         check_trained(adapted)
@@ -130,7 +121,6 @@ def run(
                 "train_seconds": round(time.monotonic() - started, 2),
                 "final_loss": next((e["loss"] for e in reversed(log) if "loss" in e), None),
             }
-            shutil.rmtree(checkpoints)
     processes.meet()
     return Artifact.open(out)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sqft.artifact import digest_file
+from sqft.digests import digest_file
 from sqft.model.load import read_json
 from sqft.stages.report import words
 from sqft.stages.report.facts import stored_precision, zeros_of

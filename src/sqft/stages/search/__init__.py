@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.artifact import Artifact, describe, exclusive, finished, write_json, writing
+from sqft.artifact import Artifact, describe, finished, writing
 from sqft.data.tasks import judged_digest
+from sqft.disk import write_json
 from sqft.errors import InputError
+from sqft.locks import exclusive
 from sqft.model.adapter import SavedAdapter, write_sub_adapter
 from sqft.model.load import read_json
 

@@ -1,0 +1,72 @@
+"""Files that are whole or absent whatever ends the process: writing, deleting, and forcing them to disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+from sqft.errors import InputError
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that the file is whole or unchanged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as stream:
+        json.dump(value, stream, indent=2, sort_keys=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def check_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Refuse a stage that would fill the disk.
+
+    Raises:
+        InputError: less than `needed_bytes` are free where `folder` will be.
+    """
+    probe = folder
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{folder}: {what} needs {needed_bytes / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; "
+            "free some or choose another --out"
+        )
+
+
+def discard(path: Path) -> None:
+    """Delete a file or folder, under another name first: half deleted it must not pass for what it was."""
+    if path.is_dir() and not path.is_symlink():
+        trash = path if path.name.endswith(".trash") else path.with_name(f"{path.name}.trash")
+        if trash != path:
+            shutil.rmtree(trash, ignore_errors=True)
+            os.rename(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Tell whether an error means that; safetensors and torch report it in their own exceptions' text alone."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def sync_all(folder: Path) -> None:
+    """Force a folder's files to disk, so that the rename that follows never shows a half-written one."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
