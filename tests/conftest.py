@@ -163,4 +163,4 @@ def data_dir() -> Path:
 @pytest.fixture(autouse=True)
 def _a_hub_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test's Hub did not have, the next one's may."""
-    monkeypatch.setattr("sqft.data.load._failures", {})
+    monkeypatch.setattr("sqft.data.sources._failures", {})

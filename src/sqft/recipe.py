@@ -7,13 +7,24 @@ and the data. Unknown keys are refused and the nearest right key is named; all p
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from sqft.errors import InputError, Problems
 
@@ -29,10 +40,29 @@ class Config(BaseModel):
 
 
 class Template(Config):
-    """How a row of your own data becomes a prompt and an answer; `{column}` is replaced by the row's value."""
+    """How a row of your own data becomes a prompt and an answer.
+
+    `{column}` is replaced by the row's value; `{{` and `}}` are braces.
+    """
 
     prompt: str = Field(description="for example 'Question: {question}\\nAnswer:'")
     completion: str = Field(description="for example ' {answer}'")
+
+
+def _iso_date(value: Any) -> Any:
+    """Return a date as ISO text; YAML reads an unquoted one as a date.
+
+    Raises:
+        ValueError: it is a text of another form.
+    """
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, str):
+        try:
+            datetime.datetime.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError(f"date is {value!r}; write it as 2026-01-31 or 2026-01-31T09:30:00") from error
+    return value
 
 
 class DataConfig(Config):
@@ -41,7 +71,8 @@ class DataConfig(Config):
     task: str = Field(
         description="a built-in task (gsm8k, mawps, boolq, ...), a mix of them (math, commonsense, 'boolq+arc_easy'), "
         "'gym:NAME' for reasoning-gym problems, the YAML file of a task of your own, a Hub data set 'owner/name', or "
-        "the path of a JSONL file or folder with prompt/completion, messages, or columns that `template` names"
+        "the path of a file (JSONL, JSON, CSV or parquet) or of a folder of them, with prompt/completion, messages, or "
+        "columns that `template` names"
     )
     template: Template | None = Field(None, description="needed for a data set that is not built in")
     train_limit: PositiveInt | None = Field(None, description="rows of the training split at most")
@@ -61,12 +92,26 @@ class DataConfig(Config):
         default_factory=dict,
         description="settings of a generated task: {train_size, validation_size, test_size, seed, choices, config}",
     )
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub data set; null: its newest")
+    date: Annotated[str | None, BeforeValidator(_iso_date)] = Field(
+        None,
+        description="what a chat template that asks for the date is told, such as 2026-01-31 or 2026-01-31T09:30:00; "
+        "null: the moment the command begins",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what most data has none of: it would stand in the key of every folder that was made without it."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name not in ("revision", "date") or value is not None}
 
 
 class CalibrationConfig(Config):
     """Text that is run through the model to see which inputs each weight meets."""
 
-    data: str = Field("task", description="'task' (training rows), 'wikitext2', or the path of a text or JSONL file")
+    data: str = Field(
+        "task", description="'task' (training rows), 'wikitext2', or the path of a text or of a file of rows"
+    )
     samples: PositiveInt = Field(128, description="sequences")
     length: PositiveInt = Field(256, description="tokens a sequence")
     batch: PositiveInt = Field(8, description="sequences run at a time; bounds the memory of a block's activations")

@@ -86,7 +86,7 @@ def test_jsonl_of_texts_and_of_prompts(tmp_path: Path, tiny_tokenizer: Any) -> N
         ("empty.txt", "", "has no tokens"),
         ("empty.jsonl", "", "has no rows"),
         ("blank.jsonl", '{"text": ""}\n', "has no tokens"),
-        ("bad.jsonl", '{"text": "a"}\n{"test": "b"}\n', r"bad.jsonl:2: has no readable text"),
+        ("bad.jsonl", '{"text": "a"}\n{"test": "b"}\n', r"bad.jsonl:2: has no column 'text'; its columns are test"),
         ("odd.jsonl", '{"text": ["a"]}\n', r"odd.jsonl:1: its text is list"),
     ],
 )

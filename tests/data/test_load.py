@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sqft.data.load import data_folder, load_examples, load_file, resolve_task
+from sqft.data.load import load_examples, load_file, resolve_task
+from sqft.data.sources import data_folder
 from sqft.data.tasks import BUILTIN, Example, normalise
 from sqft.errors import InputError
 from sqft.recipe import DataConfig, Template
@@ -169,7 +170,7 @@ def test_ten_malformed_lines_are_listed_and_the_others_counted(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hello", "not a list of {role, content}"),
+        ("hello", "not a list of objects, nor the JSON text of one"),
         ([{"role": "user"}], "not a list of {role, content}"),
         ([{"role": "assistant", "content": "alone"}], "do not end with an answer"),
         ([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}], "do not end with an answer"),
@@ -313,7 +314,7 @@ def test_what_the_hub_did_not_have_is_asked_for_once(tmp_path: Path, monkeypatch
 
 
 def test_no_folder_at_all_is_said(no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sqft.data.load.data_folder", lambda: None)
+    monkeypatch.setattr("sqft.data.sources.data_folder", lambda: None)
     with pytest.raises(InputError, match=r"looked for a local folder \(SQFT_DATA_DIR is not set\) and for the Hub"):
         load_examples(DataConfig(task="gsm8k"), "test", 0)
 

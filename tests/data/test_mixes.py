@@ -129,8 +129,8 @@ class Chat:
     chat_template = "yes"
     bos_token, bos_token_id = "<s>", 1
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [1]}
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [ord(character) for character in text]}
 
     def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
         assert (tokenize, add_generation_prompt) == (False, True)

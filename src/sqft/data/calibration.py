@@ -1,9 +1,13 @@
 """Token windows for calibration and the token stream for perplexity.
 
 Calibration text is one stream of tokens, cut at a random offset into windows of exactly `length` that do not overlap;
-`samples` of them are drawn. Rows of a task are shuffled first and joined by the end token, prompt and answer as in
-training, so that the activations that a pruner or a quantiser sees are those of the task. A text too short for
-`samples` windows is repeated, which is logged: repeated windows add no information.
+`samples` of them are drawn. Every window begins as the model's own texts do: where the tokenizer puts a beginning token
+before a text, that is each window's first token, and as many tokens of the text fewer follow. Models that were only
+ever trained with it (Gemma) have other activations without.
+
+Rows of a task are shuffled first and joined by the end token, prompt and answer as in training, so that the activations
+that a pruner or a quantiser sees are those of the task. A text too short for `samples` windows is repeated, which is
+logged: repeated windows add no information.
 
 WikiText-2 is the published, already tokenised text; calibration takes its validation part, perplexity its test part,
 rows joined by a blank line as in the GPTQ and Wanda papers.
@@ -13,21 +17,23 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from sqft.data.encode import encode
-from sqft.data.load import FOLDER_VARIABLE, data_folder, load_examples, load_file
-from sqft.data.own import parse_line, read_lines
+from sqft.data.encode import beginning, encode, encode_prompt, ended, plain_tokens
+from sqft.data.files import as_row, holds_rows, local_path, read_rows, read_text
+from sqft.data.load import load_examples, load_file
+from sqft.data.own import check_text, read_each
+from sqft.data.sources import FOLDER_VARIABLE, data_folder
 from sqft.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sqft.data.tasks import Example
+    from sqft.data.tasks import Example, Row
     from sqft.recipe import CalibrationConfig, DataConfig
 
 logger = logging.getLogger(__name__)
@@ -53,6 +59,11 @@ def calibration_tokens(
     Raises:
         InputError: the source is not there or has no tokens.
     """
+    first = beginning(tokenizer)
+    if config.length <= len(first):
+        raise InputError(
+            f"calibration.length is {config.length}, which the tokenizer's {len(first)} beginning tokens fill; raise it"
+        )
     needed = config.samples * config.length
     # Not for secrets: a seeded, portable choice of rows.
     generator = random.Random(seed)  # noqa: S311
@@ -70,15 +81,26 @@ def calibration_tokens(
         )
         stream = (stream * (needed // len(stream) + 1))[:needed]
     offset = generator.randrange(min(config.length, len(stream) - needed + 1))
-    windows = (len(stream) - offset) // config.length
-    starts = [offset + index * config.length for index in generator.sample(range(windows), config.samples)]
-    return torch.tensor([stream[start : start + config.length] for start in starts], dtype=torch.int64)
+    windows = list(cut_windows(stream[offset:], config.length, first))
+    return torch.tensor(generator.sample(windows, config.samples), dtype=torch.int64)
+
+
+def cut_windows(stream: Sequence[int], length: int, first: Sequence[int]) -> Iterator[list[int]]:
+    """Yield windows of `length` tokens that do not overlap, each with the beginning, which is not doubled."""
+    first, start = list(first), 0
+    while True:
+        begun = [] if list(stream[start : start + len(first)]) == first else first
+        end = start + length - len(begun)
+        if end > len(stream):
+            return
+        yield [*begun, *stream[start:end]]
+        start = end
 
 
 def perplexity_tokens(
     name: str, split: Literal["validation", "test"], tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """Return a whole text as one stream of tokens, int64 [tokens].
+    """Return a whole text as one stream of tokens, with none that the tokenizer adds around it: int64 [tokens].
 
     Args:
         name: 'wikitext2'.
@@ -90,13 +112,12 @@ def perplexity_tokens(
     """
     if name != "wikitext2":
         raise InputError(f"perplexity text {name!r}: known is wikitext2")
-    ids = tokenizer("\n\n".join(_wikitext_rows(split)), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(plain_tokens(tokenizer, "\n\n".join(_wikitext_rows(split))), dtype=torch.int64)
 
 
 def _is_text(source: str) -> bool:
     """Return whether a source is one running text, which is read whole, and not rows in random order."""
-    return source == "wikitext2" or (source != "task" and not source.endswith(".jsonl"))
+    return source == "wikitext2" or (source != "task" and not holds_rows(local_path(source)))
 
 
 def _take(parts: Iterable[list[int]], enough: int | None) -> list[int]:
@@ -122,50 +143,47 @@ def _source(
         yield from _rows(load_examples(data, "train", seed, tokenizer), tokenizer, generator)
         return
     if config.data == "wikitext2":
-        yield list(tokenizer("\n\n".join(_wikitext_rows("validation")), verbose=False)["input_ids"])
+        yield encode_prompt(tokenizer, "\n\n".join(_wikitext_rows("validation")))
         return
-    path = Path(config.data).expanduser()
+    path = local_path(config.data)
     if not path.is_file():
         raise InputError(f"calibration data {config.data!r}: is neither 'task' nor 'wikitext2' nor a file here")
-    if path.suffix == ".jsonl":
-        yield from _jsonl(path, tokenizer, generator)
+    if holds_rows(path):
+        yield from _rows_of(path, None if data is None else data.date, tokenizer, generator)
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"calibration data {path}: cannot be read as UTF-8 text ({error})") from error
-    yield list(tokenizer(text, verbose=False)["input_ids"])
+    yield encode_prompt(tokenizer, read_text(path))
 
 
 def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> Iterator[list[int]]:
     for example in generator.sample(examples, len(examples)):
         prompt, answer = encode(tokenizer, example.prompt, example.answer)
-        yield prompt + answer + _end(tokenizer)
+        yield ended(tokenizer, prompt + answer)
 
 
-def _jsonl(path: Path, tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> Iterator[list[int]]:
-    """Yield rows of a JSONL file: its column `text`, else prompts and answers."""
-    lines = list(read_lines(path))
+def _rows_of(
+    path: Path, date: str | None, tokenizer: PreTrainedTokenizerBase, generator: random.Random
+) -> Iterator[list[int]]:
+    """Yield rows of a file: its column `text`, else prompts and answers."""
+    rows = list(read_rows(path))
     try:
-        plain = bool(lines) and "text" in parse_line(lines[0][1])
+        plain = bool(rows) and "text" in as_row(rows[0][1])
     except ValueError:
-        plain = False  # load_file names all malformed lines
+        plain = False  # load_file names all malformed rows
     if not plain:
-        yield from _rows(load_file(path, None, tokenizer), tokenizer, generator)
+        yield from _rows(load_file(path, None, tokenizer, date=date), tokenizer, generator)
         return
-    for place, line in generator.sample(lines, len(lines)):
-        try:
-            text = parse_line(line)["text"]
-        except (ValueError, KeyError) as error:
-            raise InputError(f"calibration data {place}: has no readable text ({error})") from error
-        if not isinstance(text, str):
-            raise InputError(f"calibration data {place}: its text is {type(text).__name__}")
+    texts = read_each(rows, _text, f"calibration data {path}")
+    for text in generator.sample(texts, len(texts)):
         if text:
-            yield list(tokenizer(text, verbose=False)["input_ids"]) + _end(tokenizer)
+            yield ended(tokenizer, encode_prompt(tokenizer, text))
 
 
-def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+def _text(row: Row) -> str:
+    text = row["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"its text is {type(text).__name__}")
+    check_text("text", text)
+    return text
 
 
 def _wikitext_rows(split: Literal["validation", "test"]) -> list[str]:
@@ -179,7 +197,7 @@ def _wikitext_rows(split: Literal["validation", "test"]) -> list[str]:
 
     try:
         return [str(row["text"]) for row in datasets.load_dataset(*_WIKITEXT, split=split)]
-    # As in load.py: unrelated classes for one cause.
+    # As in sources.py: unrelated classes for one cause.
     except Exception as error:
         here = f"the file {local}" if local else f"a local folder ({FOLDER_VARIABLE} is not set)"
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -1,7 +1,7 @@
 r"""A task of your own in one YAML file: where its rows are, how a row reads, how an answer is judged.
 
     name: trivia
-    data: trivia/                         # a folder of JSONL files, one file, or a Hub data set 'owner/name'
+    data: trivia/                         # a folder of files, one file, or a Hub data set 'owner/name'
     metric: choice                        # choice, generate or exact, as the built-in tasks
     prompt: "Question: {question}\nAnswer:"
     choices: "{options}"                  # a column that holds a list, or a list of texts: ["{a}", "{b}", "{c}"]
@@ -13,12 +13,13 @@ r"""A task of your own in one YAML file: where its rows are, how a row reads, ho
     until: ["\n\n"]
     max_new_tokens: 64
 
-`{column}` is replaced by the row's value. A space is put between prompt and answer where the answer has none. `splits`
-names the source's splits where they are called otherwise: {test: validation}.
+`{column}` is replaced by the row's value (:mod:`sqft.data.placeholders`). A space is put between prompt and answer
+where the answer has none. `splits` names the source's splits where they are called otherwise: {test: validation}.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -26,20 +27,18 @@ from typing import Any, Literal, Self, cast
 import yaml
 from pydantic import Field, model_validator
 
-from sqft.data.own import fill
-from sqft.data.tasks import Example, Row, Split, Task, final_number
+from sqft.data.files import local_path, split_name
+from sqft.data.placeholders import Column, fill, parse
+from sqft.data.tasks import SPLITS, Example, Row, Task, final_number
 from sqft.errors import InputError
 from sqft.recipe import Config, parse_config
-
-_SPLITS: dict[Split, str] = {"train": "train", "validation": "validation", "test": "test"}
-_LIST_COLUMN = re.compile(r"\{([A-Za-z_][\w .-]*)\}")
 
 
 class TaskFile(Config):
     """The settings of a task file."""
 
     name: str = Field(description="name in results")
-    data: str = Field(description="folder of JSONL files or one file, relative to the task file, or Hub 'owner/name'")
+    data: str = Field(description="folder of files or one file, relative to the task file, or Hub 'owner/name'")
     metric: Literal["choice", "generate", "exact"] = Field(description="how an answer is judged")
     prompt: str = Field(description="what the model reads; {column} is replaced by the row's value")
     answer: str | None = Field(None, description="of generate and exact: what the model should write")
@@ -59,6 +58,12 @@ class TaskFile(Config):
             raise ValueError("metric choice needs choices and gold")
         if self.metric != "choice" and self.answer is None:
             raise ValueError(f"metric {self.metric} needs answer")
+        choices = [self.choices] if isinstance(self.choices, str) else self.choices or []
+        for text in (self.prompt, self.answer or "", *choices):
+            try:
+                parse(text)
+            except ValueError as error:
+                raise ValueError(f"{text!r} {error}") from error
         return self
 
 
@@ -80,13 +85,13 @@ def load_task_file(path: Path) -> Task:
     if not isinstance(values, dict):
         raise InputError(f"task file {path}: holds {type(values).__name__}, not a mapping of settings")
     settings = parse_config(TaskFile, values, f"task file {path}")
-    rows = path.parent / settings.data
-    local = rows.exists() or settings.data.startswith((".", "/", "~"))
+    rows = path.parent / local_path(settings.data)
+    local = rows.exists() or settings.data.startswith((".", "/", "~")) or bool(split_name(settings.data)[1])
     return Task(
         settings.name,
         settings.metric,
         lambda row: _build(settings, row),
-        {**_SPLITS, **settings.splits},
+        {**SPLITS, **settings.splits},
         hub=None if local else (settings.data, None),
         rows=str(rows) if local else "",
         acc_norm=settings.acc_norm,
@@ -101,7 +106,8 @@ def _build(settings: TaskFile, row: Row) -> Example:
     if settings.metric != "choice":
         assert settings.answer is not None
         answer = _spaced(prompt, fill(settings.answer, row))
-        if settings.metric == "generate" and final_number(answer, settings.marker) is None:
+        number = final_number(answer, settings.marker) if settings.metric == "generate" else 0
+        if number is None or not math.isfinite(number):
             after = f" after the marker {settings.marker!r} and a space" if settings.marker else ""
             raise ValueError(f"its answer {answer!r} has no number{after} for metric generate to compare; use exact")
         return Example(prompt, answer)
@@ -118,8 +124,8 @@ def _spaced(prompt: str, answer: str) -> str:
 def _choices(settings: TaskFile, row: Row) -> list[str]:
     if isinstance(settings.choices, list):
         return [fill(choice, row) for choice in settings.choices]
-    column = _LIST_COLUMN.fullmatch(settings.choices or "")
-    found: Any = row[column[1]] if column else None
+    pieces = parse(settings.choices or "")
+    found: Any = pieces[0].of(row) if len(pieces) == 1 and isinstance(pieces[0], Column) else None
     if not isinstance(found, list) or len(found) < 2 or not all(isinstance(choice, str) for choice in found):
         raise ValueError(f"choices {settings.choices!r} name no column that holds a list of at least two texts")
     return found
@@ -132,7 +138,7 @@ def _gold(value: Any, choices: list[str]) -> int:
     index = value
     if isinstance(value, str):
         index = ord(value.upper()) - ord("A") if re.fullmatch("[A-Za-z]", value) else -1
-        index = int(value) if value.isdigit() else index
+        index = int(value) if value.isdecimal() else index
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
         raise ValueError(
             f"its gold {value!r} is neither an index nor a letter nor a text of its {len(choices)} choices"

@@ -169,7 +169,8 @@ def _row(example: Example, end: str) -> dict[str, Any]:
     return {
         "prompt": example.prompt,
         "answer": answer,
-        "target": example.answer + end,
+        # Once: an answer's own text may end with it.
+        "target": example.answer.removesuffix(end) + end,
         "choices": list(choices),
         "gold": gold,
     }
@@ -255,6 +256,20 @@ def _language_model() -> type[Any]:
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             return encode(self.tokenizer, context, continuation)
+
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> tuple[Any, Any]:
+            rows = [encode_prompt(self.tokenizer, string) for string in strings]
+            kept = max(map(len, rows)) if left_truncate_len is None else left_truncate_len
+            padded = self.tokenizer.pad(
+                {"input_ids": [row[-kept:] for row in rows]}, padding_side=padding_side, return_tensors="pt"
+            )
+            return padded["input_ids"], padded["attention_mask"]
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             if not self.ours:

@@ -1,7 +1,9 @@
 """Perplexity of WikiText-2's test text, in the way of the GPTQ, SparseGPT and Wanda papers, on the tokenised text.
 
 The text is one stream of tokens, cut into windows that do not overlap; each is predicted from its own start. The window
-is 2,048 tokens, or the model's context where that is shorter. Not lm-eval's word perplexity, which divides by words.
+is 2,048 tokens, or the model's context where that is shorter. Where the tokenizer puts a beginning token before a text,
+that is each window's first, and the text's first token is predicted from it: models that were only ever trained with it
+(Gemma) predict poorly without. Not lm-eval's word perplexity, which divides by words.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sqft.data.calibration import perplexity_tokens
+from sqft.data.encode import beginning
 from sqft.progress import progress
 
 if TYPE_CHECKING:
@@ -25,7 +28,10 @@ def windows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tor
     """Return the text as the windows that a model reads, int64 [windows, tokens]."""
     window = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
     tokens = perplexity_tokens("wikitext2", "test", tokenizer)
-    return tokens[: len(tokens) // window * window].view(-1, window)
+    first = torch.tensor(beginning(tokenizer), dtype=torch.int64)
+    text = window - len(first)
+    rows = tokens[: len(tokens) // text * text].view(-1, text)
+    return torch.cat([first.expand(len(rows), -1), rows], dim=1)
 
 
 @torch.no_grad()

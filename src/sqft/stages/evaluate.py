@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqft.artifact import describe, finished_result, write_result
+from sqft.data.chat import as_chat
+from sqft.data.files import local_path
 from sqft.data.load import folds_punctuation, load_examples, load_file, member_configs, resolve_task
-from sqft.data.own import as_chat
 from sqft.data.taskfile import is_task_file
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task, judged_digest, question_key
 from sqft.errors import InputError, Problems
@@ -94,7 +95,9 @@ def _task_data(name: str, data: DataConfig) -> DataConfig:
     if name in (member.task for member in member_configs(data)):
         return data.model_copy(update={"task": name})
     own = name not in BUILTIN and not is_task_file(name)
-    return DataConfig(task=name, template=data.template if own else None, chat_template=data.chat_template)
+    return DataConfig(
+        task=name, template=data.template if own else None, chat_template=data.chat_template, date=data.date
+    )
 
 
 def task_names(config: EvaluateConfig, data: DataConfig) -> list[str]:
@@ -141,7 +144,7 @@ def read_rows(
 
 def _is_rows_file(name: str, data: DataConfig) -> bool:
     """Tell whether a task to evaluate is one file of rows that read as the recipe's own."""
-    return name != data.task and name.endswith(".jsonl") and Path(name).expanduser().is_file()
+    return name != data.task and name not in BUILTIN and not is_task_file(name) and local_path(name).is_file()
 
 
 def read_task(name: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -153,8 +156,8 @@ def read_task(name: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -
     if name == PERPLEXITY.name:
         return []
     if _is_rows_file(name, data):
-        rows = load_file(Path(name).expanduser(), data.template, tokenizer)
-        return [as_chat(row, tokenizer, resolve_task(data)) for row in rows] if data.chat_template else rows
+        rows = load_file(local_path(name), data.template, tokenizer, date=data.date, chat_template=data.chat_template)
+        return [as_chat(row, tokenizer, resolve_task(data), data.date) for row in rows] if data.chat_template else rows
     return load_examples(_task_data(name, data), "test", 0, tokenizer)
 
 

@@ -1,0 +1,330 @@
+"""Chats: rows of `messages`, and plain questions that are asked through the tokenizer's chat template.
+
+A chat's answer is its last turn, the prompt all before it; training appends the end token itself, so the template's own
+is cut off. A template is shown what the row has: `tools` and `documents`, the entries of `chat_template_kwargs`, and
+every other column that one of its variables is called by. What it cannot show is refused and not dropped: a prompt
+without its tools teaches calls of tools that nobody offered. Whether it shows them is seen by rendering without them.
+The same is asked of calls of tools in a turn, of an answer's reasoning, of texts in parts, and of no text at all.
+
+Some templates ask for the date. They are told the one of `data.date` or, without it, the moment at which this process
+first asked, and never the clock: two calls of one run must give one prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError, meta, nodes
+from jinja2.defaults import DEFAULT_NAMESPACE
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sqft.data.encode import beginning
+from sqft.data.generated import PREFIX
+from sqft.data.placeholders import names
+from sqft.data.taskfile import is_task_file
+from sqft.data.tasks import BUILTIN, Example, Row, Task, mix_members
+from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from jinja2.parser import Parser
+    from transformers import PreTrainedTokenizerBase
+
+    from sqft.recipe import DataConfig
+
+_CLOCK = "strftime_now"
+# What a row gives a template besides the chat, whatever the template's variables are called.
+_INPUTS = ("tools", "documents", "functions", "system", "chat_template_kwargs")
+_CALLS = ("tool_calls", "function_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def uses_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a chat template of the tokenizer asks for the date."""
+    found = getattr(tokenizer, "chat_template", None) or {}
+    templates = found.values() if isinstance(found, Mapping) else [found]
+    return any(_CLOCK in _variables(template) for template in templates)
+
+
+def with_date(data: DataConfig, tokenizer: PreTrainedTokenizerBase, moment: datetime) -> DataConfig:
+    """Return the data with the date that chats are told, where they may be and none is set."""
+    if data.date is not None or not (data.chat_template or _may_be_chats(data)) or not uses_clock(tokenizer):
+        return data
+    return data.model_copy(update={"date": moment.isoformat(timespec="seconds")})
+
+
+def _may_be_chats(data: DataConfig) -> bool:
+    """Tell whether rows may be chats: own ones that no template and no task file words."""
+    name = data.task
+    worded = name in BUILTIN or mix_members(name) or name.startswith(PREFIX) or is_task_file(name)
+    return data.template is None and not worded
+
+
+def chat_example(row: Row, tokenizer: PreTrainedTokenizerBase, date: str | None) -> Example:
+    """Return the example that a row of messages is.
+
+    Args:
+        row: `messages`, and what the template is shown besides.
+        tokenizer: its chat template renders.
+        date: what the template is told, as ISO text.
+
+    Raises:
+        ValueError: the messages are malformed, or the template refuses or does not show something of the row.
+    """
+    turns = _turns(row["messages"])
+    chat = _Chat(tokenizer, _moment(date), _inputs(row, tokenizer))
+    whole = chat.render(turns)
+    prompt = chat.render(turns[:-1], add_generation_prompt=True)
+    _refuse_unseen(chat, turns, whole)
+    if not whole.startswith(prompt):
+        raise ValueError(
+            "the chat template does not continue its own generation prompt, so the answer has no tokens of its own; "
+            "give prompt and completion columns"
+        )
+    answer = whole[len(prompt) :]
+    end = tokenizer.eos_token
+    if isinstance(end, str) and end in answer:
+        answer = answer[: answer.rindex(end)]
+    return Example(_without_beginning(prompt, tokenizer), answer)
+
+
+def as_chat(
+    example: Example, tokenizer: PreTrainedTokenizerBase | None, task: Task, date: str | None = None
+) -> Example:
+    """Return an example that asks through the tokenizer's chat template; answers lose the space before them.
+
+    Raises:
+        InputError: there is no template, or it refuses a single question, or the choices are contexts, which a chat
+            cannot hold.
+    """
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise InputError("data.chat_template: the model's tokenizer has no chat template; set it to false")
+    if example.contexts:
+        raise InputError(f"data.chat_template: {task.name} compares whole sentences, which no chat turn holds")
+    turns = [{"role": "user", "content": example.prompt}]
+    try:
+        prompt = _Chat(tokenizer, _moment(date), {}).render(turns, add_generation_prompt=True)
+    except ValueError as error:
+        raise InputError(f"data.chat_template: {error}; set it to false") from error
+    return replace(
+        example,
+        prompt=_without_beginning(prompt, tokenizer),
+        answer=example.answer.lstrip(),
+        choices=tuple(choice.lstrip() for choice in example.choices),
+        question=example.question or example.prompt,
+    )
+
+
+def refuse_inputs(row: Row) -> None:
+    """Refuse what a row has for a chat template where its prompt alone is asked.
+
+    Raises:
+        ValueError: it has some.
+    """
+    given = [name for name in _INPUTS if row.get(name)]
+    if given:
+        raise ValueError(
+            f"has {', '.join(given)}, which a prompt that is put into the chat template does not show; give messages"
+        )
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """How one row's chat is rendered."""
+
+    tokenizer: PreTrainedTokenizerBase
+    moment: datetime
+    inputs: Mapping[str, Any]
+
+    def render(self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        """Return a chat as text.
+
+        Raises:
+            ValueError: the template refuses it: many do so with a system turn, or with turns that do not alternate.
+        """
+        # Stands before transformers' function of this name.
+        clock: dict[str, Any] = {_CLOCK: self.moment.strftime} if uses_clock(self.tokenizer) else {}
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(turn) for turn in turns],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **clock,
+                    **self.inputs,
+                )
+            )
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise ValueError(f"the tokenizer's chat template refuses the turns {roles} ({error})") from error
+
+
+def _turns(messages: Any) -> list[dict[str, Any]]:
+    """Return a row's messages.
+
+    Raises:
+        ValueError: they are no chat that ends with an answer.
+    """
+    messages = _parsed("messages", messages)
+    form = "its messages are not a list of {role, content} with texts"
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(form)
+    for number, turn in enumerate(messages, 1):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise ValueError(f"{form}: turn {number}")
+        content = turn.get("content")
+        if content is None and not any(turn.get(name) for name in _CALLS):
+            raise ValueError(f"{form}: turn {number} ({turn['role']}) has neither content nor calls of tools")
+        if isinstance(content, list):
+            kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
+            if kinds != {"text"} or not all(isinstance(part.get("text"), str) for part in content):
+                raise ValueError(
+                    f"turn {number} ({turn['role']}) has parts of type {', '.join(sorted(map(str, kinds))) or 'none'}; "
+                    "only texts are read"
+                )
+        elif content is not None and not isinstance(content, str):
+            raise ValueError(f"{form}: turn {number} ({turn['role']}) has {type(content).__name__}")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("its messages do not end with an answer of the assistant")
+    return [dict(turn) for turn in messages]
+
+
+def _inputs(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what the template is shown besides the chat.
+
+    Raises:
+        ValueError: an input is malformed, or no variable of the template is called by it.
+    """
+    given = {name: value for name, value in row.items() if name != "messages" and value is not None}
+    further = given.pop("chat_template_kwargs", None) or {}
+    if not isinstance(further, Mapping):
+        raise ValueError(f"its chat_template_kwargs are {type(further).__name__}, not names with values")
+    for name in ("tools", "documents"):
+        given[name] = _parsed(name, given.get(name)) or None
+        if given[name] is not None and not (
+            isinstance(given[name], list) and all(isinstance(part, Mapping) for part in given[name])
+        ):
+            raise ValueError(f"its {name} are not a list of objects")
+    variables = _variables(tokenizer.get_chat_template(tools=given["tools"]))
+    # Names that are the renderer's own: a column that happens to be called so is none of the template's inputs.
+    taken = {"messages", _CLOCK, "raise_exception", *DEFAULT_NAMESPACE, *tokenizer.special_tokens_map}
+    taken |= set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
+    shown = variables - taken
+    wanted = [name for name in _INPUTS if given.get(name)] + list(further)
+    if unseen := [name for name in wanted if name not in shown]:
+        raise ValueError(
+            f"has {', '.join(unseen)}, which the tokenizer's chat template does not show (its variables are "
+            f"{names(dict.fromkeys(sorted(shown)))}); use a model whose template does, write it into the messages, or "
+            "take the column out"
+        )
+    return {name: value for name, value in {**given, **further}.items() if name in shown and value is not None}
+
+
+def _refuse_unseen(chat: _Chat, turns: list[dict[str, Any]], whole: str) -> None:
+    """Refuse a row of which the rendered chat does not show something.
+
+    Raises:
+        ValueError: what, and in which turn.
+    """
+
+    def same(inputs: Mapping[str, Any], turns: list[dict[str, Any]]) -> bool:
+        try:
+            return replace(chat, inputs=inputs).render(turns) == whole
+        except ValueError:
+            return False
+
+    for name in _INPUTS:
+        if name in chat.inputs and same({n: v for n, v in chat.inputs.items() if n != name}, turns):
+            raise ValueError(f"has {name}, which the tokenizer's chat template does not show in this chat")
+    for place, turn in enumerate(turns):
+        who = f"turn {place + 1} ({turn['role']})"
+        # A template may well leave out earlier turns' reasoning, as the model will find them when it answers.
+        for name in (*_CALLS, *(_REASONING if place == len(turns) - 1 else ())):
+            if turn.get(name) and same(chat.inputs, _changed(turns, place, name, None)):
+                raise ValueError(f"{who} has {name}, which the tokenizer's chat template does not show")
+        content = turn.get("content")
+        if isinstance(content, list) and not _shows_parts(content, whole):
+            raise ValueError(
+                f"{who} has its text in parts, which the tokenizer's chat template does not show as text; join them"
+            )
+        if "content" in turn and content is None:
+            try:
+                empty = chat.render(_changed(turns, place, "content", ""))
+            except ValueError:
+                continue
+            if whole.count("None") > empty.count("None"):
+                raise ValueError(
+                    f"{who} has content null, which the tokenizer's chat template writes as None; give an empty text"
+                )
+
+
+def _changed(turns: list[dict[str, Any]], place: int, name: str, value: Any) -> list[dict[str, Any]]:
+    """Return turns of which one has another value, or with None lacks it."""
+    changed = copy.copy(turns)
+    changed[place] = {n: v for n, v in turns[place].items() if n != name} | ({} if value is None else {name: value})
+    return changed
+
+
+def _shows_parts(parts: list[Mapping[str, Any]], whole: str) -> bool:
+    """Tell whether a rendered chat has the parts' texts, and not the list as Python prints it."""
+    return str(parts) not in whole and all(part["text"].strip() in whole for part in parts)
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """Return a value that may stand as its JSON text, as where all columns of a file are text.
+
+    Raises:
+        ValueError: it is text, and no JSON.
+    """
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {name} are not a list of objects, nor the JSON text of one") from error
+
+
+def _without_beginning(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Drop the template's beginning token where the tokenizer adds its own; two of them are another prompt."""
+    bos = tokenizer.bos_token
+    if not isinstance(bos, str) or not prompt.startswith(bos):
+        return prompt
+    adds = beginning(tokenizer)[:1] == [tokenizer.bos_token_id]
+    return prompt.removeprefix(bos) if adds else prompt
+
+
+def _moment(date: str | None) -> datetime:
+    return _began() if date is None else datetime.fromisoformat(date)
+
+
+@functools.cache
+def _began() -> datetime:
+    return datetime.now()
+
+
+class _Generation(Extension):
+    """Reads transformers' `generation` tag, which marks what the model wrote."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        """Return the statements inside the tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.cache
+def _variables(template: str) -> frozenset[str]:
+    """Return the names that a chat template expects from outside; none where it cannot be read, as rendering says."""
+    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    except TemplateError:
+        return frozenset()

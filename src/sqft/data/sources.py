@@ -1,0 +1,201 @@
+"""Where the rows of one data set are: a folder here, or the Hub.
+
+Rows of your own are files (:mod:`sqft.data.files`). Rows of a built-in task come from `FOLDER/TASK/SPLIT.jsonl`, where
+FOLDER is the environment's SQFT_DATA_DIR, else `../shared/data` beside the working directory or beside the repository,
+and from the Hub where there is no such file. A split that is nowhere is an error that says in one line what was looked
+for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqft.data import generated
+from sqft.data.files import local_path, read_rows, without_absent
+from sqft.data.folders import misnamed, split_file
+from sqft.data.own import build_examples, own_builder
+from sqft.data.tasks import BUILTIN, SPLITS, Example, Row, Split, Task
+from sqft.errors import InputError, SplitAbsentError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sqft.recipe import DataConfig
+
+logger = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "SQFT_DATA_DIR"
+_UNKNOWN_SPLIT = "Unknown split"  # how `datasets` begins to say that a data set has no such split
+# What the Hub did not have, by (name, configuration, split, revision), and why. A try without a network takes half a
+# minute of retries, a mix has seven tasks, and each stage of a run reads them anew.
+_failures: dict[tuple[str, str | None, str, str | None], str] = {}
+
+
+def data_folder() -> Path | None:
+    """Return the local folder of data sets, None if there is none.
+
+    Raises:
+        InputError: SQFT_DATA_DIR names something that is not a folder.
+    """
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        folder = local_path(named)
+        if not folder.is_dir():
+            raise InputError(f"{FOLDER_VARIABLE} is {named}, which is not a folder; correct it or unset it")
+        return folder
+    for root in (Path.cwd(), Path(__file__).resolve().parents[3]):
+        candidate = root.parent / "shared" / "data"
+        if candidate.is_dir():
+            return candidate
+    return None
+
+
+class Reader:
+    """Reads the splits of one data set, wherever they are."""
+
+    def __init__(self, config: DataConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.config = config
+        self.task = task
+        self.where = f"data {config.task}"
+        self.build = task.build or own_builder(
+            config.template, tokenizer, self.where, date=config.date, chat_template=config.chat_template
+        )
+
+    def read(self, split: Split, *, needed: bool) -> list[Example]:
+        """Return a split's examples; an empty list if it does not exist and is not needed.
+
+        Raises:
+            InputError: it is needed and nowhere, or it is malformed.
+        """
+        config, task = self.config, self.task
+        if config.task.startswith(generated.PREFIX):
+            rows = list(generated.generate(config.task.removeprefix(generated.PREFIX), config.options, split))
+            if not rows and not needed:
+                return []
+            return build_examples(rows, self.build, f"{self.where} ({split}; see options.{split}_size)")
+        if task.hub is None:
+            return self._read_path(local_path(task.rows or config.task), split, needed=needed)
+        if split not in task.splits:
+            if needed:
+                raise SplitAbsentError(f"{self.where}: has no {split} split{self._remedy(split)}")
+            return []
+        # By what data.task names: a task file may be called as a built-in task is.
+        folder = data_folder() if config.task in BUILTIN else None
+        local = folder / (task.folder or task.name) / f"{task.splits[split]}.jsonl" if folder else None
+        if local is not None and local.is_file():
+            if config.revision is not None:
+                raise InputError(f"data.revision: the rows are those of the file {local}, which has none; remove it")
+            return build_examples(read_rows(local), self.build, f"{self.where} ({split})")
+        # Guards alone never go to the network for a data set that is here: a missing file is not worth a time-out.
+        if not needed and local is not None and local.parent.is_dir():
+            return self._absent(split)
+        return self._read_hub(split, local, needed=needed)
+
+    def refuse_own_test(self) -> None:
+        """Refuse to cut test rows from data that has a test split of its own, or of which that cannot be known.
+
+        Raises:
+            InputError: as said.
+        """
+        config, task = self.config, self.task
+        own, remedy = "", ""
+        if config.task in BUILTIN:
+            own = "as every built-in task"
+        elif config.task.startswith(generated.PREFIX):
+            size = generated.GymOptions.parse(config.options, self.where).test_size
+            own, remedy = f"{size} rows" if size else "", ", or data.options.test_size"
+        elif task.hub is None:
+            file = split_file(local_path(task.rows or config.task), (task.splits or SPLITS)["test"])
+            own, remedy = str(file or ""), ", or take that file away"
+        else:
+            own = self._own_hub_test(*task.hub)
+        if own:
+            raise InputError(
+                f"{self.where}: data.test_rows is {config.test_rows}, but there is a test split already ({own}); "
+                f"set data.test_rows to 0{remedy}"
+            )
+
+    def _own_hub_test(self, name: str, configuration: str | None) -> str:
+        """Describe the test split of a Hub data set, or return nothing where the data set is known to have none."""
+        try:
+            return f"{len(self._read_hub('test', None, needed=True))} rows on the Hub"
+        except SplitAbsentError as error:
+            reason = _failures[name, configuration, self._hub_split("test"), self.config.revision]
+            if reason.startswith(_UNKNOWN_SPLIT):
+                return ""
+            raise InputError(
+                f"{self.where}: data.test_rows is {self.config.test_rows}, but whether there is a test split already "
+                f"could not be seen on the Hub ({reason}); try again, or give the rows as a file"
+            ) from error
+
+    def _absent(self, split: str, hint: str = "") -> list[Example]:
+        logger.info("%s: no %s split here%s, so no training row is compared with one", self.where, split, hint)
+        return []
+
+    def _remedy(self, split: str, reason: str = _UNKNOWN_SPLIT) -> str:
+        """Return how to do without a split; `reason` is why the Hub did not give it, which may be for now only."""
+        absent = self.config.task not in BUILTIN and reason.startswith(_UNKNOWN_SPLIT)
+        cut = split == "validation" or (split == "test" and absent)
+        return f"; set data.{split}_rows to cut one from train" if cut else ""
+
+    def _hub_split(self, split: Split) -> str:
+        return self.task.hub_splits.get(split, self.task.splits[split])
+
+    def _read_path(self, path: Path, split: Split, *, needed: bool) -> list[Example]:
+        named = self.task.splits or SPLITS
+        file = path if path.is_file() and split == "train" else split_file(path, named[split])
+        if file is not None:
+            return build_examples(read_rows(file), self.build, f"{self.where} ({split})")
+        hint = misnamed(path, named, split)
+        if path.is_dir() and not any(split_file(path, name) for name in named.values()):
+            others = "".join(misnamed(path, named, other) for other in named)
+            raise InputError(
+                f"{self.where}: the folder has none of train.jsonl, validation.jsonl, test.jsonl (or .json, .csv, "
+                f".parquet){others}"
+            )
+        if not needed:
+            return self._absent(split, hint)
+        if path.is_file():
+            raise SplitAbsentError(
+                f"{self.where}: is one file, so it has no {split} split; "
+                f"make it a folder with train.jsonl and {split}.jsonl{self._remedy(split).replace('; set', ', or set')}"
+            )
+        raise SplitAbsentError(f"{self.where}: has no {named[split]}.jsonl{hint}{self._remedy(split)}")
+
+    def _read_hub(self, split: Split, local: Path | None, *, needed: bool) -> list[Example]:
+        task = self.task
+        if task.hub is None:
+            raise AssertionError("only data sets of the Hub are read from it")
+        name, configuration = task.hub
+        hub_split, revision = self._hub_split(split), self.config.revision
+        import datasets
+
+        rows: list[Row] = []
+        wanted = (name, configuration, hub_split, revision)
+        if wanted not in _failures:
+            try:
+                at = {} if revision is None else {"revision": revision}
+                rows = list(datasets.load_dataset(name, configuration, split=hub_split, **at))
+            # The libraries below raise some ten unrelated classes for a missing name, split, file or network.
+            except Exception as error:
+                _failures[wanted] = (str(error).splitlines() or [""])[0] or type(error).__name__
+        if wanted in _failures:
+            if not needed:
+                return self._absent(split)
+            here = f"the file {local}" if local else f"a local folder ({FOLDER_VARIABLE} is not set)"
+            if self.config.task not in BUILTIN:
+                here = f"a file or folder {name}"
+            raise SplitAbsentError(
+                f"{self.where}: no {split} split: looked for {here} and for the Hub data set {name}"
+                f"{f' ({configuration})' if configuration else ''}, split {hub_split!r} ({_failures[wanted]})"
+                f"{self._remedy(split, _failures[wanted])}"
+            )
+        logger.info("%s: %s split from the Hub data set %s, %d rows", self.where, split, name, len(rows))
+        return build_examples(
+            ((f"row {number}", without_absent(row)) for number, row in enumerate(rows)),
+            self.build,
+            f"{self.where} ({split})",
+        )
