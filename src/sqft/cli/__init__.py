@@ -1,8 +1,8 @@
 """The command line: one command a stage, plus `run`, `compare`, `sweep` and `plan`. Nothing else prints or exits.
 
 The settings of a stage are flags of its command, made from the recipe's models, so flags, recipe keys and their
-descriptions cannot drift apart. Exit codes: 0 done; 1 a verification failed, a row of a table failed, or a plan does
-not fit; 2 the input cannot be used, or memory or disk ran out; 130 interrupted.
+descriptions cannot drift apart. Exit codes: 0 done; 1 a verification failed, a row of a table failed, a plan does not
+fit, or something unexpected; 2 the input cannot be used, or memory or disk ran out; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import errno
 import logging
 import os
 import sys
+import traceback
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
-from sqft import processes
+from sqft import __version__, processes
 from sqft.cli import commands
 from sqft.cli.arguments import parser
 from sqft.errors import InputError, SqftError
+from sqft.memory import is_out_of_memory
 
 _OUT_OF_MEMORY = (
     "memory ran out; what is finished stays. Take less at a time: a lower finetune.batch with more accumulation, "
@@ -48,20 +51,34 @@ def run(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
-    except MemoryError:
-        print(f"error: {_OUT_OF_MEMORY}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        # torch.OutOfMemoryError of a GPU; the CPU's allocator raises a plain RuntimeError.
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        print(f"error: {_OUT_OF_MEMORY}: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
     except OSError as error:
         logging.getLogger(__name__).debug("the cause, in full:", exc_info=True)
         full = "the disk is full; free some space and run the same command again: "
         print(f"error: {full if error.errno == errno.ENOSPC else ''}{error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if is_out_of_memory(error):
+            detail = f": {str(error).splitlines()[0]}" if str(error) else ""
+            print(f"error: {_OUT_OF_MEMORY}{detail}", file=sys.stderr)
+            return 2
+        _tell_unexpected(error, verbose=options.verbose)
+        return 1
+
+
+def _tell_unexpected(error: Exception, *, verbose: bool) -> None:
+    """Say that something failed that should not have, and what a report of it needs."""
+    if verbose:
+        traceback.print_exc()
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if f"{os.sep}sqft{os.sep}" in frame.filename] or frames
+    place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "unknown"
+    print(
+        f"error: unexpected {type(error).__name__} at {place}: {str(error) or 'no message'}\n"
+        f"This is a fault of sqft {__version__}. What was finished before stays; the same command goes on from it. "
+        "Please report it as CONTRIBUTING.md says, with the recipe or command"
+        f"{'' if verbose else ' and what it prints with --verbose'}.",
+        file=sys.stderr,
+    )
 
 
 def _set_up(options: argparse.Namespace) -> None:

@@ -25,7 +25,13 @@ from sqft.recipe import (
 
 # Commands that take a recipe find both in there.
 _DRAWING = ("sparsify", "quantize", "finetune", "search", "verify", "evaluate")
+_FETCHING = ("sparsify", "quantize", "finetune", "evaluate")
 _LOADING = (*_DRAWING, "merge", "inspect")
+
+
+def _path(text: str) -> Path:
+    """Return a path; a shell leaves a `~` in --out=~/x as it is."""
+    return Path(text).expanduser()
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -82,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
             add_flags(sub, config, defaults=defaults or {})
         if name in _DRAWING:
             sub.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, help="of everything drawn (default 0)")
+        if name in _FETCHING:
+            sub.add_argument("--model-revision", help="branch, tag or commit of a Hub model (default: its main branch)")
         if name in _LOADING:
             sub.add_argument(
                 "--trust-remote-code", action="store_true", help="run code that a model's repository brings"
@@ -102,27 +110,27 @@ def parser() -> argparse.ArgumentParser:
         "take a recipe through all its stages; run it again to continue",
         example="recipes/quickstart.yaml",
     )
-    sub.add_argument("recipe", type=Path, help="YAML file")
-    sub.add_argument("--out", type=Path, help="the run's folder (default runs/NAME)")
+    sub.add_argument("recipe", type=_path, help="YAML file")
+    sub.add_argument("--out", type=_path, help="the run's folder (default runs/NAME)")
     sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
 
     sub = add("plan", "say what a recipe will need before it runs: disk, memory and time of each stage",
               example="recipes/quickstart.yaml")  # fmt: skip
-    sub.add_argument("recipe", type=Path, help="YAML file")
-    sub.add_argument("--out", type=Path, help="where the run will stand (default runs/NAME)")
+    sub.add_argument("recipe", type=_path, help="YAML file")
+    sub.add_argument("--out", type=_path, help="where the run will stand (default runs/NAME)")
     sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = add("sparsify", "set the least important weights of a model to zero", SparsifyConfig,
               example="HuggingFaceTB/SmolLM2-135M sparse --task gsm8k --sparsity 0.5")  # fmt: skip
     sub.add_argument("model", help="Hub id, folder, or .gguf file")
-    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("out", type=_path, help="folder to make")
     calibrates(sub)
 
     sub = add("quantize", "round a model's weights to an integer grid, keeping its zeros", QuantizeConfig,
               example="sparse quantized --task gsm8k --bits 4 --group-size 64")  # fmt: skip
     sub.add_argument("model", help="Hub id, folder, or .gguf file: the float model, sparse or not")
-    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("out", type=_path, help="folder to make")
     calibrates(sub)
     sub.add_argument("--sparsity", type=float, help="also prune this fraction of each row, in the same pass")
     sub.add_argument("--pruner", default="wanda", help="how --sparsity chooses weights (default wanda)")
@@ -130,15 +138,15 @@ def parser() -> argparse.ArgumentParser:
     sub = add("finetune", "train elastic, masked adapters on a frozen model", FinetuneConfig, DataConfig,
               example="sparse adapter --task gsm8k --ranks 32 24 16")  # fmt: skip
     sub.add_argument("model", help="Hub id or folder")
-    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("out", type=_path, help="folder to make")
 
     sub = add(
         "extract",
         "take a sub-adapter of given ranks out of a super-adapter; `search` looks for the best",
         example="adapter sub_adapter",
     )
-    sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
-    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("adapter", type=_path, help="the super-adapter's folder")
+    sub.add_argument("out", type=_path, help="folder to make")
     sub.add_argument(
         "--strategy", choices=["heuristic", "maximal", "minimal", "file"], dest="set:strategy", default="heuristic",
         help="heuristic: the median rank of each group; file: the ranks in --ranks-file (default: heuristic)",
@@ -159,15 +167,15 @@ def parser() -> argparse.ArgumentParser:
         example="adapter best --base sparse --task mawps",
         defaults={"strategy": "hill_climbing"},
     )
-    sub.add_argument("adapter", type=Path, help="the super-adapter's folder")
-    sub.add_argument("out", type=Path, help="folder to make; started twice with one OUT, two processes share the work")
-    sub.add_argument("--base", type=Path, required=True, help="the base model's folder")
+    sub.add_argument("adapter", type=_path, help="the super-adapter's folder")
+    sub.add_argument("out", type=_path, help="folder to make; started twice with one OUT, two processes share the work")
+    sub.add_argument("--base", type=_path, required=True, help="the base model's folder")
 
     sub = add("compare", "run the paper's methods on one model and task, and show one table",
               example="recipes/quickstart.yaml --seeds 3")  # fmt: skip
-    sub.add_argument("recipe", type=Path, help="YAML file: model, data and the settings that all rows share")
+    sub.add_argument("recipe", type=_path, help="YAML file: model, data and the settings that all rows share")
     sub.add_argument(
-        "--out", type=Path, help="folder (default runs/NAME-compare); processes that share it share the work"
+        "--out", type=_path, help="folder (default runs/NAME-compare); processes that share it share the work"
     )
     sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: the ten of the paper)")
     sub.add_argument("--seeds", type=_whole(1), default=1, help="training seeds a row (default 1)")
@@ -178,39 +186,39 @@ def parser() -> argparse.ArgumentParser:
         "compare methods over sparsity levels",
         example="recipes/math.yaml --levels 0 0.3 0.6 2:4",
     )
-    sub.add_argument("recipe", type=Path, help="YAML file: model, data and the settings that all rows share")
+    sub.add_argument("recipe", type=_path, help="YAML file: model, data and the settings that all rows share")
     sub.add_argument("--levels", nargs="+", default=["0", "0.3", "0.5", "0.7"], metavar="LEVEL",
                      help="sparsities, 0 for none, and patterns such as 2:4 (default 0 0.3 0.5 0.7)")  # fmt: skip
-    sub.add_argument("--out", type=Path, help="folder (default runs/NAME-sweep)")
+    sub.add_argument("--out", type=_path, help="folder (default runs/NAME-sweep)")
     sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: one rank and NLS of each)")
     sub.add_argument("--seeds", type=_whole(1), default=1, help="training seeds a row (default 1)")
     sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
 
     sub = add("merge", "merge an adapter into its base", MergeConfig, example="sparse sub_adapter merged")
-    sub.add_argument("model", type=Path, help="the base model's folder")
-    sub.add_argument("adapter", type=Path, help="the adapter's folder")
-    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("model", type=_path, help="the base model's folder")
+    sub.add_argument("adapter", type=_path, help="the adapter's folder")
+    sub.add_argument("out", type=_path, help="folder to make")
 
     sub = add("verify", "prove that a merged model is its base with its adapter", VerifyConfig, DataConfig,
               example="merged --base sparse --adapter sub_adapter")  # fmt: skip
-    sub.add_argument("merged", type=Path, help="the merged model's folder")
-    sub.add_argument("--base", type=Path, required=True, help="the base model's folder")
-    sub.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
+    sub.add_argument("merged", type=_path, help="the merged model's folder")
+    sub.add_argument("--base", type=_path, required=True, help="the base model's folder")
+    sub.add_argument("--adapter", type=_path, required=True, help="the adapter's folder")
     sub.add_argument(
-        "--out", type=Path, help="JSON file to write (default: one under runs/verify for these very arguments)"
+        "--out", type=_path, help="JSON file to write (default: one under runs/verify for these very arguments)"
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = add("inspect", "show the zeros, patterns, precision and size of a model", example="merged --json")
-    sub.add_argument("model", type=Path, help="model folder")
+    sub.add_argument("model", type=_path, help="model folder")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = add("evaluate", "measure a model on tasks through lm-eval", EvaluateConfig, DataConfig,
               example="merged --task gsm8k --limit 100")  # fmt: skip
     sub.add_argument("model", help="Hub id, folder, or .gguf file")
-    sub.add_argument("--adapter", type=Path, help="an adapter to attach, unmerged")
+    sub.add_argument("--adapter", type=_path, help="an adapter to attach, unmerged")
     sub.add_argument(
-        "--out", type=Path, help="JSON file to write (default: one under runs/evaluate for these very arguments)"
+        "--out", type=_path, help="JSON file to write (default: one under runs/evaluate for these very arguments)"
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
     return root

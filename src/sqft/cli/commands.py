@@ -55,7 +55,7 @@ def sparsify(options: argparse.Namespace) -> int:
     from sqft.stages import sparsify
 
     config = read_config(options, SparsifyConfig)
-    model = localize(options.model, options.out.parent)
+    model = localize(options.model, options.out.parent, options.model_revision)
     tokens = source = None
     if config.mask is None and config.method != "magnitude":
         tokens, source = _calibrate(options, config.calibration, model)
@@ -97,7 +97,7 @@ def quantize(options: argparse.Namespace) -> int:
     from sqft.stages import quantize
 
     config = read_config(options, QuantizeConfig)
-    model = localize(options.model, options.out.parent)
+    model = localize(options.model, options.out.parent, options.model_revision)
     calibration = config.calibration or CalibrationConfig()
     sparsify = None
     if options.sparsity is not None:
@@ -128,7 +128,7 @@ def finetune(options: argparse.Namespace) -> int:
 
     config = read_config(options, FinetuneConfig)
     data = _data(options)
-    model = localize(options.model, options.out.parent)
+    model = localize(options.model, options.out.parent, options.model_revision)
     tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
     train = [(e.prompt, e.answer) for e in load_examples(data, "train", options.seed, tokenizer)]
     validation = []
@@ -241,24 +241,28 @@ def plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_json(forecasts), indent=2))
         return 1 if short else 0
-    from rich.console import Console
-    from rich.table import Table
+    from sqft.cli.tables import show_rows
 
-    table = Table("stage", "disk", "peak memory", "time", "fits", title=f"{recipe.name}: forecast")
-    for row in forecasts:
-        table.add_row(
-            row.stage, f"{row.disk_bytes / 1e6:,.0f} MB", f"{row.memory_bytes / 1e9:.2f} GB",
-            f"{row.seconds / 60:.1f} min", "yes" if row.fits else "NO",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
+    show_rows(
+        f"{recipe.name}: forecast",
+        [
+            {
+                "stage": row.stage,
+                "disk": f"{row.disk_bytes / 1e6:,.0f} MB",
+                "peak memory": f"{row.memory_bytes / 1e9:.2f} GB",
+                "time": f"{row.seconds / 60:.1f} min",
+                "fits": "yes" if row.fits else "NO",
+            }
+            for row in forecasts
+        ],
+    )
     total = as_json(forecasts)
-    console.print(
+    print(
         f"in all {total['disk_bytes'] / 1e6:,.0f} MB of disk, {total['peak_memory_bytes'] / 1e9:.2f} GB of memory at "
         f"the highest, {total['seconds'] / 60:.1f} min on this machine as it is now"
     )
     if short:
-        console.print(f"will not fit: {', '.join(short)}")
+        print(f"will not fit: {', '.join(short)}")
     return 1 if short else 0
 
 
@@ -283,7 +287,8 @@ def merge(options: argparse.Namespace) -> int:
     )
     report.write_card(artifact)
     result = artifact.manifest["result"]
-    changes = f"{result['changed']} weights changed, {result['filled_zeros']} pruned ones filled"
+    zeros = f"{result['filled_zeros']} pruned ones filled" if result["pruned"] else "the base has no pruned ones"
+    changes = f"{result['changed']} weights changed, {zeros}"
     print(f"{result['coverage']}, {changes}: {options.out}")
     return 0
 
@@ -294,7 +299,7 @@ def verify(options: argparse.Namespace) -> int:
     from sqft.stages import verify
 
     config = read_config(options, VerifyConfig)
-    out = result_file(options, "verify", options.merged)
+    out = result_file(options, "verify", options.merged, options.base, options.adapter)
     task, examples = None, []
     if "set:task" in vars(options):
         data = _data(options)
@@ -308,6 +313,10 @@ def verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result, indent=2))
     else:
+        for name, made_from in result["made_from"]["inputs"].items():
+            print(
+                f"hashed {name}: {made_from['files']} files, {made_from['bytes'] / 1e6:.1f} MB in {made_from['path']}"
+            )
         for check in result["checks"]:
             verdict = "pass" if check["passed"] else "FAIL"
             print(f"{verdict}  {check['name']:<16} {check['value']:g} (bound {check['bound']:g})  {check['detail']}")
@@ -322,18 +331,22 @@ def inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(facts, indent=2))
         return 0
-    from rich.console import Console
-    from rich.table import Table
+    from sqft.cli.tables import show_rows
 
-    table = Table("layer", "shape", "sparsity", "N:M")
-    for layer in facts["layers"]:
-        table.add_row(
-            layer["name"], "×".join(map(str, layer["shape"])), f"{layer['sparsity']:.4f}", " ".join(layer["patterns"])
-        )
-    console = Console()
-    console.print(table)
+    show_rows(
+        "",
+        [
+            {
+                "layer": layer["name"],
+                "shape": "×".join(map(str, layer["shape"])),
+                "sparsity": f"{layer['sparsity']:.4f}",
+                "N:M": " ".join(layer["patterns"]),
+            }
+            for layer in facts["layers"]
+        ],
+    )
     precision = ", ".join(f"{dtype} {100 * share:.1f} %" for dtype, share in facts["precision"].items())
-    console.print(
+    print(
         f"sparsity of the blocks' linears {facts['sparsity']:.4f}, of all tensors {facts['total_sparsity']:.4f}; "
         f"{precision}; {facts['size_bytes'] / 1e6:.1f} MB on disk"
     )
@@ -343,8 +356,8 @@ def inspect(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     from sqft.stages import evaluate
 
-    out = result_file(options, "evaluate", Path(options.model))
-    model = localize(options.model, out.parent)
+    out = result_file(options, "evaluate", Path(options.model), *([options.adapter] if options.adapter else []))
+    model = localize(options.model, out.parent, options.model_revision)
     result = evaluate.run(
         read_config(options, EvaluateConfig), _data(options), model, options.adapter, out,
         seed=options.seed, trust_remote_code=options.trust_remote_code,
@@ -360,18 +373,10 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _print_summary(out: Path, recipe: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from sqft.cli.tables import show_rows
     from sqft.stages.report import summary_table
 
-    rows = summary_table(out, recipe)
-    if not rows:
-        return
-    table = Table(*rows[0], title=recipe.name)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    show_rows(recipe.name, summary_table(out, recipe))
 
 
 def _data(options: argparse.Namespace) -> DataConfig:

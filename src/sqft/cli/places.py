@@ -7,29 +7,38 @@ import json
 import os
 from pathlib import Path
 
+from sqft.artifact import digest_input
 from sqft.digests import digest_text
 from sqft.errors import InputError
 
 
-def localize(model: str, beside: Path) -> Path:
+def localize(model: str, beside: Path, revision: str | None = None) -> Path:
     """Return a model's local folder; what must be unpacked goes beside the result, each file in a folder of its own."""
     from sqft.model.load import localize as as_folder
 
-    reference = model if model.startswith("package:") else str(Path(model).absolute())
-    return as_folder(model, beside / f"{Path(model).stem}-{digest_text(reference)[:8]}")
+    reference = model if model.startswith("package:") else str(Path(model).expanduser().absolute())
+    return as_folder(model, beside / f"{Path(model).stem}-{digest_text(reference)[:8]}", revision)
 
 
-def result_file(options: argparse.Namespace, command: str, model: Path) -> Path:
-    """Return where a result goes, in a folder that can be written: --out, else a file for these very arguments.
+def result_file(options: argparse.Namespace, command: str, *inputs: Path) -> Path:
+    """Return where a result goes, in a folder that can be written: --out, else a file for these arguments and bytes.
+
+    Args:
+        options: of the command.
+        command: its name.
+        inputs: the folders that the result is of, the model first.
 
     Raises:
         InputError: it cannot be written there.
     """
     out: Path | None = options.out
+    inputs = tuple(path.expanduser() for path in inputs)
     if out is None:
         shown = ("command", "json", "out", "threads", "verbose")  # these change no result
         given = {name: str(value) for name, value in vars(options).items() if name not in shown}
-        folder = model.absolute()
+        # Another content is another result, which must not find the place taken by that of the one before.
+        given["bytes"] = " ".join(digest_input(path) for path in inputs if path.exists())
+        folder = inputs[0].absolute()
         name = "-".join(part for part in (folder.parent.name, folder.name) if part)
         out = Path("runs") / command / f"{name}-{digest_text(json.dumps(given, sort_keys=True))[:8]}.json"
     try:
