@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqft.digests import digest_file, digest_names, digest_text, file_digests, is_document, model_files
+from sqft.digests import digest_file, digest_files, digest_names, digest_text, file_digests, is_document, model_files
 from sqft.disk import discard, disk_is_full, sync, sync_all, write_json
 from sqft.errors import InputError, Problems
 from sqft.locks import making
@@ -83,13 +83,12 @@ class Artifact:
         with Problems(f"{where} ({remedy})") as problems:
             if digest_names(files) != self.digest:
                 problems.add(f"{MANIFEST} contradicts itself")
-            for name, digest in files.items():
-                if is_document(name):
-                    continue
-                if not (self.path / name).is_file():
-                    problems.add(f"{name} is gone")
-                elif digest_file(self.path / name) != digest:
-                    problems.add(f"{name} has changed")
+            counted = {name: digest for name, digest in files.items() if not is_document(name)}
+            there = [self.path / name for name in counted if (self.path / name).is_file()]
+            found = digest_files(self.path, there)
+            for name, digest in counted.items():
+                if found.get(name) != digest:
+                    problems.add(f"{name} {'has changed' if name in found else 'is gone'}")
             for path in [*model_files(self.path), *(self.path / "sqft").glob("*.safetensors")]:
                 if str(path.relative_to(self.path)) not in files:
                     problems.add(f"{path.relative_to(self.path)} was added")
@@ -147,7 +146,16 @@ def digest_input(path: str | Path) -> str:
         return digest_file(path)
     if (path / MANIFEST).is_file():
         return Artifact.open(path).check().digest
-    return digest_names({str(p.relative_to(path)): digest_file(p) for p in model_files(path)})
+    return digest_names(digest_files(path, hashed_files(path)))
+
+
+def hashed_files(path: Path) -> list[Path]:
+    """Return the files whose bytes :func:`digest_input` reads."""
+    if path.is_file():
+        return [path]
+    if (path / MANIFEST).is_file():
+        return [path / name for name in Artifact.open(path).manifest["files"] if not is_document(name)]
+    return model_files(path)
 
 
 def versions() -> dict[str, str]:
@@ -171,11 +179,13 @@ def describe(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | P
     }
 
 
-def _describe_input(path: str | Path) -> dict[str, str]:
-    """Return path and digest of an input, of a model of the Hub its revision too."""
-    place = os.path.abspath(path)
+def _describe_input(path: str | Path) -> dict[str, Any]:
+    """Return path and digest of an input, how many files and bytes were hashed, of a model of the Hub its revision."""
+    digest, place = digest_input(path), os.path.abspath(path)
+    files = hashed_files(Path(path))
     snapshot = _SNAPSHOT.search(place)
-    return {"path": place, "digest": digest_input(path)} | ({"revision": snapshot[1]} if snapshot else {})
+    counts = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    return {"path": place, "digest": digest, **counts} | ({"revision": snapshot[1]} if snapshot else {})
 
 
 def key_of(description: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent whatever ends the process: writing, deleting, and forcing them to disk."""
+"""Files that are whole or absent whatever ends the process: JSON in and out, deleting, forcing to disk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,24 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sqft.errors import InputError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}, not an object")
+    return value
 
 
 def write_json(path: Path, value: object) -> None:

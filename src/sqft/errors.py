@@ -7,7 +7,7 @@ line prints the message without a traceback and exits with :attr:`SqftError.exit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class SqftError(Exception):
@@ -16,7 +16,7 @@ class SqftError(Exception):
     exit_code = 2
 
 
-class InputError(SqftError):
+class InputError(SqftError, ValueError):
     """The recipe, the model, the data or the machine cannot be used as given."""
 
 
@@ -48,6 +48,11 @@ class Problems:
         """Note one problem; it is raised with the others at the end of the block. Said twice, it is listed once."""
         if message not in self._messages:
             self._messages.append(message)
+
+    def extend(self, messages: Iterable[str]) -> None:
+        """Note several problems."""
+        for message in messages:
+            self.add(message)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._messages)

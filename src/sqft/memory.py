@@ -52,3 +52,9 @@ def costing() -> Iterator[dict[str, Any]]:
     begin_peak()
     yield found
     found.update(seconds=round(time.monotonic() - started, 2), peak_memory_bytes=peak_memory_bytes())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out; the CPU's allocator says so in its text alone."""
+    said = "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sqft.artifact import Artifact
+from sqft.disk import read_json
 from sqft.errors import InputError
 from sqft.evaluation.prepacked import MOST_BYTES, stock_products
-from sqft.model.load import load_config, read_json
+from sqft.model.load import load_config
 from sqft.model.targets import find_targets, skeleton
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _shorten(model: Path, config: PretrainedConfig, count: int, folder: Path, *,
     with quiet_transformers():
         made = AutoModelForCausalLM.from_config(short, dtype=config.dtype, trust_remote_code=trust_remote_code)
         made.save_pretrained(folder)
-    copy_side_files(model, folder, index=False)
+    copy_side_files(model, folder)
     short.save_pretrained(folder)
 
 

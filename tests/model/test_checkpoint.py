@@ -64,7 +64,7 @@ def test_every_broken_shard_is_reported_at_once(tiny_model: Callable[..., Path],
 
 
 def test_a_pickle_or_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no \*\.safetensors"):
+    with pytest.raises(InputError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json; download it again"):
         Checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(InputError, match="a pickle: convert it with save_pretrained"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sqft.errors import InputError, Problems
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,22 @@ class RankSpace:
     def per_module(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """Return {module: rank} of a configuration {group: rank}."""
         return {module: ranks[group] for group, modules in self.groups.items() for module in modules}
+
+
+def group_modules(modules: Iterable[str], choices: Iterable[int], rank_groups: Sequence[Sequence[str]]) -> RankSpace:
+    """Return the rank space of adapted modules.
+
+    Modules with the same parent whose last names stand together in `rank_groups` share a rank; every other is a group
+    of its own.
+
+    Args:
+        modules: names of the adapted linears.
+        choices: ranks that a group may take.
+        rank_groups: last names of the linears of one layer that share a rank.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in modules:
+        parent, _, last = name.rpartition(".")
+        shared = next((group for group in rank_groups if last in group), None)
+        groups.setdefault(name if shared is None else f"{parent}.{'+'.join(shared)}", []).append(name)
+    return RankSpace(tuple(sorted(set(choices), reverse=True)), {g: tuple(m) for g, m in groups.items()})

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sqft.core.ranks import RankSpace
+from sqft.core.mask import finite
+from sqft.core.ranks import RankSpace, group_modules
+from sqft.disk import read_json
 from sqft.errors import InputError, Problems
-from sqft.model.layers import INITS
-from sqft.model.load import read_json
+from sqft.model.layers import PEFT_TYPE, RANK_SPACE, SqftConfig
+from sqft.model.plain import beyond_plain
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-RANK_SPACE = Path("sqft") / "rank_space.json"
 _PREFIX = "base_model.model."
 
 
@@ -46,10 +50,18 @@ class LowRank:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter folder: its PEFT config and its factors by module name."""
+    """An adapter folder.
+
+    Attributes:
+        path: the folder.
+        config: what adapter_config.json holds.
+        settings: the same as PEFT reads it.
+        modules: factors by module name.
+    """
 
     path: Path
     config: dict[str, Any]
+    settings: LoraConfig
     modules: dict[str, LowRank]
 
     @property
@@ -59,53 +71,56 @@ class SavedAdapter:
 
     @classmethod
     def open(cls, path: str | Path) -> SavedAdapter:
-        """Read an adapter folder, ours or one that PEFT, TRL or others wrote.
+        """Read an adapter folder, ours or one that PEFT, TRL or others wrote, and check all that it says.
 
         Raises:
-            InputError: not a LoRA, or it has parts that do not merge into a linear, each named.
+            InputError: it is no LoRA, does more than W + scaling · B A, or its settings and tensors contradict each
+                other, are missing or are not finite; every problem.
         """
         path = Path(path)
+        if not (path / CONFIG).is_file():
+            raise InputError(f"adapter {path}: the folder has no {CONFIG}; give a PEFT adapter folder")
         config = read_json(path / CONFIG)
-        if config.get("peft_type") not in ("LORA", "SQFT"):
-            raise InputError(f"adapter {path}: its peft_type is {config.get('peft_type')!r}; only LORA and SQFT merge")
-        try:
-            tensors = load_file(path / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"adapter {path}: {WEIGHTS} cannot be read ({error})") from error
-        factors: dict[str, dict[str, torch.Tensor]] = {}
         with Problems(f"adapter {path}") as problems:
-            for option in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
-                if config.get(option):
-                    problems.add(f"it uses {option}, which cannot be merged into the base's linears")
-            if (begun := config.get("init_lora_weights")) not in INITS:
-                problems.add(
-                    f"it began with init_lora_weights: {begun}, which rewrote the base's weights; save it with PEFT's "
-                    "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-                )
-            for key, tensor in tensors.items():
-                name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-                if part in ("lora_A", "lora_B"):
-                    factors.setdefault(name, {})[part] = tensor
-                elif not config.get("modules_to_save"):
-                    problems.add(f"tensor {key} is no LoRA factor; a resized vocabulary or extra module is not merged")
-            for name, pair in factors.items():
-                if len(pair) != 2:
-                    problems.add(f"{name} has only {', '.join(pair)}")
-        modules = {
-            name: LowRank(pair["lora_A"], pair["lora_B"], _scaling(config, name)) for name, pair in factors.items()
-        }
-        return cls(path, config, modules)
+            known = check_settings(config, problems)
+        with Problems(f"adapter {path}") as problems:
+            problems.extend(f"it has {extra}, which is not merged into a linear" for extra in beyond_plain(known))
+            pairs = _pairs(_tensors(path, problems), problems)
+            modules = {name: LowRank(*pair, _scaling(config, name)) for name, pair in pairs.items()}
+            for name, low in modules.items():
+                _check_factors(name, low, _rank(config, name), problems)
+            if known.target_modules not in (None, "all-linear"):
+                strangers = [name for name in modules if not check_target_module_exists(known, name)]
+                if strangers:
+                    problems.add(f"target_modules does not name {_listed(strangers)}, of which it has tensors")
+        return cls(path, config, known, modules)
 
     def rank_space(self) -> RankSpace:
         """Return the ranks that the super-adapter was trained with; without a record, the one rank of all modules.
+
+        The record is a file of the stage finetune, or what a trainer saved of the configuration.
 
         Raises:
             InputError: there is no record and modules differ in rank: a sub-adapter, or another tool's rank_pattern.
         """
         file = self.path / RANK_SPACE
-        if file.is_file():
-            values = read_json(file)
-            return RankSpace(tuple(values["choices"]), {g: tuple(m) for g, m in values["groups"].items()})
+        values = read_json(file) if file.is_file() else self.config
+        try:
+            if "groups" in values:
+                space = RankSpace(tuple(values["choices"]), {g: tuple(m) for g, m in values["groups"].items()})
+            elif values.get("ranks"):
+                space = group_modules(self.modules, values["ranks"], values.get("rank_groups") or [])
+            else:
+                return self._one_rank()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: is no rank space ({error!r}); save the adapter again") from error
+        if {m for members in space.groups.values() for m in members} != set(self.modules):
+            raise InputError(f"{file}: its groups are not the {len(self.modules)} modules of the adapter")
+        if space.max_rank != max(low.rank for low in self.modules.values()):
+            raise InputError(f"adapter {self.path}: its ranks are up to {space.max_rank}, and its tensors' are not")
+        return space
+
+    def _one_rank(self) -> RankSpace:
         ranks = {low.rank for low in self.modules.values()}
         if len(ranks) > 1:
             raise InputError(
@@ -115,9 +130,101 @@ class SavedAdapter:
         return RankSpace(tuple(sorted(ranks, reverse=True)), {name: (name,) for name in self.modules})
 
 
+def check_settings(config: dict[str, Any], problems: Problems) -> LoraConfig:
+    """Return what adapter_config.json says as PEFT's configuration; add what is missing, wrong or unknown."""
+    if config.get("peft_type") not in ("LORA", PEFT_TYPE):
+        problems.add(f"its peft_type is {config.get('peft_type')!r}; only LORA and {PEFT_TYPE} merge")
+        return LoraConfig()
+    ours = config["peft_type"] == PEFT_TYPE
+    for name, positive in (("r", _is_rank), ("lora_alpha", _is_alpha)):
+        if not positive(config.get(name)):
+            problems.add(f"{CONFIG} has {name} {config.get(name, 'nowhere')!r}; it must be a number above 0")
+    for name, positive in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, dict) or not all(positive(value) for value in pattern.values()):
+            problems.add(f"{CONFIG}: {name} is no mapping of modules to numbers above 0")
+    takes = {f.name for f in fields(SqftConfig if ours else LoraConfig) if f.init}
+    for name in sorted(set(config) - takes):
+        if config[name]:
+            problems.add(
+                f"{CONFIG}: {name} is {config[name]!r}, which the PEFT installed here does not know; update PEFT"
+            )
+    identity = config.get("base_identity")
+    if identity is not None and not (isinstance(identity, dict) and isinstance(identity.get("base"), str)):
+        problems.add(f"{CONFIG}: base_identity is no mapping of digests")
+    try:
+        values = {name: value for name, value in config.items() if name in takes and name != "peft_type"}
+        found: LoraConfig = (SqftConfig if ours else LoraConfig)(**values)
+    except Exception as error:  # PEFT's own checks raise whatever fits them
+        problems.add(f"{CONFIG}: {error}")
+        return LoraConfig()
+    return found
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _tensors(path: Path, problems: Problems) -> dict[str, torch.Tensor]:
+    if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
+        problems.add(
+            "its weights are adapter_model.bin, a pickle, which runs code when it is opened; load it where you trust "
+            f"it and save it again: PEFT writes {WEIGHTS}"
+        )
+        return {}
+    try:
+        return dict(load_file(path / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        problems.add(f"{WEIGHTS} cannot be read ({error})")
+        return {}
+
+
+def _pairs(tensors: dict[str, torch.Tensor], problems: Problems) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return (A, B) of each module."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        if part in ("lora_A", "lora_B") and key.startswith(_PREFIX) and key.endswith(".weight"):
+            found.setdefault(name, {})[part] = tensor
+        else:
+            problems.add(f"tensor {key} is no LoRA factor; a resized vocabulary or extra module is not merged")
+    if not found and not list(problems):
+        problems.add(f"{WEIGHTS} has no LoRA factors")
+    for name, pair in found.items():
+        if len(pair) != 2:
+            problems.add(f"{name} has only {', '.join(pair)}")
+    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in found.items() if len(pair) == 2}
+
+
+def _check_factors(name: str, low: LowRank, rank: int, problems: Problems) -> None:
+    shapes = f"lora_A {list(low.lora_A.shape)} and lora_B {list(low.lora_B.shape)}"
+    if low.lora_A.ndim != 2 or low.lora_B.ndim != 2 or low.lora_A.shape[0] != low.lora_B.shape[1]:
+        problems.add(f"{name}: {shapes} do not multiply")
+    elif low.rank != rank:
+        problems.add(f"{name}: {shapes} have rank {low.rank}, and {CONFIG} says {rank}")
+    for part, tensor in (("lora_A", low.lora_A), ("lora_B", low.lora_B)):
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            problems.add(f"{name}.{part} is stored as {tensor.dtype}; only float16, bfloat16 and float32 merge")
+        elif not finite(tensor):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            problems.add(f"{name}.{part} has {wrong} NaN or Inf of {tensor.numel()} values; train it again")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _rank(config: dict[str, Any], name: str) -> int:
+    ranks = config.get("rank_pattern") or {}
+    return int(ranks.get(get_pattern_key(list(ranks), name), config["r"]))
+
+
 def _scaling(config: dict[str, Any], name: str) -> float:
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = float(ranks.get(get_pattern_key(list(ranks), name), config["r"]))
+    alphas, rank = config.get("alpha_pattern") or {}, _rank(config, name)
     alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 
 from sqft.artifact import MANIFEST, Artifact
-from sqft.errors import InputError
+from sqft.errors import InputError, Problems
+from sqft.model.adapter import SavedAdapter
 from sqft.model.layers import SqftConfig
-from sqft.model.load import read_json
 from sqft.model.packed import PackedLinear
+from sqft.model.plain import plain_settings
 from sqft.model.stored import check_identity
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -32,49 +35,70 @@ def attach_saved(
         elastic: use layers of ours, whose rank can be set, for a dense adapter too.
 
     Raises:
-        InputError: the adapter names another base, or cannot be read.
+        InputError: the adapter names another base, cannot be read, or has other modules than the model gets.
     """
-    check_base(base, adapter)
+    saved = SavedAdapter.open(adapter)
+    check_base(base, saved)
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         if config.peft_type == "LORA" and not isinstance(config, SqftConfig) and (elastic or _is_packed(model)):
             # PEFT's own LoRA layer would add its delta to a weight that it only sees dequantised.
-            config = SqftConfig(**{**_plain(config), "kind": "dense"})
+            config = SqftConfig(**{**plain_settings(config), "kind": "dense"})
         config.base_model_name_or_path = str(base)
-        return cast("PreTrainedModel", PeftModel.from_pretrained(model, str(adapter), config=config))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        attached = cast("PreTrainedModel", PeftModel.from_pretrained(model, str(adapter), config=config))
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise InputError(f"adapter {adapter}: does not load on {base}: {error}") from error
+    found = {name.removeprefix("base_model.model.") for name, m in attached.named_modules() if isinstance(m, LoraLayer)}
+    check_modules(saved, base, found)
+    return attached
 
 
 def _is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-def _plain(config: PeftConfig) -> dict[str, Any]:
-    """Return the settings that a LoraConfig's constructor takes."""
-    values: dict[str, Any] = config.to_dict()
-    return {f.name: values[f.name] for f in fields(LoraConfig) if f.init and f.name in values}
+def check_modules(adapter: SavedAdapter, base: str | Path, adapted: Collection[str]) -> None:
+    """Refuse an adapter whose tensors are not those of the linears that it adapts.
+
+    Args:
+        adapter: the adapter.
+        base: names the base in the message.
+        adapted: names of the base's linears that the adapter's settings choose.
+
+    Raises:
+        InputError: names those without tensors, and tensors without a linear.
+    """
+    with Problems(f"adapter {adapter.path} on base {base}") as problems:
+        for without, what in (
+            (sorted(set(adapted) - set(adapter.modules)), "its settings adapt {}, of which it has no tensors"),
+            (sorted(set(adapter.modules) - set(adapted)), "{} is no linear of the base that it could adapt"),
+        ):
+            for name in without[:5]:
+                problems.add(what.format(name))
+            if len(without) > 5:
+                problems.add(f"and {len(without) - 5} more")
 
 
-def check_base(base: str | Path, adapter: str | Path) -> None:
+def check_base(base: str | Path, adapter: SavedAdapter) -> None:
     """Refuse an adapter on a base that it was not trained on; a float adapter made elsewhere names none and passes.
 
     Raises:
-        InputError: the digests differ, or a quantisation-aware adapter has none.
+        InputError: the digests differ, a quantisation-aware adapter has none, or the adapter has changed since its
+            manifest was written.
     """
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise InputError(f"adapter {adapter}: the folder has no adapter_config.json; give a PEFT adapter folder")
-    config = read_json(Path(adapter) / "adapter_config.json")
-    if config.get("kind") == "quantized":
-        if config.get("base_identity") is None:
+    where = f"adapter {adapter.path}: "
+    trained_on = adapter.config.get("base_identity")
+    if adapter.kind == "quantized":
+        if trained_on is None:
             raise InputError(
-                f"adapter {adapter}: is quantisation-aware and does not say of which base; save it again with the "
-                "base's folder in place"
+                f"{where}is quantisation-aware and does not say of which base; save it again with the base's folder in "
+                "place"
             )
-        check_identity(base, config["base_identity"], config["start"], f"adapter {adapter}: ")
+        check_identity(base, trained_on, adapter.config.get("start", SqftConfig.start), where)
         return
-    trained_on = config.get("base_identity")
-    if (Path(adapter) / MANIFEST).is_file():
-        trained_on = Artifact.open(adapter).manifest["result"].get("base_identity")
+    if (adapter.path / MANIFEST).is_file():
+        trained_on = Artifact.open(adapter.path).check().manifest["result"].get("base_identity")
     if trained_on is not None:
-        check_identity(base, trained_on, None, f"adapter {adapter}: ")
+        check_identity(base, trained_on, None, where)

@@ -4,6 +4,9 @@ Pruning and float merging change values, not names, shapes or dtypes. A new fold
 whose changed tensors are overwritten at their own offsets: memory stays at one tensor, everything else (sharding,
 names, metadata, tokenizer, config) is the original's to the byte.
 
+Which files are the model's is transformers' rule, in every stage: `model.safetensors`, else the shards that
+`model.safetensors.index.json` names. Nothing else is read, pruned or carried into an output.
+
 Layout of a safetensors file: 8 bytes little-endian header length, JSON header {name: {dtype, shape, data_offsets}},
 then the data.
 """
@@ -23,9 +26,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sqft.core.mask import finite
+from sqft.digests import model_files
+from sqft.disk import read_json
 from sqft.errors import InputError, NumericalError, Problems
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+_WEIGHT_SUFFIXES = (
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".onnx_data",
+        ".npz",
+    ),
+    *(".npy", ".pkl", ".pickle", ".ot", ".tflite", ".distcp", ".index.json"),
+)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,35 +84,73 @@ class Checkpoint:
     """The tensors of a model folder by their on-disk names.
 
     Raises:
-        InputError: no safetensors, a shard that the index names is missing, or a file is cut short; all at once.
+        InputError: no safetensors, an adapter beside them, a shard that the index names is missing or outside the
+            folder, or a file is cut short; all at once.
     """
 
     def __init__(self, folder: str | Path, files: list[str] | None = None) -> None:
         """Read the headers of the model's files, or of the `files` given."""
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
+        self._named: dict[str, str] = {}
         with Problems(f"model {self.folder}") as problems:
             for file in self._files(problems) if files is None else files:
                 self._read_header(file, problems)
+            if not list(problems):
+                self._check_index(problems)
 
     def _files(self, problems: Problems) -> list[str]:
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError) as error:
-                problems.add(f"{INDEX} is not a shard index ({error}); download it again")
-                return []
-            for name in names:
-                if not (self.folder / name).is_file():
-                    problems.add(f"shard {name} is missing, though {INDEX} names it; download it again")
-            return [name for name in names if (self.folder / name).is_file()]
-        names = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if not names:
-            pickles = [path.name for path in self.folder.glob("*.bin")]
-            hint = f"; it has {pickles[0]}, a pickle: convert it with save_pretrained first" if pickles else ""
-            problems.add(f"has no *.safetensors{hint}")
-        return names
+        """Return the files that transformers opens."""
+        if (self.folder / "adapter_config.json").is_file():
+            problems.add(
+                "holds an adapter too (adapter_config.json), with which transformers would open the model; move the "
+                "adapter's files to a folder of their own, and merge it first if it is part of the model (sqft merge)"
+            )
+        if (self.folder / WEIGHTS).is_file():
+            return [WEIGHTS]
+        if (self.folder / INDEX).is_file():
+            return self._shards(problems)
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        pickles = sorted(path.name for path in self.folder.glob("*.bin"))
+        hint = "; download it again"
+        if (self.folder / "quantize_config.json").is_file():
+            hint = (
+                f"; {others[0] if others else 'its weights'} beside a quantize_config.json is AutoGPTQ's first format: "
+                f"name the file {WEIGHTS}, and put what quantize_config.json says into config.json as "
+                'quantization_config, with "quant_method": "gptq"'
+            )
+        elif others:
+            hint = f"; it has {others[0]}, which transformers does not open: rename it if it is the model"
+        elif pickles:
+            hint = f"; it has {pickles[0]}, a pickle: convert it with save_pretrained first"
+        problems.add(f"has neither {WEIGHTS} nor {INDEX}{hint}")
+        return []
+
+    def _shards(self, problems: Problems) -> list[str]:
+        """Return the files that the index names."""
+        try:
+            named = json.loads((self.folder / INDEX).read_text())["weight_map"]
+            names = sorted(set(named.values()))
+            outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.add(f"{INDEX} is not a shard index ({error!r}); download it again")
+            return []
+        if outside:
+            problems.add(f"{INDEX} names {', '.join(outside)}, outside the folder; download it again")
+        missing = [name for name in names if name not in outside and not (self.folder / name).is_file()]
+        for name in missing:
+            problems.add(f"shard {name} is missing, though {INDEX} names it; download it again")
+        self._named = named
+        return [name for name in names if name not in (*outside, *missing)]
+
+    def _check_index(self, problems: Problems) -> None:
+        """Compare the shards with what the index says lies in them."""
+        absent = [
+            name for name, file in self._named.items() if name not in self.entries or self.entries[name].file != file
+        ]
+        if absent:
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            problems.add(f"{INDEX} names {', '.join(absent[:5])}{more}, not in the files it says; download it again")
 
     def _read_header(self, file: str, problems: Problems) -> None:
         path = self.folder / file
@@ -104,26 +165,42 @@ class Checkpoint:
                 return
             try:
                 header = json.loads(stream.read(length))
-            except ValueError as error:
+                end = (
+                    8
+                    + length
+                    + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+                )
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 problems.add(f"{file} has no readable header ({error}); download it again")
                 return
-        header.pop("__metadata__", None)
-        end = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
         if end > size:
             problems.add(f"{file} is cut short: its tensors need {end} bytes, it has {size}; download it again")
             return
+        try:
+            with safe_open(str(path), framework="pt"):  # the library's own checks: shapes, offsets, overlaps
+                pass
+        except (SafetensorError, OSError) as error:
+            problems.add(f"{file} is no valid safetensors file ({error}); download it again")
+            return
+        header.pop("__metadata__", None)
         for name, value in header.items():
             if value["dtype"] not in _DTYPES:
                 problems.add(
                     f"{file}: {name} has dtype {value['dtype']}, which is not read; give a float or INT4 model"
                 )
                 continue
+            if name in self.entries:
+                problems.add(f"{name} lies in two files, {self.entries[name].file} and {file}; download it again")
             start, stop = (8 + length + offset for offset in value["data_offsets"])
             self.entries[name] = Entry(file, _DTYPES[value["dtype"]], tuple(value["shape"]), start, stop)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that its float weights are stored in: that of the largest one that is no scale."""
+        """The dtype that its float weights are stored in: that of the largest one that is no scale.
+
+        Raises:
+            InputError: it has no float weights.
+        """
         floats = [
             entry
             for name, entry in self.entries.items()
@@ -131,6 +208,8 @@ class Checkpoint:
             and entry.dtype.itemsize > 1  # FP8 is a format of quantised weights, not one to compute in
             and not name.endswith((".scales", ".weight_scale"))
         ]
+        if not floats:
+            raise InputError(f"model {self.folder}: none of its {len(self.entries)} tensors is of a float type")
         return max(floats, key=lambda entry: entry.stop - entry.start).dtype
 
     @property
@@ -186,26 +265,34 @@ class Checkpoint:
 
 def copy_model(source: Path, target: Path) -> Checkpoint:
     """Copy a model folder's own files (not `sqft/`, not other formats' weights) and open the copy for writing."""
-    for file in sorted({entry.file for entry in Checkpoint(source).entries.values()}):
-        target.mkdir(parents=True, exist_ok=True)
+    files = sorted({entry.file for entry in Checkpoint(source).entries.values()})
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, target / file)
-    copy_side_files(source, target, index=True)
+    if files != [WEIGHTS]:
+        shutil.copyfile(source / INDEX, target / INDEX)
+    copy_side_files(source, target)
     return Checkpoint(target)
 
 
-def copy_side_files(source: Path, target: Path, *, index: bool) -> None:
-    """Copy what lies beside a model's weights: config, tokenizer, licence; `index` says whether the shard index too."""
+def side_files(folder: Path) -> list[Path]:
+    """Return the files beside a model's weights that it is used with: config, tokenizer, chat templates, code."""
+    return [path for path in model_files(folder) if not path.name.endswith(_WEIGHT_SUFFIXES)]
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what lies beside a model's weights: config, tokenizer with its chat templates, licence."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        is_weight = path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
-        if path.is_file() and not is_weight and not path.name.startswith(".") and (index or path.name != INDEX):
-            shutil.copyfile(path, target / path.name)
+    for path in [*side_files(source), *source.glob("*.md")]:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
     _name_dtype(target / "config.json", Checkpoint(source).dtype)
 
 
 def _name_dtype(config: Path, stored: torch.dtype) -> None:
     """Let config.json name the dtype that the weights have: any other would be a rounding of what was merged."""
-    values = json.loads(config.read_text())
+    values = read_json(config)
     key, name = ("torch_dtype" if "torch_dtype" in values else "dtype"), str(stored).removeprefix("torch.")
     if values.get(key) not in (None, name):
         values[key] = name

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from sqft.core.ranks import RankSpace
+from sqft.core.ranks import group_modules
 from sqft.errors import InputError
 from sqft.model.layers import sqft_layers
 
@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from sqft.core.ranks import RankSpace
+
 
 def rank_space(model: nn.Module) -> RankSpace:
-    """Return the rank space of a model's adapters.
-
-    Modules with the same parent whose last names stand together in `rank_groups` share a rank; every other is a group
-    of its own.
+    """Return the rank space of a model's adapters; see :func:`sqft.core.ranks.group_modules`.
 
     Raises:
         InputError: the model has no adapters of ours.
@@ -29,13 +28,7 @@ def rank_space(model: nn.Module) -> RankSpace:
     if not layers:
         raise InputError("the model has no sqft adapters; attach some with get_peft_model(model, SqftConfig(...))")
     config = next(iter(model.peft_config.values()))  # type: ignore[operator]
-    groups: dict[str, list[str]] = {}
-    for name in layers:
-        parent, _, last = name.rpartition(".")
-        shared = next((group for group in config.rank_groups if last in group), None)
-        groups.setdefault(name if shared is None else f"{parent}.{'+'.join(shared)}", []).append(name)
-    choices = config.ranks or [config.r]
-    return RankSpace(tuple(sorted(set(choices), reverse=True)), {g: tuple(m) for g, m in groups.items()})
+    return group_modules(layers, config.ranks or [config.r], config.rank_groups)
 
 
 def set_ranks(model: nn.Module, ranks: Mapping[str, int] | None) -> None:

@@ -12,7 +12,7 @@ Private hooks used: `LoraConfig._custom_modules`, the constructor of `peft.tuner
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, cast
@@ -30,20 +30,18 @@ from transformers.pytorch_utils import Conv1D
 from sqft.core.delta import MaskedLinear, effective_codes, effective_weight, project
 from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
+from sqft.disk import write_json
 from sqft.errors import InputError
 from sqft.model.packed import PackedLinear
+from sqft.model.plain import beyond_plain
 from sqft.model.stored import check_identity, identity, load_mask, load_start
 
 PEFT_TYPE = "SQFT"
 KINDS = ("dense", "sparse", "quantized")
 STARTS = ("compensated", "dequantized", "float")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Ways to begin an adapter that leave the base's weights as they are."""
-_UNMERGEABLE = (
-    *("use_rslora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices"),
-    *("target_parameters", "layer_replication"),
-)
+RANK_SPACE = Path("sqft") / "rank_space.json"
+"""In an adapter's folder: {choices, groups} of a finished training, or {ranks, rank_groups} as a trainer saved them."""
 _OWN_FIELDS = ("kind", "ranks", "rank_groups", "start", "derive_mask", "base_identity")
 
 
@@ -93,12 +91,7 @@ class SqftConfig(LoraConfig):
             self.r = max(self.ranks)
         if self.lora_alpha <= 0:
             raise InputError(f"SqftConfig: lora_alpha is {self.lora_alpha}; it must be above 0")
-        variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
-        unsupported = [name for name in (*variants, *_UNMERGEABLE) if getattr(self, name, None)]
-        if self.bias != "none":
-            unsupported.append(f"bias: {self.bias}")
-        if self.init_lora_weights not in INITS:
-            unsupported.append(f"init_lora_weights: {self.init_lora_weights}, which rewrites the base's weights")
+        unsupported = beyond_plain(self) + (["use_rslora"] if self.use_rslora else [])
         if unsupported:
             raise InputError(
                 f"SqftConfig: {', '.join(unsupported)} cannot be merged exactly into a sparse base; leave off"
@@ -110,6 +103,9 @@ class SqftConfig(LoraConfig):
         base = Path(self.base_model_name_or_path or "")
         if self.kind != "dense" and self.base_identity is None and (base / "config.json").is_file():
             self.base_identity = identity(base, self.start if self.kind == "quantized" else None)
+        if self.kind == "dense" and self.ranks is not None:
+            # Plain LORA has no field for them, and a super-adapter without its ranks is one of a single rank.
+            write_json(Path(save_directory) / RANK_SPACE, {"ranks": self.ranks, "rank_groups": self.rank_groups})
         saved = _SavedConfig(self)
         LoraConfig.save_pretrained(cast("LoraConfig", saved), save_directory, **kwargs)
 
@@ -162,6 +158,13 @@ class SqftLinear(LoraLinear):
     ) -> None:
         """See PEFT's layer; `config` carries kind and ranks."""
         is_conv1d = isinstance(base_layer, Conv1D)
+        if not isinstance(base_layer, PackedLinear) and getattr(base_layer, "weight", None) is None:
+            folder = config.base_model_name_or_path or "FOLDER"
+            raise InputError(
+                f"{kwargs.get('target_name', '')}: the model was opened by transformers, whose compressed linears have "
+                f"no weight to adapt; open it with sqft.load_model({folder!r}, packed=True), or with its adapter by "
+                f"sqft.load_model({folder!r}, ADAPTER)"
+            )
         super().__init__(
             base_layer,
             adapter_name,

@@ -8,7 +8,6 @@ file is therefore unpacked once into a folder (:func:`localize`). Pickle checkpo
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from sqft.errors import InputError
+from sqft.disk import read_json as read_json
+from sqft.errors import InputError, SqftError
+from sqft.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -52,26 +53,41 @@ def _hide_bars_of_compressed_tensors() -> None:
             vars(importlib.import_module(name))["tqdm"] = lambda items, **_options: items
 
 
-def localize(model: str, workspace: Path) -> Path:
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes transformers raise into an error that names the folder."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SqftError) or is_out_of_memory(error):
+            raise
+        raise InputError(f"{what}: {str(error) or type(error).__name__}") from error
+
+
+def localize(model: str, workspace: Path, revision: str | None = None) -> Path:
     """Return a local folder with the model's config, tokenizer and safetensors.
 
     Args:
         model: the reference, as in a recipe.
         workspace: where a GGUF file is unpacked (`workspace/dense`).
+        revision: branch, tag or commit of a Hub model; None is its main branch.
 
     Raises:
-        InputError: there is no such model, or it has no safetensors.
+        InputError: there is no such model, it has no safetensors, or a local one is given a revision.
     """
-    if model.startswith("package:") or model.endswith(".gguf"):
-        return _unpack_gguf(_package_file(model) if model.startswith("package:") else Path(model), workspace)
-    path = Path(model)
+    path = _package_file(model) if model.startswith("package:") else Path(model).expanduser()
+    local = path.suffix == ".gguf" or path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    if local and revision is not None:
+        raise InputError(f"model {model}: revision is {revision}, which only a model of the Hub has; leave it out")
+    if path.suffix == ".gguf":
+        return _unpack_gguf(path, workspace)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model {model}: the folder has no config.json; give a Hugging Face model folder")
         return path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if local:
         raise InputError(f"model {model}: no such folder")
-    return _download(model)
+    return _download(model, revision)
 
 
 def _package_file(reference: str) -> Path:
@@ -82,17 +98,17 @@ def _package_file(reference: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / name
 
 
-def _download(model: str) -> Path:
+def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"])
-        )
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
         raise InputError(
-            f"model {model}: neither a folder here nor reachable on the Hub ({str(error).splitlines()[0]}); "
+            f"model {model}{at}: neither a folder here nor reachable on the Hub ({str(error).splitlines()[0]}); "
             "check the name, or download it and give the folder"
         ) from error
 
@@ -143,20 +159,17 @@ def load_config(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Return the transformers config of a model folder."""
     from transformers import AutoConfig
 
-    try:
+    read_json(Path(folder) / "config.json")
+    with _reading(f"model {folder}: its config cannot be read"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {folder}: its config cannot be read: {error}") from error
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder, with a padding token."""
     from transformers import AutoTokenizer
 
-    try:
+    with _reading(f"model {folder}: has no readable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {folder}: has no readable tokenizer: {error}") from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -203,19 +216,14 @@ def load_model(
         from sqft.model.checkpoint import Checkpoint
 
         options = {} if attention is None else {"attn_implementation": attention}
-        try:
-            if config is not None:
-                _hide_bars_of_compressed_tensors()
-            # Not "auto", which takes the dtype that config.json names: merging adds to the weights as they are stored.
+        if config is not None:
+            _hide_bars_of_compressed_tensors()
+        # Not "auto", which takes the dtype that config.json names: merging adds to the weights as they are stored.
+        dtype = Checkpoint(folder).dtype
+        with _reading(f"model {folder}: does not load"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=Checkpoint(folder).dtype,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **options,
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
-        except (ImportError, OSError, ValueError, KeyError) as error:
-            raise InputError(f"model {folder}: does not load: {error}") from error
         # transformers fills them with random values and goes on.
         model, found = loaded
         check_complete(folder, [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
@@ -244,14 +252,3 @@ def to_device(model: PreTrainedModel) -> PreTrainedModel:
     if torch.cuda.is_available():
         cast("Any", model).to("cuda")
     return model
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an unreadable one is an input error that names the file."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds {type(value).__name__}, not an object")
-    return value

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from sqft.core.delta import effective_codes, effective_weight
 from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.errors import Problems
+from sqft.model.attach import check_modules
 from sqft.model.checkpoint import Checkpoint
 from sqft.model.formats import PackedCheckpoint, quantization_config
-from sqft.model.stored import load_mask, load_start
+from sqft.model.stored import SPARSE_FROM, load_mask, load_start
 from sqft.model.targets import DiskNames, skeleton
 
 if TYPE_CHECKING:
@@ -32,8 +37,8 @@ class Merged:
         weights: how many there are.
         zeros: how many are zero after merging.
         changed: how many differ from the base's.
-        filled_zeros: how many should have stayed zero and did not. Those outside the base's mask should; where it has
-            none, of a float base its zeros, of a quantised one nothing, for any weight may have the zero point's code.
+        pruned: how many should stay zero; see :meth:`BaseWeights.promised`.
+        filled_zeros: how many of those did not.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Merged:
     weights: int
     zeros: int
     changed: int
+    pruned: int
     filled_zeros: int
 
     @classmethod
@@ -66,8 +72,9 @@ class Merged:
         nonzero = after != zero
         weights = after.numel()
         zeros = weights - int(nonzero.count_nonzero())
+        pruned = 0 if mask is None else weights - int(mask.count_nonzero())
         filled = 0 if mask is None else int(nonzero.logical_and_(~mask).count_nonzero())
-        return cls(name, tensor, weights, zeros, int((before != after).count_nonzero()), filled)
+        return cls(name, tensor, weights, zeros, int((before != after).count_nonzero()), pruned, filled)
 
 
 class BaseWeights:
@@ -98,6 +105,8 @@ class BaseWeights:
             disk_names.setdefault(names.parameter(name), []).append(name)
         if self.packed is not None:
             shapes |= self.packed.shapes
+        linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        check_modules(adapter, base, {n for n in linears if check_target_module_exists(adapter.settings, n)})
         self.names: dict[str, str] = {}
         self.transposed: dict[str, bool] = {}
         with Problems(f"adapter {adapter.path} on base {base}") as problems:
@@ -113,7 +122,7 @@ class BaseWeights:
                 self.names[module] = found[0]
                 shape = shapes[found[0]]
                 wanted = (low.lora_B.shape[0], low.lora_A.shape[1])
-                self.transposed[module] = type(model.get_submodule(module)).__name__ == "Conv1D"
+                self.transposed[module] = isinstance(model.get_submodule(module), Conv1D)
                 if (shape[::-1] if self.transposed[module] else shape) != wanted:
                     problems.add(f"{module}: the adapter is for {list(wanted)}, the base has {list(shape)}")
                 if adapter.kind == "quantized" and not self.is_packed(module):
@@ -141,8 +150,9 @@ class BaseWeights:
             packed_mask = None if mask is None or kind == "dense" else pack_mask(mask)
             codes = effective_codes(weight, low.lora_A, low.lora_B, low.scaling, packed_mask)
             stored = self.packed.scheme.encode_codes(codes)
-            zero = weight.grid.zero_codes()
-            return Merged.compare(self.stored_name(module), stored, weight.codes(), codes, zero, mask)
+            return Merged.compare(
+                self.stored_name(module), stored, weight.codes(), codes, weight.grid.zero_codes(), mask
+            )
         before = self.checkpoint.read(name)
         mask = self.mask(module)
         assert mask is not None
@@ -154,8 +164,8 @@ class BaseWeights:
             None if kind == "dense" else pack_mask(mask),
         )
         if self.transposed[module]:
-            merged, mask = merged.T, mask.T
-        return Merged.compare(name, merged, before, merged, 0, mask)
+            merged = merged.T
+        return Merged.compare(name, merged, before, merged, 0, self.promised(module))
 
     def quantized(self, module: str) -> QuantizedWeight:
         """Return a module's quantised weight with the adapter's starting point."""
@@ -180,3 +190,16 @@ class BaseWeights:
         if mask is None:
             mask = self.checkpoint.read(name) != 0
         return mask.T.contiguous() if transpose and self.transposed[module] else mask
+
+    def promised(self, module: str) -> torch.Tensor | None:
+        """Return the mask outside which weights must stay zero, in the layout on disk; None where nothing must.
+
+        A mask that is stored is such a promise, and so are the zeros of a float base that has many. The few zeros of
+        one that was never pruned are not, nor are the codes of a quantised base without a mask: any weight may have
+        the zero point's.
+        """
+        mask = self.mask(module, transpose=False)
+        if mask is None or load_mask(self.base, self.names[module]) is not None or self.is_packed(module):
+            return mask
+        zeros = mask.numel() - int(mask.count_nonzero())
+        return mask if zeros >= SPARSE_FROM * mask.numel() else None

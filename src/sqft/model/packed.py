@@ -101,8 +101,10 @@ def load_packed_model(
         replacement = PackedLinear(QuantizedWeight(pack_codes(codes, grid.bits), grid, dtype), folder=folder)
         replacement.bias = linear.bias
         model.set_submodule(module, replacement)
+    _untie(model)
     names.load("")
-    model.tie_weights()
+    # As from_pretrained does: what is stored twice, with two contents, is not tied, whatever the config says.
+    model.tie_weights({name for name, parameter in model.named_parameters() if parameter.is_meta}, False)
     check_complete(folder, [name for name, parameter in model.named_parameters() if parameter.is_meta])
     model.requires_grad_(False)
     if (Path(folder) / "generation_config.json").is_file():
@@ -112,6 +114,14 @@ def load_packed_model(
     model.save_pretrained = _refuse_saving  # type: ignore[method-assign]
     model.eval()
     return model
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give tied parameters tensors of their own, so that each gets what is stored under its name."""
+    for name in model.all_tied_weights_keys:
+        parent, _, last = name.rpartition(".")
+        tied = model.get_parameter(name)
+        setattr(model.get_submodule(parent), last, nn.Parameter(torch.empty_like(tied), requires_grad=False))
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:

@@ -7,9 +7,11 @@ quantised weight inside its code's bin (the float weight just before rounding). 
 from __future__ import annotations
 
 import hashlib
+import math
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +25,7 @@ from sqft.model.checkpoint import Checkpoint, allocate_file
 from sqft.model.formats import PackedCheckpoint, quantization_config
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
 MASK_FILE = Path("sqft") / "mask.safetensors"
 START_FILE = Path("sqft") / "start.safetensors"
@@ -31,11 +33,33 @@ SPARSE_FROM = 0.25
 """Share of exact zeros from which a float base without a stored mask counts as sparse."""
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file of a base folder.
+
+    Raises:
+        InputError: it is damaged; names it.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as stream:
+            yield stream
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); make the folder again, or bring the file back") from error
+
+
 @lru_cache(maxsize=4)
-def _open_masks(file: str, mtime_ns: int) -> dict[str, tuple[int, ...]]:
-    with safe_open(file, framework="pt") as masks:
+def _open_masks(file: Path, mtime_ns: int) -> dict[str, tuple[int, ...]]:
+    with _opened(file) as masks:
         metadata = masks.metadata() or {}
-        return {name: tuple(int(n) for n in metadata[name].split(",")) for name in masks.keys()}
+        try:
+            shapes = {name: tuple(int(n) for n in metadata[name].split(",")) for name in masks.keys()}
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{file}: has no shape for {error}; it is no file of masks that sqft wrote") from error
+        for name, shape in shapes.items():
+            stored = tuple(masks.get_slice(name).get_shape())
+            if not shape or stored != (*shape[:-1], math.ceil(shape[-1] / 8)):
+                raise InputError(f"{file}: the mask of {name} has {list(stored)} bytes, its shape {list(shape)} others")
+        return shapes
 
 
 def _matching(name: str, known: Collection[str]) -> str | None:
@@ -53,11 +77,11 @@ def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
     file = Path(base or "") / MASK_FILE
     if not base or not file.is_file():
         return None
-    shapes = _open_masks(str(file), file.stat().st_mtime_ns)
+    shapes = _open_masks(file, file.stat().st_mtime_ns)
     found = _matching(name, shapes)
     if found is None:
         return None
-    with safe_open(str(file), framework="pt") as masks:
+    with _opened(file) as masks:
         return unpack_mask(masks.get_tensor(found), shapes[found][-1])
 
 
@@ -75,8 +99,18 @@ def write_masks(folder: Path, packed: dict[str, torch.Tensor], shapes: dict[str,
         written.write(name, mask)
 
 
-def read_masks(file: Path, source: Checkpoint) -> dict[str, torch.Tensor]:
-    """Read masks made elsewhere: packed ones of ours, or plain bool or 0/1 tensors; keys are on-disk weight names."""
+def read_masks(file: Path, source: Checkpoint, targeted: Collection[str]) -> dict[str, torch.Tensor]:
+    """Read masks made elsewhere: packed ones of ours, or plain bool or 0/1 tensors; keys are on-disk weight names.
+
+    Args:
+        file: the masks.
+        source: the model's tensors.
+        targeted: on-disk names of the weights that may be masked.
+
+    Raises:
+        InputError: unreadable, no weight of the model, no target, or another shape or values than a mask's; all at
+            once.
+    """
     try:
         tensors = load_file(file)
         with safe_open(str(file), framework="pt") as stream:
@@ -84,11 +118,15 @@ def read_masks(file: Path, source: Checkpoint) -> dict[str, torch.Tensor]:
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"sparsify.mask {file}: cannot be read as safetensors ({error})") from error
     masks = {}
+    others = []
     with Problems(f"sparsify.mask {file}") as problems:
         for key, tensor in tensors.items():
             name = key if key in source.entries else f"{key}.weight"
             if name not in source.entries:
                 problems.add(f"{key} is no weight of the model")
+                continue
+            if name not in targeted:
+                others.append(key)
                 continue
             shape = source.entries[name].shape
             mask = unpack_mask(tensor, shape[-1]) if key in metadata else tensor
@@ -98,6 +136,12 @@ def read_masks(file: Path, source: Checkpoint) -> dict[str, torch.Tensor]:
                 problems.add(f"{key} has values other than 0 and 1")
             else:
                 masks[name] = mask.bool()
+        if others:
+            listed = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
+            problems.add(
+                f"{len(others)} of its {len(tensors)} masks are of weights that are no targets: {listed}; take them "
+                "out of the file, or choose them with sparsify.targets and sparsify.ignore"
+            )
     return masks
 
 
@@ -123,7 +167,7 @@ def load_start(base: str | Path | None, name: str, start: str) -> torch.Tensor |
             f"base {base}: has no {START_FILE}, the weights before rounding; quantise with sqft quantize, or use "
             "finetune.start: dequantized"
         )
-    with safe_open(str(file), framework="pt") as offsets:
+    with _opened(file) as offsets:
         found = _matching(name, set(offsets.keys()))
         if found is None:
             raise InputError(f"base {base}: {START_FILE} has no {name}; the base is incomplete, quantise it again")
@@ -148,20 +192,14 @@ def float_source(base: Path) -> str:
     Raises:
         InputError: the base names none, or it is gone or has changed.
     """
-    manifest = base / MANIFEST
-    return _float_source(base.resolve(), manifest.stat().st_mtime_ns if manifest.is_file() else 0)
-
-
-@lru_cache(maxsize=4)
-def _float_source(base: Path, mtime_ns: int) -> str:
     if not (base / MANIFEST).is_file():
         raise InputError(
             f"base {base}: was not quantised by sqft, so the float weights are unknown; use finetune.start: dequantized"
         )
-    recorded = Artifact.open(base).manifest["inputs"]["model"]
-    path = Path(recorded["path"])
+    recorded = Artifact.open(base).manifest["inputs"].get("model", {})
+    path = Path(recorded.get("path", ""))
     if not path.exists():
-        path = base.parent / path.name  # a run's folder that was renamed
+        path = base.resolve().parent / path.name  # a run's folder that was renamed
     if not path.exists():
         raise InputError(f"base {base}: was quantised from {path}, which is gone; bring it back or use another start")
     if digest_input(path) != recorded["digest"]:
@@ -176,28 +214,30 @@ def identity(base: str | Path, start: str | None = None) -> dict[str, str]:
         base: the base's folder.
         start: the starting weight that training uses, for a quantised base.
     """
-    stamps = tuple(sorted((str(p), p.stat().st_mtime_ns) for p in Path(base).rglob("*") if p.is_file()))
-    return dict(_identity(str(base), start, stamps))
-
-
-@lru_cache(maxsize=4)
-def _identity(base: str, start: str | None, stamps: tuple[tuple[str, int], ...]) -> dict[str, str]:
+    base = Path(base)
     digests = {"base": digest_input(base)}
     if quantization_config(base) is None:
         return digests
+    # By the digest just made, so that another content is never taken for what was hashed before.
+    digests |= _grid_digests(base.resolve(), digests["base"])
+    for what, file in (("mask", MASK_FILE), ("start", START_FILE)):
+        if (base / file).is_file() and (what == "mask" or start == "compensated"):
+            digests[what] = digest_file(base / file)
+    if start == "float":
+        digests["start"] = digest_input(float_source(base))
+    return digests
+
+
+@lru_cache(maxsize=4)
+def _grid_digests(base: Path, _digest: str) -> dict[str, str]:
+    """Return the digests of a quantised base's codes, and of its scales and zero points."""
     packed = PackedCheckpoint(base)
     codes, grid = hashlib.sha256(), hashlib.sha256()
     for name, weight in sorted(packed.stored_names().items()):
         part = codes if name == packed.codes_name(weight) else grid
         part.update(name.encode())
         part.update(packed.checkpoint.read(name).contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digests |= {"codes": codes.hexdigest(), "scales and zero points": grid.hexdigest()}
-    for what, file in (("mask", MASK_FILE), ("start", START_FILE)):
-        if (Path(base) / file).is_file() and (what == "mask" or start == "compensated"):
-            digests[what] = digest_file(Path(base) / file)
-    if start == "float":
-        digests["start"] = digest_input(float_source(Path(base)))
-    return digests
+    return {"codes": codes.hexdigest(), "scales and zero points": grid.hexdigest()}
 
 
 def check_identity(

@@ -50,8 +50,8 @@ def run(
     description = describe("merge", config.model_dump(mode="json"), {"base": base, "adapter": adapter}, seed)
     if done := finished(out, description):
         return done
-    check_base(base, adapter)
     saved = SavedAdapter.open(adapter)
+    check_base(base, saved)
     weights = BaseWeights(base, saved, trust_remote_code=trust_remote_code)
     if saved.kind == "dense":
         _refuse_losses(config, weights, saved)
@@ -63,7 +63,9 @@ def run(
             for module, low in saved.modules.items():
                 merged = weights.merged(module, low)
                 output.write(merged.name, merged.tensor)
-                counts = {name: getattr(merged, name) for name in ("weights", "zeros", "changed", "filled_zeros")}
+                counts = {
+                    name: getattr(merged, name) for name in ("weights", "zeros", "changed", "pruned", "filled_zeros")
+                }
                 layers.append({"name": module, **counts})
                 del merged
                 release_memory()  # else heap that training has freed fills again, piece by piece, and stays
@@ -72,7 +74,7 @@ def run(
             (draft.path / MASK_FILE).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / MASK_FILE, draft.path / MASK_FILE)
         total = sum(layer["weights"] for layer in layers)
-        filled = sum(layer["filled_zeros"] for layer in layers)
+        filled, pruned = (sum(layer[name] for layer in layers) for name in ("filled_zeros", "pruned"))
         draft.result = {
             "coverage": f"merged {len(layers)} linears",
             "kind": saved.kind,
@@ -80,10 +82,12 @@ def run(
             "lossy": saved.kind == "dense" and weights.any_packed,
             "changed": sum(layer["changed"] for layer in layers),
             "weights": total,
+            "pruned": pruned,
             "filled_zeros": filled,
             "layers": layers,
         }
-        logger.info("merged %d linears of %d weights, %d pruned weights filled", len(layers), total, filled)
+        zeros = f"{filled} of {pruned} pruned ones filled" if pruned else "none of them pruned before"
+        logger.info("merged %d linears of %d weights, %s", len(layers), total, zeros)
     return Artifact.open(out)
 
 

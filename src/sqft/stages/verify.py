@@ -1,11 +1,16 @@
 """Verify: prove that a merged model is its base with its adapter, and that the zeros are still there.
 
+A proof holds for the bytes that were hashed for it: `made_from.inputs` in verify.json has digest, files and bytes of
+the three folders, and a proof of other bytes is not taken for one of these.
+
 Checks, each with its value and bound, in verify.json:
 - `zeros_kept`: no weight outside the base's mask is non-zero, in any layer.
 - `weights_equal`: every adapted weight is W' of base and adapter, to the bit; of a quantised base `codes_equal`: every
   code is the one that the live adapter computes.
 - `grid_untouched`: scales and zero points are the base's, to the bit (quantised bases).
 - `rest_untouched`: every other tensor is the base's, to the bit.
+- `all_finite`: no weight of the merged model and no logit of either model is NaN or Inf. With one, no distance means
+  anything, and the comparison of logits is left out.
 - `adapter_applied`: merging changed something; a merge that did nothing would pass the others.
 - `logits_equal`: logits of base + adapter against merged on held-out prompts, the merged model opened as its users
   would. Masked kinds run the same matmul on the same weight, so the bound is 0. A dense adapter that was rounded onto a
@@ -19,25 +24,26 @@ Checks, each with its value and bound, in verify.json:
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sqft.artifact import describe, finished_result, write_result
+from sqft.core.mask import finite
 from sqft.data.encode import encode
-from sqft.digests import digest_text
+from sqft.digests import digest_file, digest_text
+from sqft.disk import read_json
 from sqft.evaluation.harness import score_examples
 from sqft.evaluation.prepacked import stock_products
 from sqft.memory import costing
 from sqft.model.adapter import SavedAdapter
 from sqft.model.attach import check_base
-from sqft.model.checkpoint import Checkpoint
+from sqft.model.checkpoint import Checkpoint, side_files
 from sqft.model.formats import PackedCheckpoint
 from sqft.model.held import held_weights
 from sqft.model.load import load_model, load_tokenizer
 from sqft.model.merged import BaseWeights
-from sqft.model.stored import SPARSE_FROM, load_mask
+from sqft.model.stored import load_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +85,8 @@ def run(
     Raises:
         InputError: a folder cannot be read, or the adapter is another base's.
     """
-    check_base(base, adapter)
+    saved = SavedAdapter.open(adapter)
+    check_base(base, saved)
     inputs: dict[str, str | Path] = {"merged": merged, "base": base, "adapter": adapter}
     settings = {
         **config.model_dump(mode="json"),
@@ -89,14 +96,16 @@ def run(
     description = describe("verify", settings, inputs, seed)
     if (done := finished_result(out_file, description)) is not None:
         return done
-    saved = SavedAdapter.open(adapter)
     weights = BaseWeights(base, saved, trust_remote_code=trust_remote_code)
     output = Checkpoint(merged)
-    checks = [_zeros_kept(weights, output, merged, dense=saved.kind == "dense"), *_weights(weights, saved, output)]
+    found, not_finite = _weights(weights, saved, output)
+    checks = [_zeros_kept(weights, output, merged), *found]
     # Two products against one, and their sum rounded to the model's precision. Onto a grid it is a loss, not rounding.
     rounded = saved.kind == "dense" and not weights.any_packed
     with costing() as cost:
-        checks += _behaviour(config, rounded, merged, base, adapter, task, examples, seed, trust_remote_code)
+        checks += _behaviour(
+            config, rounded, merged, base, adapter, task, examples, seed, trust_remote_code, not_finite
+        )
     result = {"passed": all(check["passed"] for check in checks), "checks": checks, "cost": cost}
     return write_result(out_file, description, result)
 
@@ -105,7 +114,7 @@ def _check(name: str, value: float, bound: float, detail: str) -> dict[str, Any]
     return {"name": name, "passed": value <= bound, "value": value, "bound": bound, "detail": detail}
 
 
-def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path, *, dense: bool) -> dict[str, Any]:
+def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path) -> dict[str, Any]:
     new: dict[str, int] = {}
     pruned = 0
     adapted = {name: module for module, name in weights.names.items()}
@@ -114,10 +123,7 @@ def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path, *, dense
     for name in names:
         mask = load_mask(weights.base, name)
         if mask is None and name in adapted:
-            mask = weights.mask(adapted[name], transpose=False)
-            # The few zeros of a model that was never pruned are no promise of a dense adapter.
-            if dense and mask is not None and int((~mask).count_nonzero()) < SPARSE_FROM * mask.numel():
-                mask = None
+            mask = weights.promised(adapted[name])
         if mask is None:
             continue
         if packed is not None and name in packed.shapes:
@@ -140,9 +146,10 @@ def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path, *, dense
     return _check("zeros_kept", sum(new.values()), 0, detail)
 
 
-def _weights(weights: BaseWeights, adapter: SavedAdapter, output: Checkpoint) -> list[dict[str, Any]]:
-    """Compare every tensor of the merged model with what it must be."""
+def _weights(weights: BaseWeights, adapter: SavedAdapter, output: Checkpoint) -> tuple[list[dict[str, Any]], list[str]]:
+    """Compare every tensor of the merged model with what it must be; name those that are not finite."""
     differing: list[str] = []
+    not_finite: list[str] = []
     changed = 0
     for module, low in adapter.modules.items():
         expected = weights.merged(module, low)
@@ -154,9 +161,13 @@ def _weights(weights: BaseWeights, adapter: SavedAdapter, output: Checkpoint) ->
     adapted = {weights.stored_name(module) for module in adapter.modules}
     grid = set() if weights.packed is None else set(weights.packed.stored_names()) - adapted
     touched = [name for name in output.entries if name not in weights.checkpoint.entries]
-    for name in weights.checkpoint.entries:
-        same = name in output.entries and torch.equal(_bits(output.read(name)), _bits(weights.checkpoint.read(name)))
-        if name not in adapted and not same:
+    touched += [name for name in weights.checkpoint.entries if name not in output.entries]
+    for name in output.entries:
+        tensor = output.read(name)
+        if tensor.is_floating_point() and not finite(tensor.float()):
+            not_finite.append(name)
+        known = name in weights.checkpoint.entries and name not in adapted
+        if known and not torch.equal(_bits(tensor), _bits(weights.checkpoint.read(name))):
             touched.append(name)
     what = "weights equal W'" if weights.packed is None else "linears have the live adapter's codes,"
     checks = [
@@ -169,11 +180,29 @@ def _weights(weights: BaseWeights, adapter: SavedAdapter, output: Checkpoint) ->
     if weights.packed is not None:
         moved = [name for name in touched if name in grid]
         checks.append(_none("grid_untouched", moved, f"{len(weights.packed.shapes)} grids are the base's to the bit"))
-    others = [name for name in touched if name not in grid]
+    files, differing_files = _files(weights.base, output.folder)
+    others = [name for name in touched if name not in grid] + differing_files
     rest = len(set(weights.checkpoint.entries) - adapted - grid)
-    checks.append(_none("rest_untouched", others, f"{rest} other tensors equal the base's to the bit"))
+    detail = f"{rest} other tensors and {files} files beside them equal the base's to the bit"
+    checks.append(_none("rest_untouched", others, detail))
     detail = f"{changed} of {len(adapted)} adapted weights differ from the base's" if changed else "nothing was merged"
-    return [*checks, _check("adapter_applied", 0 if changed else 1, 0, detail)]
+    return [*checks, _check("adapter_applied", 0 if changed else 1, 0, detail)], not_finite
+
+
+def _files(base: Path, merged: Path) -> tuple[int, list[str]]:
+    """Return how many files lie beside the base's weights, and which the merged model has otherwise."""
+    ours, theirs = ({str(p.relative_to(f)): p for p in side_files(f)} for f in (base, merged))
+
+    def content(path: Path) -> Any:
+        if path.name != "config.json":
+            return digest_file(path)
+        # Merging lets it name the dtype that the weights have.
+        return {name: value for name, value in read_json(path).items() if name not in ("dtype", "torch_dtype")}
+
+    names = {**ours, **theirs}
+    return len(ours), [
+        name for name in names if name not in ours or name not in theirs or content(ours[name]) != content(theirs[name])
+    ]
 
 
 def _none(name: str, differing: list[str], detail: str) -> dict[str, Any]:
@@ -196,6 +225,7 @@ def _behaviour(
     examples: Sequence[Example],
     seed: int,
     trust_remote_code: bool,
+    not_finite: list[str],
 ) -> list[dict[str, Any]]:
     """Run both models; one is in memory at a time."""
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
@@ -219,16 +249,22 @@ def _behaviour(
         del model
     source = "held-out prompts" if examples else "random token sequences (no task was given)"
     asked = f"over {sum(len(ids) for ids in prompts)} tokens of {len(prompts)} {source}"
+    broken = sum(int((~torch.isfinite(row)).sum()) for rows in (*logits, *finer) for row in rows)
+    checks = [_all_finite(not_finite, broken, asked)]
+    if broken:
+        return checks
     if rounded and config.logit_bound is None:
         (moved, _), (noise, _) = _distances(*finer), _distances(logits[0], finer[0])
         detail = (
             f"merging moves a logit by {moved:.2g} on average {asked}, computing in {str(own).removeprefix('torch.')} "
             f"by {noise:.2g}; the quotient"
         )
-        checks = [_check("logits_close", moved / max(noise, 1e-30), 1, detail)]
+        checks.append(_check("logits_close", moved / max(noise, 1e-30), 1, detail))
     else:
         _, distance = _distances(*logits)
-        checks = [_check("logits_equal", distance, config.logit_bound or 0, f"largest difference of a logit {asked}")]
+        checks.append(
+            _check("logits_equal", distance, config.logit_bound or 0, f"largest difference of a logit {asked}")
+        )
     if task is not None:
         live, after = answers
         flipped = sum(a != b for a, b in zip(live, after, strict=True))
@@ -238,18 +274,24 @@ def _behaviour(
     return checks
 
 
+def _all_finite(tensors: list[str], logits: int, asked: str) -> dict[str, Any]:
+    """Return the check that nothing is NaN or Inf; its value counts tensors and logits that are."""
+    detail = f"no weight and no logit {asked} is NaN or Inf"
+    if tensors or logits:
+        detail = f"NaN or Inf in tensors: {', '.join(tensors[:5]) or 'none'}; in {logits} logits {asked}"
+    return _check("all_finite", len(tensors) + logits, 0, detail)
+
+
 def _logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
     return [model(input_ids=torch.tensor([ids])).logits[0] for ids in prompts]
 
 
 def _distances(one: list[torch.Tensor], other: list[torch.Tensor]) -> tuple[float, float]:
-    """Return the (mean, largest) absolute difference of logits over all prompts; NaN counts as infinite."""
+    """Return the (mean, largest) absolute difference of finite logits over all prompts."""
     total, count, largest = 0.0, 0, 0.0
     for a, b in zip(one, other, strict=True):
         wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         difference = (a.to(wide) - b.to(wide)).abs()
-        if not bool(torch.isfinite(difference).all()):
-            return math.inf, math.inf
         total, count = total + float(difference.sum()), count + difference.numel()
         largest = max(largest, float(difference.max()))
     return total / count, largest

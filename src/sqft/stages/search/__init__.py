@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqft.artifact import Artifact, describe, finished, writing
 from sqft.data.tasks import judged_digest
-from sqft.disk import write_json
+from sqft.disk import read_json, write_json
 from sqft.errors import InputError
 from sqft.locks import exclusive
 from sqft.model.adapter import SavedAdapter, write_sub_adapter
-from sqft.model.load import read_json
 
 if TYPE_CHECKING:
     from sqft.core.ranks import RankSpace
