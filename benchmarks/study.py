@@ -18,9 +18,10 @@ from typing import Any
 
 from sqft.compare.methods import METHODS
 from sqft.compare.sweep import chart
-from sqft.compare.table import compare_pair, markdown, summarise
+from sqft.compare.table import compare_pair, page, summarise
+from sqft.pages.charts import Dot, dot_plot
+from sqft.pages.render import form
 from sqft.recipe import load_recipe
-from sqft.stages.report.charts import Dot, dot_plot
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks" / "results" / "study"
@@ -31,7 +32,7 @@ LEVELS = {"math-0": "none", "math-30": "30 %", "math": "50 %", "math-2of4": "2:4
 TWINS = {"sparsepeft": "shears", "qa_sparsepeft": "sqft"}
 PAGE = ROOT / "docs" / "results.md"
 FIGURES = ROOT / "docs" / "figures"
-STYLE = ROOT / "src" / "sqft" / "stages" / "report" / "style.css"
+STYLE = ROOT / "src" / "sqft" / "pages" / "templates" / "style.css"
 
 
 def table(name: str) -> str:
@@ -41,7 +42,8 @@ def table(name: str) -> str:
     seeds = 1 + max(row["seed"] for row in rows)
     summary = summarise(load_recipe(ROOT / "recipes" / f"{name}.yaml"), STUDY / name, methods, seeds)
     summary["methods"] = [{**method, "pending": 0} for method in summary["methods"]]  # all that were asked for are done
-    return re.sub(r"^## ", "### ", markdown(summary).partition("\n")[2].strip(), flags=re.MULTILINE)
+    text = form("page.md.j2", page=page(summary))
+    return re.sub(r"^## ", "### ", text.partition("\n")[2].strip(), flags=re.MULTILINE)
 
 
 def remedies() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,10 @@ from sqft.compare.table import score_text
 from sqft.disk import write_json
 from sqft.errors import Problems
 from sqft.model.load import read_json
-from sqft.stages.report.charts import SERIES, Point, line_chart
-from sqft.stages.report.page import charts, document, table, table_row
-from sqft.stages.report.words import model_name
+from sqft.pages.blocks import Block, Columns, Figure, Page, Row, Section, Table
+from sqft.pages.charts import SERIES, Point, line_chart
+from sqft.pages.render import write
+from sqft.pages.text import model_name
 
 if TYPE_CHECKING:
     from sqft.recipe import Recipe
@@ -92,10 +92,7 @@ def write_sweep(recipe: Recipe, out: Path, levels: Sequence[str], methods: Seque
                 values[level] = row["all"] or shares[0]
         summary["methods"][name] = values
     write_json(out / "sweep.json", summary)
-    (out / "sweep.md").write_text(markdown(summary), encoding="utf-8")
-    path = out / "sweep.html"
-    path.write_text(_page(summary), encoding="utf-8")
-    return path
+    return write(page(summary), out / "sweep")
 
 
 def _folder(level: str) -> str:
@@ -104,18 +101,6 @@ def _folder(level: str) -> str:
 
 def _level_text(level: str) -> str:
     return level if ":" in level else f"{100 * float(level):g} %"
-
-
-def markdown(summary: Mapping[str, Any]) -> str:
-    """Return the sweep as Markdown."""
-    levels = summary["levels"]
-    lines = [f"# {model_name(summary['model'])} on {summary['data']} over sparsity", ""]
-    lines += ["| method | " + " | ".join(map(_level_text, levels)) + " |", "|" + "---|" * (len(levels) + 1)]
-    for name, values in summary["methods"].items():
-        lines.append(
-            f"| {METHODS[name].label} | " + " | ".join(score_text(values.get(level)) for level in levels) + " |"
-        )
-    return "\n".join([*lines, "", "Per cent ± standard error over test rows, then over training seeds.", ""])
 
 
 def chart(summary: Mapping[str, Any]) -> str:
@@ -141,14 +126,19 @@ def _zeros(level: str) -> float:
     return 1 - int(kept) / int(group) if colon else float(level)
 
 
-def _page(summary: Mapping[str, Any]) -> str:
-    levels, methods = summary["levels"], summary["methods"]
-    title = f"{model_name(summary['model'])} on {summary['data']} over sparsity"
-    heads = [("Method", ""), *((_level_text(level), "num") for level in levels)]
+def page(summary: Mapping[str, Any]) -> Page:
+    """Return the page of a sweep."""
+    levels = summary["levels"]
     rows = [
-        table_row(escape(METHODS[name].label), [score_text(values.get(level)) for level in levels])
-        for name, values in methods.items()
+        Row([METHODS[name].label, *(score_text(values.get(level)) for level in levels)])
+        for name, values in summary["methods"].items()
     ]
-    caption = "Per cent ± standard error over test rows, then over training seeds."
-    sections = [("sweep", "Accuracy over sparsity", charts(chart(summary)) + table(heads, rows, caption))]
-    return document(title, f"<header><h1>{escape(title)}</h1></header>", sections, "sweep.md says the same as text.")
+    shown = Table(
+        ["Method", *map(_level_text, levels)],
+        rows,
+        "Per cent ± standard error over test rows, then over training seeds.",
+    )
+    drawn = chart(summary)
+    blocks: list[Block] = [Columns([[Figure(drawn)] if drawn else []]), shown]
+    title = f"{model_name(summary['model'])} on {summary['data']} over sparsity"
+    return Page(title, [Section("sweep", "Accuracy over sparsity", blocks)])

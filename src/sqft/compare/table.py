@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft.compare.methods import METHODS
 from sqft.disk import write_json
 from sqft.model.load import read_json
+from sqft.pages.blocks import Block, Columns, Figure, Page, Row, Section, Table, Text
+from sqft.pages.charts import Dot, dot_plot
+from sqft.pages.render import write
+from sqft.pages.text import ABSENT, bytes_text, model_name
 from sqft.recipe import QuantizeConfig
-from sqft.stages.report.charts import Dot, dot_plot
-from sqft.stages.report.page import charts, document, table, table_row
-from sqft.stages.report.words import bytes_text, model_name
 
 if TYPE_CHECKING:
     from sqft.recipe import Recipe
@@ -46,16 +46,16 @@ PAIRS = (
     ("qa_sparsepeft", "dense_lora", "what do zeros and INT4 cost, tuned?"),
 )
 _Z = 1.959964
+_LEGEND = (
+    "Blue: one merged model. Grey: a base, alone or with an adapter beside it. Bars: ± standard error over test rows."
+)
 
 
 def write_table(recipe: Recipe, out: Path, methods: Sequence[str], seeds: int) -> Path:
     """Write compare.json, compare.md and compare.html from the rows that are there; return the last's path."""
     summary = summarise(recipe, out, methods, seeds)
     write_json(out / "compare.json", summary)
-    (out / "compare.md").write_text(markdown(summary), encoding="utf-8")
-    path = out / "compare.html"
-    path.write_text(page(summary), encoding="utf-8")
-    return path
+    return write(page(summary), out / "compare")
 
 
 def summarise(recipe: Recipe, out: Path, methods: Sequence[str], seeds: int) -> dict[str, Any]:
@@ -206,13 +206,13 @@ def compare_pair(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, 
     return {"difference": mean, "low": mean - half, "high": mean + half, "n": len(differences), "by_seed": by_seed}
 
 
-# --- as text --------------------------------------------------------------------------------------------------------
+# --- as a page ------------------------------------------------------------------------------------------------------
 
 
 def score_text(entry: Mapping[str, Any] | None) -> str:
     """Return a score with its errors over rows and over seeds, in per cent."""
     if entry is None:
-        return "–"
+        return ABSENT
     if entry["metric"] == "perplexity":
         return f"{entry['value']:.2f}"
     rows = f" ± {100 * entry['stderr_rows']:.1f}" if entry["stderr_rows"] is not None else ""
@@ -220,125 +220,109 @@ def score_text(entry: Mapping[str, Any] | None) -> str:
     return f"{100 * entry['value']:.1f}{rows}{seeds}"
 
 
-def _columns(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (key, title) of the tasks; `all` first where there is more than one."""
+def page(summary: Mapping[str, Any]) -> Page:
+    """Return the page of a comparison."""
+    sections = [
+        Section("methods", "Methods", _scores(summary)),
+        Section("costs", "Models and costs", [_costs(summary)]),
+    ]
+    if summary["pairs"]:
+        sections.append(Section("pairs", "Pair by pair", [_pairs(summary)]))
+    return Page(f"{model_name(summary['model'])} on {summary['data']}", sections)
+
+
+def _scores(summary: Mapping[str, Any]) -> list[Block]:
+    tasks = _tasks(summary)
+    charts, heads = [], ["Method"]
+    for task, n in tasks.items():
+        heads.append(f"{task}, n = {n:,}")
+        charts.append(_dots(summary, task, heads[-1]))
+    rows = []
+    for method in summary["methods"]:
+        cells = [score_text(_entry(method, task)) for task in tasks]
+        if "tasks" not in method:
+            reason = "; ".join(f"seed {f['seed']}: {f['reason'].splitlines()[0]}" for f in method["failed"])
+            cells[:1] = [f"failed: {reason}" if reason else "not run yet"]
+        rows.append(Row([method["label"], *cells]))
+    return [
+        Text(_LEGEND, "legend"),
+        Columns(charts),
+        Table(
+            heads,
+            rows,
+            "Per cent ± standard error over test rows, in brackets over training seeds.",
+        ),
+    ]
+
+
+def _tasks(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Return {task: its rows}, `all rows` first where there is more than one."""
     for method in summary["methods"]:
         if "tasks" in method:
-            tasks = [(name, f"{name}, n = {task['n']:,}") for name, task in method["tasks"].items()]
-            pooled = method["all"]
-            return ([("all", f"all rows, n = {pooled['n']:,}")] if pooled else []) + tasks
-    return []
+            pooled = {"all rows": method["all"]["n"]} if method["all"] else {}
+            return pooled | {name: task["n"] for name, task in method["tasks"].items()}
+    return {"": 0}
 
 
-def _cells(method: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> list[str]:
-    if "tasks" not in method:
-        reason = "; ".join(f"seed {f['seed']}: {f['reason'].splitlines()[0]}" for f in method["failed"])
-        return [f"failed: {reason}" if reason else "not run yet"] + ["–"] * (len(columns) + len(_HEADS) - 1)
-    scores = [score_text(method["all"] if key == "all" else method["tasks"].get(key)) for key, _ in columns]
-    trained = method["training"]
-    cost = ("–", "–")
-    if trained:
-        step = trained["seconds_per_step"]
-        cost = ("–" if step is None else f"{step:.2f}", bytes_text(trained["peak_memory_bytes"]))
-    speed = "–" if method["rows_per_second"] is None else f"{method['rows_per_second']:.1f}"
-    counts = {"failed": len(method["failed"]), "pending": method["pending"]}
-    missing = [f"{count} {what}" for what, count in counts.items() if count]
-    seeds = str(len(method["seeds"])) + (f" ({', '.join(missing)})" if missing else "")
-    return [*scores, method["one_model"], method["precision"], bytes_text(method["stored_bytes"]), *cost, speed, seeds]
+def _entry(method: Mapping[str, Any], task: str) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = method.get("all") if task == "all rows" else method.get("tasks", {}).get(task)
+    return found
 
 
-_HEADS = ("one model", "precision", "stored", "s / step", "peak memory", "rows / s", "seeds")
+def _dots(summary: Mapping[str, Any], task: str, title: str) -> list[Block]:
+    dots = []
+    for method in summary["methods"]:
+        entry = _entry(method, task)
+        if entry is None or entry["metric"] == "perplexity":
+            continue
+        # The same error for all, those with one seed too; the table has the other.
+        error = entry["stderr_rows"]
+        style = "merged" if METHODS[method["method"]].merged else "dense"
+        text = score_text({**entry, "stderr_seeds": None})
+        dots.append(Dot(method["label"], 100 * entry["value"], None if error is None else 100 * error, text, style))
+    return [Figure(dot_plot(dots, title, unit=" %"), title)] if dots else []
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-    """Return the comparison as Markdown."""
-    columns = _columns(summary)
-    heads = ["method", *(title for _, title in columns), *_HEADS]
-    rows = [[method["label"], *_cells(method, columns)] for method in summary["methods"]]
+def _costs(summary: Mapping[str, Any]) -> Table:
+    heads = ["Method", "one model", "precision", "stored", "s / step", "peak memory", "rows / s", "seeds"]
+    rows = [[method["label"], *_cost(method)] for method in summary["methods"]]
     # Rows that an earlier version recorded may lack a figure.
-    known = [i for i in range(len(heads)) if any(row[i] != "–" for row in rows)]
-    lines = [f"# {model_name(summary['model'])} on {summary['data']}", ""]
-    lines += ["| " + " | ".join(heads[i] for i in known) + " |", "|" + "---|" * len(known)]
-    lines += ["| " + " | ".join(row[i] for i in known) + " |" for row in rows]
-    caption = _CAPTION if "rows / s" in (heads[i] for i in known) else _CAPTION.replace(_SPEED, "")
-    lines += ["", "Accuracy in per cent ± its standard error over test rows, then over training seeds. " + caption]
-    if summary["pairs"]:
-        lines += [
-            "",
-            "## Pair by pair",
-            "",
-            "| | difference, points | 95 % interval | rows | seed by seed |",
-            "|---|---|---|---|---|",
-        ]
-        for pair in summary["pairs"]:
-            lines.append(f"| {_pair_name(pair)}: {pair['question']} | {' | '.join(_pair_cells(pair))} |")
-    return "\n".join(lines) + "\n"
-
-
-_SPEED = "rows a second those of answering the test rows, "
-_CAPTION = (
-    f"Seconds a step and peak memory are those of training as it ran, {_SPEED}other work on the machine included; "
-    "stored is what the model's weight files take."
-)
-
-
-def _pair_name(pair: Mapping[str, Any]) -> str:
-    return f"{METHODS[pair['method']].label} − {METHODS[pair['against']].label}"
-
-
-def _pair_cells(pair: Mapping[str, Any]) -> list[str]:
-    interval = f"{100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}"
-    by_seed = ", ".join(f"{100 * value:+.1f}" for value in pair["by_seed"])
-    return [f"{100 * pair['difference']:+.1f}", interval, f"{pair['n']:,}", by_seed]
-
-
-def page(summary: Mapping[str, Any]) -> str:
-    """Return the comparison as one HTML document that loads nothing."""
-    columns = _columns(summary)
-    title = f"{model_name(summary['model'])} on {summary['data']}"
-    drawn = []
-    for key, name in columns:
-        dots = []
-        for method in summary["methods"]:
-            entry = (
-                (method.get("all") if key == "all" else method.get("tasks", {}).get(key)) if "tasks" in method else None
-            )
-            if entry is None or entry["metric"] == "perplexity":
-                continue
-            # The same error for all, those with one seed too; the table has the other.
-            error = entry["stderr_rows"]
-            style = "merged" if METHODS[method["method"]].merged else "dense"
-            text = score_text({**entry, "stderr_seeds": None})
-            dots.append(Dot(method["label"], 100 * entry["value"], None if error is None else 100 * error, text, style))
-        if dots:
-            drawn.append(f"<div><h3>{escape(name)}</h3>{dot_plot(dots, name, unit=' %')}</div>")
-    # Scores and costs apart: side by side they are wider than a printed page.
-    cells = {method["label"]: [escape(cell) for cell in _cells(method, columns)] for method in summary["methods"]}
-    split = len(columns)
-    scores = table(
-        [("Method", ""), *((name, "num") for _, name in columns)],
-        [table_row(escape(label), row[:split]) for label, row in cells.items()],
-        "Per cent ± standard error over test rows, in brackets over training seeds (in the table alone).",
+    known = [i for i in range(len(heads)) if any(row[i] != ABSENT for row in rows)]
+    caption = (
+        "Seconds a step and peak memory are those of training as it ran, rows a second those of answering the test "
+        "rows, other work on the machine included; stored is what the model's weight files take."
     )
-    costs = table(
-        [("Method", ""), *((head, "num") for head in _HEADS)],
-        [table_row(escape(label), row[split:]) for label, row in cells.items()],
-        _CAPTION,
-    )
-    legend = "<p>Blue: one merged model. Grey: a base, alone or with an adapter beside it. Bars: ± standard error.</p>"
-    sections = [("methods", "Methods", legend + charts(*drawn) + scores), ("costs", "Models and costs", costs)]
-    if summary["pairs"]:
-        pairs = [
-            table_row(escape(_pair_name(pair)), _pair_cells(pair), escape(pair["question"]))
-            for pair in summary["pairs"]
-        ]
-        names = [
-            ("Pair", ""),
-            ("difference, points", "num"),
-            ("95 % interval", "num"),
-            ("rows", "num"),
-            ("seed by seed", "num"),
-        ]
-        caption = "The same test rows on both sides, averaged over the seeds that both have."
-        sections.append(("pairs", "Pair by pair", table(names, pairs, caption)))
-    return document(title, f"<header><h1>{escape(title)}</h1></header>", sections, "compare.md says the same as text.")
+    return Table([heads[i] for i in known], [Row([row[i] for i in known]) for row in rows], caption)
+
+
+def _cost(method: Mapping[str, Any]) -> list[str]:
+    counts = {"failed": len(method["failed"]), "pending": method["pending"]}
+    missing = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    seeds = f"{len(method['seeds'])} ({missing})" if missing else str(len(method["seeds"]))
+    if "tasks" not in method:
+        return [ABSENT] * 6 + [seeds]
+    trained = method["training"] or {}
+    step, speed = trained.get("seconds_per_step"), method["rows_per_second"]
+    return [
+        method["one_model"],
+        method["precision"],
+        bytes_text(method["stored_bytes"]),
+        ABSENT if step is None else f"{step:.2f}",
+        bytes_text(trained.get("peak_memory_bytes")),
+        ABSENT if speed is None else f"{speed:.1f}",
+        seeds,
+    ]
+
+
+def _pairs(summary: Mapping[str, Any]) -> Table:
+    rows = []
+    for pair in summary["pairs"]:
+        name = f"{METHODS[pair['method']].label} − {METHODS[pair['against']].label}"
+        interval = f"{100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}"
+        by_seed = ", ".join(f"{100 * value:+.1f}" for value in pair["by_seed"])
+        rows.append(
+            Row([name, f"{100 * pair['difference']:+.1f}", interval, f"{pair['n']:,}", by_seed], pair["question"])
+        )
+    heads = ["Pair", "difference, points", "95 % interval", "rows", "seed by seed"]
+    caption = "The same test rows on both sides, averaged over the seeds that both have."
+    return Table(heads, rows, caption, notes="question")

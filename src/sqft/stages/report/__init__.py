@@ -4,24 +4,28 @@ Reads the manifests and results in a run's folder and writes `report.html` (one 
 in light, dark, on a phone and by a screen reader) and `report.md`. It measures nothing itself: every number shown
 names the file or folder it was read from. What the recipe asks for and the folder lacks is listed, not passed over.
 A merged model gets its model card, `merged/README.md`. The same inputs give the same bytes; there is no date in it.
+
+facts.py and models.py read, words.py and figures.py say and draw, sections.py puts both in order once, and
+:mod:`sqft.pages` gives that its forms.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
-from sqft.stages.report import words
+from sqft.pages.render import write, write_text
+from sqft.pages.text import ABSENT, bytes_text, percent_text
+from sqft.stages.report import sections
 from sqft.stages.report.card import CARD, base_card, merge_card, model_card
-from sqft.stages.report.facts import check_baselines, gather
-from sqft.stages.report.markdown import markdown
-from sqft.stages.report.page import page
+from sqft.stages.report.facts import gather
+from sqft.stages.report.models import check_baselines
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sqft.artifact import Artifact
     from sqft.recipe import Recipe
+    from sqft.stages.report.models import Score
 
 __all__ = ["check_baselines", "run", "summary_table", "write_card"]
 
@@ -40,17 +44,16 @@ def run(out: Path, recipe: Recipe) -> Path:
         InputError: a file of the folder cannot be read, or a baseline that the recipe names is not there.
     """
     facts = gather(out, recipe)
-    _write(out / "report.md", markdown(facts))
-    _write(out / "report.html", page(facts))
+    path = write(sections.report(facts), out / "report")
     if "merged" in facts.manifests and (base := base_card(out / "merged", facts.manifests["merged"])) is not None:
-        _write(out / "merged" / CARD, model_card(facts, base))
-    return out / "report.html"
+        write_text(out / "merged" / CARD, model_card(facts, base))
+    return path
 
 
 def write_card(merged: Artifact) -> None:
     """Write the model card of a folder that was merged outside a run; a person's own README.md is left alone."""
     if (base := base_card(merged.path, merged.manifest)) is not None:
-        _write(merged.path / CARD, merge_card(merged.path, merged.manifest, base))
+        write_text(merged.path / CARD, merge_card(merged.path, merged.manifest, base))
 
 
 def summary_table(out: Path, recipe: Recipe) -> list[dict[str, str]]:
@@ -66,19 +69,18 @@ def summary_table(out: Path, recipe: Recipe) -> list[dict[str, str]]:
     facts = gather(out, recipe)
     return [
         {
-            "model": row.label + (" (earlier run)" if row.key == "baseline" else ""),
-            **{words.column_title(facts, c): words.score_text(row.scores.get(c)) for c in facts.columns},
-            "zeros": words.percent_text(row.zeros),
-            "precision": row.precision or words.ABSENT,
-            "size": words.bytes_text(row.size_bytes),
-            "artefact": row.source if row.key == "baseline" else row.artefact,
+            "model": model.label + (" (earlier run)" if model.key == "baseline" else ""),
+            **{title: _text(model.scores.get(column)) for column, title in facts.columns.items()},
+            "zeros": percent_text(model.zeros),
+            "precision": model.precision or ABSENT,
+            "size": bytes_text(model.size_bytes),
+            "artefact": model.source if model.key == "baseline" else model.artefact,
         }
-        for row in facts.rows
+        for model in facts.models
     ]
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a text file so that it is whole or unchanged."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _text(score: Score | None) -> str:
+    if score is None:
+        return ABSENT
+    return f"{score.text} ({score.cell.below})" if score.cell.below else score.text

@@ -1,28 +1,28 @@
 """`merged/README.md`: the model card that a merged folder is published with.
 
 The card is written after the folder was finished and is no part of what the folder's manifest records, so writing it
-changes no digest and no key. A card that the base model brought along is kept below ours. Which text is whose is told
-from the manifest (it has the digest of the base's card) and from the mark that ours bears; a README.md that is neither
-is a person's own and is left alone.
+changes no digest and no key. A card that the base model brought along is kept below ours. The manifest tells the base's
+card (it has its digest), a mark tells ours; a README.md that is neither is a person's own and is left alone.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from sqft.digests import digest_file
 from sqft.model.load import read_json
-from sqft.stages.report import words
-from sqft.stages.report.facts import stored_precision, zeros_of
-from sqft.stages.report.markdown import table
+from sqft.pages.blocks import Badge, Block, Code, Items, Page, Section, Text
+from sqft.pages.render import form
+from sqft.pages.text import ABSENT, model_name, percent_text
+from sqft.stages.report import sections, words
+from sqft.stages.report.models import stored_precision, zeros_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from sqft.stages.report.facts import Facts
 
@@ -30,18 +30,30 @@ CARD = "README.md"
 MARK = "<!-- Written by sqft report, which writes it anew unless this line is removed. -->"
 BASE_HEADING = "## The base model's own card"
 FOLDER = "path/to/this/folder"
+_MADE = "Made with sqft: one model, which needs no adapter and no sqft to run."
+_OPENS = {
+    "gptq": "vLLM opens it as it is; transformers needs a package for GPTQ models besides.",
+    "integers": "transformers opens it with the package `compressed-tensors` installed, vLLM as it is.",
+    "float": "An ordinary model folder without quantisation: transformers and vLLM open it as it is.",
+}
+_ROUNDED = (
+    "On CPUs with AMX vLLM rounds activations to 8 bits for 4-bit models unless `VLLM_CPU_INT4_W4A8=0` is set: "
+    "faster, but no longer the model that was verified."
+)
+_CODE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})
+inputs = tokenizer("Question: ...", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 
 
-@dataclass(frozen=True)
-class BaseCard:
-    """What the base model's card says.
+class BaseCard(NamedTuple):
+    """The base model's card: its licence fields, which hold for what is made from it too, and its text below them."""
 
-    Attributes:
-        licence: the licence fields of its front matter, which hold for what is made from the model too.
-        text: it without its front matter.
-    """
-
-    licence: dict[str, str] = field(default_factory=dict)
+    licence: Mapping[str, str] = {}
     text: str = ""
 
 
@@ -60,9 +72,9 @@ def base_card(folder: Path, manifest: Mapping[str, Any]) -> BaseCard | None:
         return BaseCard()
     front, text = _split(path.read_text(encoding="utf-8-sig", errors="replace"))
     if manifest.get("files", {}).get(CARD) != digest_file(path):
-        if MARK not in text.partition(f"\n{BASE_HEADING}\n")[0]:
+        ours, _, text = text.partition(f"\n{BASE_HEADING}\n")
+        if MARK not in ours:
             return None
-        text = text.partition(f"\n{BASE_HEADING}\n")[2]
     licence = {key: value for key, value in front.items() if str(key).startswith("license") and isinstance(value, str)}
     return BaseCard(licence, text.strip())
 
@@ -79,80 +91,60 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     return front if isinstance(front, dict) else {}, text[match.end() :]
 
 
-def model_card(facts: Facts, base: BaseCard | None = None) -> str:
-    """Return the README.md of a run's merged model.
-
-    Args:
-        facts: of the run.
-        base: the base model's own card, which is kept at the end.
-    """
-    base = base or BaseCard()
-    front = yaml.safe_dump(_front_matter(facts, base), sort_keys=False, allow_unicode=True)
-    data = facts.recipe.data
-    limit = f", at most {data.train_limit:,} training rows" if data.train_limit else ""
-    parts = [
-        f"---\n{front}---",
-        MARK,
-        f"# {words.model_name(facts.recipe.model)} on {data.task}",
-        f"{words.headline(facts)} Made with sqft: one model, which needs no adapter and no sqft to run.",
-        facts.recipe.note,
-        f"- Base model: `{facts.recipe.model}`\n- Data: `{data.task}`{limit}\n"
-        f"- Sparsity: {_sparsity(facts)}\n- Precision: {_precision(facts.merged_config or {})}",
-        *words.sparsity_notes(facts),
-        "## Accuracy",
-        _accuracy(facts),
-        "## Is the merge exact?",
-        *_verification(facts),
-        "## Loading it",
-        *_loading(facts.merged_config or {}, trust=facts.recipe.trust_remote_code),
-        "## The recipe",
-        f"```yaml\n{words.recipe_text(facts.recipe, full=False)}```",
-        *([BASE_HEADING, base.text] if base.text else []),
+def model_card(facts: Facts, base: BaseCard) -> str:
+    """Return the README.md of a run's merged model, the base model's own card at its end."""
+    recipe, config, zeros = facts.recipe, facts.merged_config, zeros_of("merged", facts.manifests)
+    sparse = recipe.sparsify is not None and zeros is not None
+    limit = f", at most {recipe.data.train_limit:,} training rows" if recipe.data.train_limit else ""
+    about = [
+        f"Base model: `{recipe.model}`",
+        f"Data: `{recipe.data.task}`{limit}",
+        f"Sparsity: {_sparsity(zeros, 'targeted') if sparse else 'none was made by this recipe'}",
+        f"Precision: {_precision(config)}",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    lead = [f"{words.headline(facts)} {_MADE}", recipe.note]
+    accuracy: list[Block] = [Text("This model was not evaluated.")]
+    if facts.models:
+        accuracy = [sections.results_table(facts, this="merged"), Text("One seed.")]
+    proof: list[Block] = [Badge(*words.verdict(facts)), *(sections.verification(facts) if facts.verify else [])]
+    parts = [
+        Section("accuracy", "Accuracy", accuracy),
+        Section("verification", "Is the merge exact?", proof),
+        _loading(config, trust=recipe.trust_remote_code),
+        Section("recipe", "The recipe", [Code(words.recipe_text(recipe, full=False), "yaml")]),
+    ]
+    head: list[Block] = [*map(Text, lead), Items(about), *map(Text, words.sparsity_notes(facts))]
+    tags = ["compressed", *(["sparse"] if sparse and round(zeros or 0, 4) > 0 else [])]
+    precision = stored_precision(config) or ""
+    tags += [precision.lower()] if precision.startswith("INT") else []
+    named = {"base_model": recipe.model} if is_hub_id(recipe.model) else {}
+    return _card(Page(f"{model_name(recipe.model)} on {recipe.data.task}", parts, head), base, tags, named)
 
 
 def merge_card(folder: Path, manifest: Mapping[str, Any], base: BaseCard) -> str:
-    """Return the README.md of a folder that was merged by itself, outside a run: what its manifest knows.
-
-    Args:
-        folder: the merged folder.
-        manifest: its manifest.
-        base: the base model's own card, which is kept at the end.
-    """
+    """Return the README.md of a folder that was merged by itself, outside a run: what its manifest knows."""
     config, result = read_json(folder / "config.json"), manifest["result"]
-    weights = sum(layer["weights"] for layer in result["layers"])
-    zeros = sum(layer["zeros"] for layer in result["layers"]) / weights
+    zeros, weights = (sum(layer[key] for layer in result["layers"]) for key in ("zeros", "weights"))
     name = Path(manifest["inputs"]["base"]["path"]).name
-    front = {**base.licence, "library_name": "transformers", "tags": ["sqft"], "pipeline_tag": "text-generation"}
     exact = "to the nearest weight of its precision" if result["kind"] == "dense" else "exactly"
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        MARK,
-        f"# {name}, fine-tuned",
-        f"An adapter of kind {result['kind']} is merged in {exact}. Made with sqft: one model, which needs no adapter "
-        "and no sqft to run.",
-        f"- Base model: `{name}`\n"
-        f"- Sparsity: {words.percent_text(zeros)} of the weights of the adapted linears are zero\n"
-        f"- Precision: {_precision(config)}",
-        "## Is the merge exact?",
-        "`sqft verify MERGED --base BASE --adapter ADAPTER` proves it; this card does not know whether that was done.",
-        "## Loading it",
-        *_loading(config, trust=False),
-        *([BASE_HEADING, base.text] if base.text else []),
+    about = [
+        f"Base model: `{name}`",
+        f"Sparsity: {_sparsity(zeros / weights, 'adapted')}",
+        f"Precision: {_precision(config)}",
     ]
-    return "\n\n".join(parts) + "\n"
+    proof = (
+        "`sqft verify MERGED --base BASE --adapter ADAPTER` proves it; this card does not know whether that was done."
+    )
+    parts = [Section("verification", "Is the merge exact?", [Text(proof)]), _loading(config, trust=False)]
+    head: list[Block] = [Text(f"An adapter of kind {result['kind']} is merged in {exact}. {_MADE}"), Items(about)]
+    return _card(Page(f"{name}, fine-tuned", parts, head), base)
 
 
-def _front_matter(facts: Facts, base: BaseCard) -> dict[str, Any]:
-    tags = ["sqft", "compressed"]
-    if facts.recipe.sparsify is not None and round(_zeros(facts) or 0, 4) > 0:
-        tags.append("sparse")
-    precision = stored_precision(facts.merged_config or {}) or ""
-    if precision.startswith("INT"):
-        tags.append(precision.lower())
-    named = {"base_model": facts.recipe.model} if is_hub_id(facts.recipe.model) else {}
-    return {**named, **base.licence, "library_name": "transformers", "tags": tags, "pipeline_tag": "text-generation"}
+def _card(page: Page, base: BaseCard, tags: Sequence[str] = (), named: Mapping[str, str] = {}) -> str:
+    front = {**named, **base.licence, "library_name": "transformers", "tags": ["sqft", *tags]}
+    front["pipeline_tag"] = "text-generation"
+    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return form("card.md.j2", page=page, front=text, mark=MARK, heading=BASE_HEADING, base=base.text)
 
 
 def is_hub_id(reference: str) -> bool:
@@ -161,78 +153,20 @@ def is_hub_id(reference: str) -> bool:
     return looks and not reference.endswith(".gguf") and not Path(reference).exists()
 
 
-def _zeros(facts: Facts) -> float | None:
-    return zeros_of("merged", facts.compressed[0] or "dense", facts.manifests)
+def _sparsity(zeros: float | None, which: str) -> str:
+    return f"{percent_text(zeros)} of the weights of the {which} linears are zero"
 
 
-def _sparsity(facts: Facts) -> str:
-    zeros = _zeros(facts)
-    if zeros is None or facts.recipe.sparsify is None:
-        return "none was made by this recipe"
-    return f"{words.percent_text(zeros)} of the weights of the targeted linears are zero"
-
-
-def _precision(config: dict[str, Any]) -> str:
+def _precision(config: Mapping[str, Any]) -> str:
     method = (config.get("quantization_config") or {}).get("quant_method")
-    return (stored_precision(config) or words.ABSENT) + (f", stored as {method}" if method else "")
+    return (stored_precision(config) or ABSENT) + (f", stored as {method}" if method else "")
 
 
-def _accuracy(facts: Facts) -> str:
-    if not facts.rows:
-        return "This model was not evaluated."
-    heads = ["model", *(words.column_title(facts, c) for c in facts.columns), "zeros", "precision", "weights"]
-    rows = [
-        [
-            row.label + (" (earlier run)" if row.key == "baseline" else " (this model)" if row.key == "merged" else ""),
-            *(words.score_text(row.scores.get(column)) for column in facts.columns),
-            words.percent_text(row.zeros),
-            row.precision or words.ABSENT,
-            words.bytes_text(row.size_bytes),
-        ]
-        for row in facts.rows
-    ]
-    return f"{table(heads, rows)}\n\nValue ± one standard error over n rows. One seed."
-
-
-def _verification(facts: Facts) -> list[str]:
-    sentence = f"**{words.verdict(facts)[1]}**"
-    checks = (facts.verify or {}).get("checks", [])
-    rows = [
-        [
-            str(check["name"]).replace("_", " "),
-            "passed" if check["passed"] else "**FAILED**",
-            *(words.number_text(check.get(key)) for key in ("value", "bound")),
-            str(check.get("detail") or ""),
-        ]
-        for check in checks
-    ]
-    return [sentence, table(["check", "result", "measured", "bound", "detail"], rows) if rows else ""]
-
-
-def _loading(config: dict[str, Any], *, trust: bool) -> list[str]:
+def _loading(config: Mapping[str, Any], *, trust: bool) -> Section:
     quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") == "gptq":
-        opens = "vLLM opens it as it is; transformers needs a package for GPTQ models besides."
-    elif quantization:
-        opens = "transformers opens it with the package `compressed-tensors` installed, vLLM as it is."
-    else:
-        opens = "An ordinary model folder without quantisation: transformers and vLLM open it as it is."
-    code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'folder = "{FOLDER}"\ntokenizer = AutoTokenizer.from_pretrained(folder{_trust(trust)})\n'
-        f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{_trust(trust)})\n'
-        'inputs = tokenizer("Question: ...", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
-    )
+    method = quantization.get("quant_method")
+    opens = _OPENS["gptq" if method == "gptq" else "integers" if quantization else "float"]
+    code = _CODE.format(folder=FOLDER, trust=", trust_remote_code=True" if trust else "")
     serve = f"vllm serve {FOLDER}{' --trust-remote-code' if trust else ''}"
-    found = [opens, f"```python\n{code}\n```", f"```sh\n{serve}\n```"]
-    if quantization:
-        found.append(
-            "On CPUs with AMX vLLM rounds activations to 8 bits for 4-bit models unless `VLLM_CPU_INT4_W4A8=0` is set: "
-            "faster, but no longer the model that was verified."
-        )
-    return found
-
-
-def _trust(trust: bool) -> str:
-    return ", trust_remote_code=True" if trust else ""
+    blocks: list[Block] = [Text(opens), Code(code, "python"), Code(serve, "sh")]
+    return Section("loading", "Loading it", [*blocks, Text(_ROUNDED)] if quantization else blocks)

@@ -1,21 +1,22 @@
-"""The figures of a report: what a log, a mask, a search and a rank choice look like, with the numbers behind each."""
+"""The charts of a report: what a log, a mask, a search and a rank choice look like, and the numbers behind each."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
 from itertools import accumulate
+from statistics import mean
 from typing import Any
 
-from sqft.stages.report.charts import Cell, Point, grid_chart, line_chart
-from sqft.stages.report.facts import finite
-from sqft.stages.report.words import percent_text
+from sqft.pages.charts import Cell, Point, grid_chart, line_chart
+from sqft.pages.text import percent_text
+
+Series = list[tuple[str, str, list[Point]]]
 
 
-def loss(log: dict[str, Any]) -> tuple[str, list[Point], list[Point]]:
-    """Return the loss chart, and the points of training and validation."""
-    train, held_out = finite(log.get("train", []), "loss"), finite(log.get("eval", []), "eval_loss")
-    series: list[tuple[str, str, list[Point]]] = []
+def loss(train: list[Point], held_out: list[Point]) -> str:
+    """Draw the losses of training, with their moving mean, and of validation."""
+    series: Series = []
     window = max(1, len(train) // 20)
     if window > 1:
         series.append(("training, each step", "raw", thin(train, 1000)))
@@ -24,12 +25,9 @@ def loss(log: dict[str, Any]) -> tuple[str, list[Point], list[Point]]:
         series.append(("training", "main", train))
     if held_out:
         series.append(("validation", "held-out", held_out))
-    label = "Loss over optimiser steps"
-    if train:
-        label += f": training from {train[0][1]:.3f} to {train[-1][1]:.3f}"
-    if held_out:
-        label += f", validation from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}"
-    return line_chart(series, label, "optimiser step", "loss (nats a token)"), train, held_out
+    ends = [(name, points) for name, points in (("training", train), ("validation", held_out)) if points]
+    said = ", ".join(f"{name} from {points[0][1]:.3f} to {points[-1][1]:.3f}" for name, points in ends)
+    return line_chart(series, f"Loss over optimiser steps: {said}", "optimiser step", "loss (nats a token)")
 
 
 def thin(points: list[Point], count: int) -> list[Point]:
@@ -42,12 +40,7 @@ def thin(points: list[Point], count: int) -> list[Point]:
 def smooth(points: list[Point], window: int) -> list[Point]:
     """Return the centred moving mean of a series, over up to `window` points."""
     half = window // 2
-    values = [y for _, y in points]
-    means = []
-    for index, (x, _) in enumerate(points):
-        around = values[max(0, index - half) : index + half + 1]
-        means.append((x, sum(around) / len(around)))
-    return means
+    return [(x, mean(y for _, y in points[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
 
 
 def place(names: list[str]) -> dict[str, tuple[str, int]]:
@@ -61,21 +54,20 @@ def place(names: list[str]) -> dict[str, tuple[str, int]]:
         match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
         rest = name[match.end() :] if match else name
         split[name] = (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", rest), int(match[1]) if match else 0)
-    longs = {long for long, _ in split.values()}
-    lasts = [long.rpartition(".")[2] for long in longs]
+    lasts = Counter(long.rpartition(".")[2] for long in {long for long, _ in split.values()})
     return {
-        name: (_fold(last if lasts.count(last := long.rpartition(".")[2]) == 1 else long), layer)
+        name: (_fold(last if lasts[last := long.rpartition(".")[2]] == 1 else long), layer)
         for name, (long, layer) in split.items()
     }
 
 
 def _fold(name: str) -> str:
     """Shorten the name of a group: 'q_proj+k_proj+v_proj' to 'q+k+v_proj'."""
-    parts = name.split("+")
-    ends = {part.rpartition("_")[2] for part in parts}
-    if len(parts) == 1 or len(ends) > 1 or not all("_" in part for part in parts):
+    parts = [part.rpartition("_") for part in name.split("+")]
+    ends = {(dash, end) for _, dash, end in parts}
+    if len(parts) == 1 or ends != {("_", parts[0][2])}:
         return name
-    return "+".join(part.rpartition("_")[0] for part in parts) + f"_{ends.pop()}"
+    return "+".join(begin for begin, _, _ in parts) + f"_{parts[0][2]}"
 
 
 def sparsity(layers: list[dict[str, Any]]) -> tuple[str, list[tuple[str, list[float], int]]]:
@@ -84,45 +76,43 @@ def sparsity(layers: list[dict[str, Any]]) -> tuple[str, list[tuple[str, list[fl
     Experts of a layer share a cell, which shows their mean.
     """
     places = place([layer["name"] for layer in layers])
-    merged: dict[tuple[str, int], list[tuple[float, int]]] = defaultdict(list)
-    for layer in layers:
-        merged[places[layer["name"]]].append((float(layer["sparsity"]), int(layer["weights"])))
-    cells: dict[tuple[str, int], Cell] = {}
+    members: dict[tuple[str, int], list[tuple[float, int]]] = defaultdict(list)
     kinds: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    for (name, index), members in merged.items():
-        weights = sum(w for _, w in members)
-        mean = sum(s * w for s, w in members) / weights
-        several = f", mean of {len(members)}" if len(members) > 1 else ""
-        cells[name, index] = Cell(mean, "", f"layer {index} {name}: {percent_text(mean)} zero{several}")
-        kinds[name] += members
-    values = [s for members in merged.values() for s, _ in members]
-    label = (
-        f"Sparsity of {len(layers)} linears by layer, from {percent_text(min(values))} to {percent_text(max(values))}"
-    )
-    stops = [(f"{round(100 * v)} %", v) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    summary = []
-    for name, members in kinds.items():
-        shares, weights = [s for s, _ in members], sum(w for _, w in members)
-        summary.append((name, [min(shares), sum(s * w for s, w in members) / weights, max(shares)], weights))
-    return grid_chart(cells, label, stops), summary
+    for layer in layers:
+        share = float(layer["sparsity"]), int(layer["weights"])
+        members[places[layer["name"]]].append(share)
+        kinds[places[layer["name"]][0]].append(share)
+    cells: dict[tuple[str, int], Cell] = {}
+    for (name, index), shares in members.items():
+        several = f", mean of {len(shares)}" if len(shares) > 1 else ""
+        zeros = _mean(shares)
+        cells[name, index] = Cell(zeros, "", f"layer {index} {name}: {percent_text(zeros)} zero{several}")
+    ends = [percent_text(end(float(layer["sparsity"]) for layer in layers)) for end in (min, max)]
+    label = f"Sparsity of {len(layers)} linears by layer, from {ends[0]} to {ends[1]}"
+    chart = grid_chart(cells, label, [(f"{percent} %", percent / 100) for percent in (0, 25, 50, 75, 100)])
+    return chart, [
+        (name, [min(shares)[0], _mean(shares), max(shares)[0]], sum(weights for _, weights in shares))
+        for name, shares in kinds.items()
+    ]
+
+
+def _mean(shares: list[tuple[float, int]]) -> float:
+    return sum(share * weights for share, weights in shares) / sum(weights for _, weights in shares)
 
 
 def ranks(value: dict[str, Any]) -> tuple[str, list[tuple[str, Counter[int]]]]:
     """Return the rank grid, and how often each kind of group has which rank."""
     chosen: dict[str, int] = value["ranks"]
-    largest = max([*value.get("choices", []), *chosen.values()])
+    shown = sorted({*value.get("choices", []), *chosen.values()}, reverse=True)
     places = place(list(chosen))
     cells: dict[tuple[str, int], Cell] = {}
     counts: dict[str, Counter[int]] = defaultdict(Counter)
     for group, rank in chosen.items():
-        name, layer = places[group]
         members = ", ".join(value.get("groups", {}).get(group, []))
-        cells[name, layer] = Cell(
-            rank / largest, str(rank), f"{group}: rank {rank}" + (f" ({members})" if members else "")
-        )
-        counts[name][rank] += 1
-    shown = sorted({*value.get("choices", []), *chosen.values()}, reverse=True)
-    stops = [(f"rank {rank}", rank / largest) for rank in shown]
+        title = f"{group}: rank {rank}" + (f" ({members})" if members else "")
+        cells[places[group]] = Cell(rank / shown[0], str(rank), title)
+        counts[places[group][0]][rank] += 1
+    stops = [(f"rank {rank}", rank / shown[0]) for rank in shown]
     return grid_chart(cells, f"Ranks of {len(chosen)} groups by layer", stops), list(counts.items())
 
 
@@ -144,45 +134,40 @@ def search_path(record: dict[str, Any]) -> str:
     for number, value in enumerate(best, 1):
         steps += [(number, steps[-1][1])] if steps else []
         steps.append((number, 100 * value))
-    points = {number: (float(number), 100 * float(trial["accuracy"])) for number, trial in enumerate(trials, 1)}
-    series = [("configuration", "trial", list(points.values())), ("best so far", "main", steps)]
-    series += _singled_out(record, [(trial, points[number]) for number, trial in enumerate(trials, 1)])
+    points = [(float(number), 100 * float(trial["accuracy"])) for number, trial in enumerate(trials, 1)]
     label = (
         f"Accuracy on the validation rows of {len(trials)} configurations in order of evaluation: "
         f"the first {percent_text(trials[0]['accuracy'])}, the best {percent_text(best[-1])}"
     )
-    return line_chart(series, label, "order of evaluation", "accuracy on the validation rows (%)")
+    return _search_chart(record, points, ("best so far", "main", steps), label, "order of evaluation")
 
 
 def search_front(record: dict[str, Any]) -> str:
     """Draw each configuration's accuracy over its size, and the front that no other beats in both."""
     trials, front = record["trials"], sorted(record["front"], key=lambda trial: int(trial["parameters"]))
     largest = max(int(trial["parameters"]) for trial in [*trials, *front])
-    unit, name = next(
-        ((size, f" ({word})") for size, word in ((1e6, "millions"), (1e3, "thousands")) if largest >= size), (1, "")
+    units = ((1e6, " (millions)"), (1e3, " (thousands)"), (1, ""))
+    unit, name = next((size, name) for size, name in units if largest >= size or size == 1)
+    points, line = (
+        [(int(trial["parameters"]) / unit, 100 * float(trial["accuracy"])) for trial in found]
+        for found in (trials, front)
     )
-
-    def place_of(trial: dict[str, Any]) -> Point:
-        return int(trial["parameters"]) / unit, 100 * float(trial["accuracy"])
-
-    series = [
-        ("configuration", "trial", [place_of(trial) for trial in trials]),
-        ("Pareto front", "front", [place_of(trial) for trial in front]),
-        *_singled_out(record, [(trial, place_of(trial)) for trial in trials]),
-    ]
     ends = [f"{trial['parameters']:,} with {percent_text(trial['accuracy'])}" for trial in (front or trials)]
     label = (
         f"Accuracy over adapter parameters of {len(trials)} configurations; {len(front)} on the Pareto front, "
         f"from {ends[0]} to {ends[-1]}"
     )
-    return line_chart(series, label, f"adapter parameters{name}", "accuracy on the validation rows (%)")
+    return _search_chart(record, points, ("Pareto front", "front", line), label, f"adapter parameters{name}")
 
 
-def _singled_out(
-    record: dict[str, Any], placed: list[tuple[dict[str, Any], Point]]
-) -> list[tuple[str, str, list[Point]]]:
-    """Return the heuristic and the chosen configuration as series of one point each."""
-    return [
-        (name, name, [point for trial, point in placed if trial["ranks"] == record[name]["ranks"]][:1])
-        for name in ("heuristic", "chosen")
-    ]
+def _search_chart(
+    record: dict[str, Any], points: list[Point], line: tuple[str, str, list[Point]], label: str, x_title: str
+) -> str:
+    """Draw all configurations, a line, and the heuristic's and the chosen one again as series of one point each."""
+    series: Series = [("configuration", "trial", points), line]
+    for name in ("heuristic", "chosen"):
+        places = [
+            p for trial, p in zip(record["trials"], points, strict=True) if trial["ranks"] == record[name]["ranks"]
+        ]
+        series.append((name, name, places[:1]))
+    return line_chart(series, label, x_title, "accuracy on the validation rows (%)")

@@ -1,18 +1,17 @@
 """Charts as static inline SVG, drawn by matplotlib: no script, no request, the same bytes for the same numbers.
 
-What matplotlib writes is made part of the page: colours become variables of style.css, so that light and dark both fit,
-text stays text in the page's own font, and marks have titles for a pointer. Figures are drawn narrow, for phones. Each
-has a label for screen readers; its numbers stand in a table beside it.
+What matplotlib writes is made an element of the page: colours become variables of style.css, so that light and dark
+both fit, text stays text in the page's own font, and marks have titles for a pointer. Figures are drawn narrow, for
+phones. Each has a label for screen readers; its numbers stand in a table beside it.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable
-from html import escape
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any, NamedTuple
+from xml.etree import ElementTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,11 +20,14 @@ if TYPE_CHECKING:
 Point = tuple[float, float]
 
 SERIES = 6
-_TITLE = "title: "  # begins the id of a mark that has a title
-# The first three are those of charts.mplstyle, the last ones those of the series.
-_COLOURS: tuple[str, ...] = ("ink", "muted", "grid", "card", "plain", "on-accent", "accent-soft")
-_COLOURS += ("accent", "earlier", "held-out", "bad", "violet", "muted")
-_INK, _MUTED, _, _CARD, _PLAIN, _ON_ACCENT, _SOFT, *_OF_SERIES = (f"#5af7{i:02x}" for i in range(len(_COLOURS)))
+_LINK = "{http://www.w3.org/1999/xlink}href"
+_TITLE = "title: "  # begins the gid of a mark that has a title
+# Variables of style.css; the first three are those of charts.mplstyle, the last ones those of the series.
+_NAMES: tuple[str, ...] = ("ink", "muted", "grid", "card", "plain", "on-accent", "accent-soft")
+_NAMES += ("accent", "earlier", "held-out", "bad", "violet", "muted")
+# matplotlib knows numbers alone, so each stands for its variable.
+_COLOURS = [f"#5af7{i:02x}" for i in range(len(_NAMES))]
+_INK, _MUTED, _, _CARD, _PLAIN, _ON_ACCENT, _SOFT, *_OF_SERIES = _COLOURS
 _ACCENT, _EARLIER, _HELD_OUT = _OF_SERIES[:3]
 _DOTS = {"tuned": _ACCENT, "merged": _ACCENT, "sparse": _SOFT, "quantized": _SOFT, "baseline": _EARLIER}
 _MARK: dict[str, Any] = {"marker": "o", "ls": ""}
@@ -184,23 +186,35 @@ def _draw(paint: Callable[[Axes], None], height: float, label: str) -> str:
     from matplotlib.figure import Figure
 
     file = io.StringIO()
-    style = files("sqft.stages.report") / "charts.mplstyle"  # leaves nothing of a user's own settings
+    style = files("sqft.pages") / "charts.mplstyle"  # leaves nothing of a user's own settings
     with as_file(style) as path, mpl.rc_context({"svg.hashsalt": label}, fname=path):  # ids differ from chart to chart
         figure = Figure(figsize=(340 / 72, height / 72))
         paint(figure.add_subplot())
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _inline(file.getvalue(), label)
+    return _element(file.getvalue(), label)
 
 
-def _inline(svg: str, label: str) -> str:
-    """Make the file that matplotlib wrote an element of the page."""
-    box = re.search(r'viewBox="[^"]*"', svg)
-    assert box is not None
-    body = svg[svg.index(">", box.end()) + 1 :].replace("xlink:href", "href")
-    body = re.sub(r"<(style|clipPath|metadata)\b.*?</\1>", "", body, flags=re.DOTALL)  # its style is for the whole page
-    body = re.sub(r' clip-path="[^"]*"| transform="rotate\(-0 [^"]*"|font-family: [^;"]*;? ?', "", body)
-    body = re.sub(r"(?<=: )#5af7([0-9a-f]{2})", lambda found: f"var(--{_COLOURS[int(found[1], 16)]})", body)
-    body = re.sub(r"\s*\n\s*", " ", body).replace("> <", "><").replace("<defs></defs>", "").strip()
-    body = re.sub(rf'<g id="{_TITLE}([^"]*)">', r"<g><title>\1</title>", body)
-    body = re.sub(r' id="(?!m[0-9a-f]{10}")[^"]*"', "", body)
-    return f'<svg class="chart" {box[0]} role="img" aria-label="{escape(label)}" focusable="false">{body}\n'
+def _element(svg: str, label: str) -> str:
+    """Return the file that matplotlib wrote as an element of a page, without what is for a file of its own."""
+    root = ElementTree.fromstring(svg)  # noqa: S314 (matplotlib's own)
+    for element in list(root.iter()):
+        element.tag = element.tag.rpartition("}")[2]  # HTML knows the namespaces
+        # A style there is for the whole page, and clipping would halve the marks on an edge.
+        for child in [c for c in element if c.tag.rpartition("}")[2] in ("style", "clipPath", "metadata")]:
+            element.remove(child)
+        name, target = element.attrib.pop("id", ""), element.attrib.pop(_LINK, "")
+        fonts = [part for part in element.get("style", "").split("; ") if not part.startswith("font-family")]
+        changed = {"style": "; ".join(fonts), "href": target, "id": name if element.tag == "path" else ""}
+        element.attrib.update({key: value for key, value in changed.items() if value})
+        element.attrib.pop("clip-path", None)
+        if name.startswith(_TITLE):
+            title = ElementTree.Element("title")
+            title.text = name.removeprefix(_TITLE)
+            element.insert(0, title)
+    root.attrib = {
+        "class": "chart", "viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label, "focusable": "false",
+    }  # fmt: skip
+    text = " ".join(ElementTree.tostring(root, encoding="unicode").split()).replace("> <", "><")
+    for colour, name in zip(_COLOURS, _NAMES, strict=True):
+        text = text.replace(colour, f"var(--{name})")
+    return text
