@@ -222,3 +222,31 @@ def test_the_schema_describes_every_unit():
 def test_lists_are_checked_item_by_item():
     with pytest.raises(InputError, match=r"here: train_limit: Input should be greater than or equal to 1"):
         parse_config(DataConfig, {"task": "x", "train_limit": 0}, "here")
+
+
+class TestData:
+    def test_a_date_is_iso_text_however_yaml_reads_it(self, recipe_file):
+        text = SMALL.replace("{task: gsm8k}", "{task: gsm8k, date: DATE}")
+        for written, read in (
+            ("2026-01-31", "2026-01-31"),
+            ("2026-01-31 09:30:00", "2026-01-31T09:30:00"),
+            ("'2026-01-31T09:30:00'", "2026-01-31T09:30:00"),
+            ("null", None),
+        ):
+            assert load_recipe(recipe_file(text.replace("DATE", written))).data.date == read
+        assert "date is 'today'; write it as 2026-01-31" in message_of(recipe_file(text.replace("DATE", "today")))
+
+    def test_what_most_data_has_none_of_stands_in_no_key(self):
+        old = {
+            "task": "gsm8k", "template": None, "train_limit": None, "validation_rows": 0, "test_rows": 0,
+            "chat_template": False, "options": {},
+        }  # fmt: skip
+        data = DataConfig(task="gsm8k")
+        assert data.model_dump(mode="json") == data.model_dump() == old
+        assert list(data.model_dump(mode="json")) == list(old)
+        set_ = DataConfig(task="gsm8k", date="2026-01-31", revision="v1")
+        assert set_.model_dump(mode="json") == {**old, "revision": "v1", "date": "2026-01-31"}
+        assert DataConfig(**set_.model_dump(mode="json")) == set_
+        recipe = Recipe(name="a", model="b", data=data)
+        assert "date" not in recipe.model_dump(mode="json")["data"]
+        assert recipe.model_dump(mode="json", exclude_defaults=True)["data"] == {"task": "gsm8k"}

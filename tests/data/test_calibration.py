@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import logging
@@ -140,3 +141,99 @@ def test_the_public_wikitext(data_dir: Path, tiny_tokenizer: Any, monkeypatch: p
     tokens = windows(CalibrationConfig(data="wikitext2", samples=8, length=64), None, tiny_tokenizer)
     assert len({tuple(row.tolist()) for row in tokens}) == 8
     assert len(perplexity_tokens("wikitext2", "test", tiny_tokenizer)) > 1_000_000
+
+
+# ---- windows of a tokenizer that begins its texts ----
+
+
+def gemma_shaped() -> Any:
+    """A byte-level tokenizer that begins every text, as Gemma's does, and ends it, as one with add_eos_token does."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    from conftest import build_tokenizer
+
+    tokenizer = build_tokenizer().backend_tokenizer
+    used = [(token, tokenizer.token_to_id(token)) for token in ("<|user|>", "<|end|>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|user|> $A <|end|>", special_tokens=used)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|user|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
+
+
+def test_every_window_of_text_begins_as_texts_do(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"{i:05d}" for i in range(200)))
+    config = CalibrationConfig(data=str(file), samples=9, length=100)
+    tokenizer = gemma_shaped()
+    tokens = windows(config, None, tokenizer)
+    assert (tokens[:, 0] == tokenizer.bos_token_id).all()
+    # The rest is text: 99 of its tokens a window, none of them special, none in two windows.
+    texts = [tokenizer.decode(row[1:]) for row in tokens]
+    starts = sorted(file.read_text().index(text) for text in texts)
+    assert {len(text) for text in texts} == {99}
+    assert all(b - a >= 99 for a, b in itertools.pairwise(starts))
+    # A tokenizer that adds nothing has windows of text alone.
+    plain = windows(config, None, tiny_tokenizer)
+    assert {len(tiny_tokenizer.decode(row)) for row in plain} == {100}
+
+
+def test_windows_of_rows_double_neither_beginning_nor_end(own_data: Any) -> None:
+    tokenizer = gemma_shaped()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for length in (16, 45):  # 16: every window is one row with its beginning and end
+        tokens = windows(CalibrationConfig(samples=3, length=length), own_data, tokenizer)
+        for row in tokens.tolist():
+            assert row[0] == bos
+            for first, second in itertools.pairwise(row):
+                assert first != second or first not in (bos, eos)
+                assert first != eos or second == bos
+
+
+def test_a_row_that_brings_its_end_is_ended_once(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "abcd<|end|>"}\n{"text": "efgh"}\n')
+    tokens = windows(CalibrationConfig(data=str(file), samples=1, length=10), None, tiny_tokenizer)
+    assert sorted(tiny_tokenizer.decode(tokens[0]).split("<|end|>")) == ["", "abcd", "efgh"]
+
+
+def test_windows_without_room_for_text_are_refused(own_data: Any) -> None:
+    with pytest.raises(InputError, match=r"calibration.length is 1, which the tokenizer's 1 beginning tokens fill"):
+        calibration_tokens(CalibrationConfig(samples=1, length=1), own_data, gemma_shaped(), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("texts.json", b'[{"text": "abcd"}, {"text": "efgh"}]'),
+        ("texts.csv", b"text\nabcd\nefgh\n"),
+        ("texts.jsonl.gz", gzip.compress(b'{"text": "abcd"}\n{"text": "efgh"}\n')),
+        ("prompts.csv", b"prompt,completion\nab,cd\nef,gh\n"),
+    ],
+)
+def test_rows_of_other_files(tmp_path: Path, tiny_tokenizer: Any, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    tokens = windows(CalibrationConfig(data=str(tmp_path / name), samples=1, length=10), None, tiny_tokenizer)
+    assert sorted(tiny_tokenizer.decode(tokens[0]).split("<|end|>")) == ["", "abcd", "efgh"]
+
+
+@pytest.mark.parametrize("content", ["abcdefghij".encode("utf-16"), gzip.compress(b"abcdefghij")])
+def test_text_of_other_encodings(
+    tmp_path: Path, tiny_tokenizer: Any, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tokens = windows(CalibrationConfig(data="~/text.txt", samples=1, length=10), None, tiny_tokenizer)
+    assert tiny_tokenizer.decode(tokens[0]) == "abcdefghij"
+    (tmp_path / "text.txt").write_bytes("ä".encode("latin-1"))
+    with pytest.raises(InputError, match=r"text.txt: cannot be read as UTF-8 text \(byte 0\)"):
+        calibration_tokens(CalibrationConfig(data="~/text.txt"), None, tiny_tokenizer, 0)
+
+
+def test_half_a_character_is_refused_wherever_it_stands(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "abcd"}\n' * 50 + '{"text": "a \\ud83d"}\n')
+    config = CalibrationConfig(data=str(file), samples=1, length=4)
+    for seed in range(3):
+        with pytest.raises(InputError, match=r"texts.jsonl:51: its text has half a character \(U\+D83D, character 3\)"):
+            calibration_tokens(config, None, tiny_tokenizer, seed)

@@ -188,6 +188,53 @@ def test_a_byte_order_mark_and_line_separators_in_texts_are_read(tmp_path: Path)
     assert load_file(file, None, None) == [Example("a\u2028b", " c")]
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "smile \ud83d here", "completion": " yes"},
+            r"its prompt has half a character \(U\+D83D, character 7\)",
+        ),
+        ({"prompt": "smile", "completion": " \udc00"}, r"its answer has half a character \(U\+DC00, character 2\)"),
+        ({"prompt": "", "completion": "", "\ud83d": ""}, "has an empty prompt"),
+        ({"\ud83d": ""}, r".*its columns are \\ud83d: say in data.template"),
+    ],
+)
+def test_half_a_character_is_refused_with_its_line(tmp_path: Path, row: dict[str, str], message: str) -> None:
+    file = write(tmp_path / "rows.jsonl", [*numbered("row", 2), row])
+    with pytest.raises(InputError, match=f"rows.jsonl:3: {message}") as raised:
+        load_examples(DataConfig(task=str(file)), "train", 0)
+    assert str(raised.value).encode()  # the message itself can be printed
+    whole = write(tmp_path / "whole.jsonl", [{"prompt": "smile \U0001f600", "completion": " yes"}])
+    assert load_examples(DataConfig(task=str(whole)), "train", 0) == [Example("smile \U0001f600", " yes")]
+
+
+def test_half_a_character_in_templates_choices_and_chats_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    half = "\ud83d"
+    row = {
+        "q": "a",
+        "options": ["a", half],
+        "messages": [{"role": "user", "content": half}, {"role": "assistant", "content": "a"}],
+    }
+    file = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(InputError, match=r"rows.jsonl:1: its prompt has half a character"):
+        load_examples(DataConfig(task=str(file)), "train", 0, tiny_tokenizer)
+    template = Template(prompt="{q}" + half, completion=" a")
+    with pytest.raises(InputError, match=r"rows.jsonl:1: its prompt has half a character"):
+        load_examples(DataConfig(task=str(file), template=template), "train", 0)
+    settings = {
+        "name": "t",
+        "data": "rows.jsonl",
+        "metric": "choice",
+        "prompt": "{q}",
+        "choices": "{options}",
+        "gold": "q",
+    }
+    (tmp_path / "task.yaml").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"rows.jsonl:1: its text among its choices has half a character"):
+        load_examples(DataConfig(task=str(tmp_path / "task.yaml")), "train", 0)
+
+
 def test_empty_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InputError, match=r"empty.jsonl .train.: has no rows"):
@@ -355,9 +402,55 @@ def test_the_hub_is_asked_for_its_own_split_names(tmp_path: Path, monkeypatch: p
         load_examples(DataConfig(task="someone/data"), "test", 0)
 
 
+def test_the_revision_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def hub(name: str, configuration: str | None, split: str, revision: str | None = None) -> list[dict[str, Any]]:
+        asked.append(revision)
+        if revision == "gone":
+            raise ConnectionError("no such revision")
+        return [{"question": f"q {split}", "answer": 1}]
+
+    monkeypatch.setenv("SQFT_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    for revision in (None, "v1"):
+        config = DataConfig(task="someone/data", template=QA, revision=revision)
+        assert len(load_examples(config, "test", 0)) == 1
+    gone = DataConfig(task="someone/data", template=QA, revision="gone")
+    for _ in range(2):
+        with pytest.raises(InputError, match="no such revision"):
+            load_examples(gone, "test", 0)
+    # What one revision has not, another may have; each is asked for once.
+    assert load_examples(config, "test", 0)
+    assert asked == [None, "v1", "gone", "v1"]
+
+
+@pytest.mark.parametrize("task", ["rows.jsonl", "gym:chain_sum", "task.yaml"])
+def test_only_data_sets_of_the_hub_have_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", numbered("row", 2))
+    settings = {"name": "t", "data": "rows.jsonl", "metric": "exact", "prompt": "{prompt}", "answer": "{completion}"}
+    (tmp_path / "task.yaml").write_text(json.dumps(settings))
+    with pytest.raises(
+        InputError, match=f"data.revision: only data sets of the Hub have revisions, and {task} is none"
+    ):
+        resolve_task(DataConfig(task=task, revision="main"))
+    with pytest.raises(InputError, match="several data sets have no one revision"):
+        load_examples(DataConfig(task="boolq+piqa", revision="main"), "train", 0)
+
+
+def test_built_in_rows_of_a_folder_have_no_revision(folder: Path) -> None:
+    write(folder / "arc_easy" / "test.jsonl", [arc_row("q")])
+    with pytest.raises(InputError, match=r"data.revision: the rows are those of the file .*test.jsonl, which has none"):
+        load_examples(DataConfig(task="arc_easy", revision="main"), "test", 0)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"task": "data/nowhere.parquet"}, "neither a file or folder here"),
+        ({"task": "~/nowhere"}, "neither a file or folder here"),
+        ({"task": "~nobody-of-this-name/rows"}, "neither a file or folder here"),
         ({"task": "gsm8"}, "did you mean 'gsm8k'"),
         ({"task": "./nowhere.jsonl"}, "neither a file or folder here"),
         ({"task": "data/nowhere.jsonl"}, "neither a file or folder here"),

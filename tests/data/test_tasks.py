@@ -236,6 +236,33 @@ def test_rows_without_a_usable_label_are_refused(task: str, row: dict[str, Any],
         ("####5", "####", None),
         ("#### none\n#### 3", "####", 3),
         ("It is: 5, or 6", "is: ", 5),
+        # Exponents.
+        ("1e-05", "", 1e-05),
+        ("about 2.5E+7 of them", "", 2.5e7),
+        ("1e+22", "", 1e22),
+        ("1,234.5e3", "", 1234500),
+        ("-1.5e-3.", "", -0.0015),
+        (".5e3", "", 500),
+        ("9-5e3", "", 5000),
+        ("3e8m/s", "", 3e8),
+        ("答案是1e5", "", 1e5),
+        ("#### 1e-05", "####", 1e-05),
+        ("#### 1,234.5e3.", "####", 1234500),
+        ("#### 1e5 of 2", "####", 1e5),
+        # None of them: no digits, a name, no whole number.
+        ("3e", "", 3),
+        ("3e-", "", 3),
+        ("3 e5", "", 5),
+        ("x2e5", "", 5),
+        ("0x1e5", "", 5),
+        ("1e5.5", "", 5.5),
+        ("2e5, then 7", "", 7),
+        # The minus sign of typography.
+        ("\u22125", "", -5),
+        ("it is \u22121.5e\u22123", "", -0.0015),
+        ("9\u22125", "", 5),
+        ("\uff0d5 \u5ea6", "", -5),
+        ("#### \u22121,000", "####", -1000),
     ],
 )
 def test_the_final_number_of_a_text(text: str, marker: str, number: float | None) -> None:
@@ -263,6 +290,10 @@ def test_numbers_agree_within_a_thousandth() -> None:
     assert not same_number(None, 1.0)
     assert not same_number(None, None)
     assert not same_number(float("inf"), float("inf"))
+    # A right number below the tolerance is not met by zero.
+    assert same_number(1e-05, 1e-05) and same_number(1.0005e-05, 1e-05)
+    assert not same_number(0.0, 1e-05) and not same_number(2e-05, 1e-05) and not same_number(-1e-05, 1e-05)
+    assert same_number(0.0005, 0.0) and same_number(0.002, 0.0015)
 
 
 def test_normalised_questions_fold_case_space_and_punctuation() -> None:

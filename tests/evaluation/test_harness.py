@@ -294,6 +294,49 @@ def test_generation_reads_the_tokens_of_training(
     assert seen[0][1] == [encode(tiny_tokenizer, MAWPS[0].prompt, "")[0]]
 
 
+@pytest.mark.parametrize("name", ["llama", "mpt"])  # with our decoding, and with lm-eval's own
+def test_tokens_that_a_tokenizer_appends_do_not_end_a_prompt(name: str, tiny_model: Any, monkeypatch: Any) -> None:
+    from lm_eval.api.instance import Instance
+    from transformers import AutoModelForCausalLM
+
+    from data.test_encode import framed
+
+    tokenizer = framed("<s> $A </s>")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(name)).eval()
+    lm = _language_model()(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    assert lm.ours == (name == "llama")
+    prompts = ["Spell cat:", "Spell a long word:"]
+    rows = [encode(tokenizer, prompt, "")[0] for prompt in prompts]
+    assert all(row[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in row for row in rows)
+    ids, mask = lm.tok_batch_encode(prompts)
+    assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)] == rows
+    assert lm.tok_batch_encode(prompts, left_truncate_len=4)[0].tolist() == [row[-4:] for row in rows]
+
+    seen: list[list[int]] = []
+    if lm.ours:
+        generate = harness.generate
+        monkeypatch.setattr(harness, "generate", lambda *options: seen.extend(options[1]) or generate(*options))
+    else:
+        generate = lm._model_generate
+
+        def recorded(context: Any, **options: Any) -> Any:
+            kept = options["attention_mask"].bool()
+            seen.extend(row[part].tolist() for row, part in zip(context, kept, strict=True))
+            return generate(context=context, **options)
+
+        monkeypatch.setattr(lm, "_model_generate", recorded)
+    options = {"until": ["never said"], "max_gen_toks": 2, "do_sample": False}
+    lm.generate_until([Instance("generate_until", {}, (p, options), 0, metadata=("t", 0, 1)) for p in prompts])
+    assert sorted(seen) == sorted(rows)
+
+
+def test_an_answer_that_brings_its_end_is_ended_once(model: Any, tiny_tokenizer: Any, monkeypatch: Any) -> None:
+    recorder = Recorder(monkeypatch)
+    own = [Example(OWN[0].prompt, " c a t<|end|>")]
+    assert score_examples(model, tiny_tokenizer, EXACT, own, 1) == [True]
+    assert recorder.asked == [(OWN[0].prompt, " c a t<|end|>")]
+
+
 def test_prompts_that_the_model_cannot_hold_are_counted(
     model: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ import copy
 import functools
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -43,6 +44,7 @@ _CLOCK = "strftime_now"
 # What a row gives a template besides the chat, whatever the template's variables are called.
 _INPUTS = ("tools", "documents", "functions", "system", "chat_template_kwargs")
 _CALLS = ("tool_calls", "function_call")
+_PART = re.compile(r"""(['"])type\1\s*:\s*(['"])text\2""")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -110,7 +112,12 @@ def as_chat(
         raise InputError(f"data.chat_template: {task.name} compares whole sentences, which no chat turn holds")
     turns = [{"role": "user", "content": example.prompt}]
     try:
-        prompt = _Chat(tokenizer, _moment(date), {}).render(turns, add_generation_prompt=True)
+        chat = _Chat(tokenizer, _moment(date), {})
+        prompt = chat.render(turns, add_generation_prompt=True)
+        if example.prompt.strip() not in prompt and prompt == chat.render(
+            _changed(turns, 0, "content", f"{example.prompt} ?"), add_generation_prompt=True
+        ):
+            raise ValueError("the tokenizer's chat template does not show a turn's text; it may want it in parts")
     except ValueError as error:
         raise InputError(f"data.chat_template: {error}; set it to false") from error
     return replace(
@@ -163,7 +170,11 @@ class _Chat:
             )
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
-            raise ValueError(f"the tokenizer's chat template refuses the turns {roles} ({error})") from error
+            null = any("content" in turn and turn["content"] is None for turn in turns)
+            raise ValueError(
+                f"the tokenizer's chat template refuses the turns {roles} ({error})"
+                + ("; one has content null: give an empty text" if null else "")
+            ) from error
 
 
 def _turns(messages: Any) -> list[dict[str, Any]]:
@@ -254,7 +265,13 @@ def _refuse_unseen(chat: _Chat, turns: list[dict[str, Any]], whole: str) -> None
             raise ValueError(
                 f"{who} has its text in parts, which the tokenizer's chat template does not show as text; join them"
             )
-        if "content" in turn and content is None:
+        # Not every template shows a text to the letter; one that shows nothing of it renders another one the same.
+        if isinstance(content, str) and content.strip() not in whole:
+            if same(chat.inputs, _changed(turns, place, "content", f"{content} ?")):
+                raise ValueError(
+                    f"{who} has a text, which the tokenizer's chat template does not show; it may want it in parts"
+                )
+        elif "content" in turn and content is None:
             try:
                 empty = chat.render(_changed(turns, place, "content", ""))
             except ValueError:
@@ -273,8 +290,10 @@ def _changed(turns: list[dict[str, Any]], place: int, name: str, value: Any) -> 
 
 
 def _shows_parts(parts: list[Mapping[str, Any]], whole: str) -> bool:
-    """Tell whether a rendered chat has the parts' texts, and not the list as Python prints it."""
-    return str(parts) not in whole and all(part["text"].strip() in whole for part in parts)
+    """Tell whether a rendered chat has the parts' texts, and not the list as Python or JSON writes it."""
+    said = "".join(part["text"] for part in parts)
+    written = len(_PART.findall(whole)) > len(_PART.findall(said))
+    return not written and all(part["text"].strip() in whole for part in parts)
 
 
 def _parsed(name: str, value: Any) -> Any:

@@ -216,10 +216,10 @@ def _refuse_other_text(path: Path, content: bytes, lines: list[tuple[int, bytes]
         return
     text = content.decode("utf-8", "replace").lstrip()
     try:
-        value, _ = json.JSONDecoder().raw_decode(text)
+        value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, dict):
+        value, end = None, 0
+    if isinstance(value, dict) and len(text[:end].splitlines()) > 1:
         lists = [name for name, inner in value.items() if isinstance(inner, list)]
         filter_ = f"'.{lists[0]}[]'" if lists else "."
         raise InputError(

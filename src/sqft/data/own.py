@@ -80,7 +80,8 @@ def read_each(rows: Iterable[tuple[str, Any]], read: Callable[[Row], T], where: 
     if bad:
         with Problems(f"{where}, {len(bad)} of {len(bad) + len(found)} rows are malformed") as problems:
             for message in bad[:SHOWN_PROBLEMS]:
-                problems.add(message)
+                # What cannot be encoded cannot be printed either.
+                problems.add(message.encode("utf-8", "backslashreplace").decode())
             if len(bad) > SHOWN_PROBLEMS:
                 problems.add(f"and {len(bad) - SHOWN_PROBLEMS} more")
     if not found:

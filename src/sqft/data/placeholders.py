@@ -49,8 +49,8 @@ class Column:
 
 
 def names(row: Row) -> str:
-    """Return the names of a row's columns for a message; half characters in them are written as escapes."""
-    return ", ".join(row).encode("utf-8", "backslashreplace").decode() or "none"
+    """Return the names of a row's columns for a message."""
+    return ", ".join(row) or "none"
 
 
 @functools.cache

@@ -152,6 +152,8 @@ class Reader:
         hint = misnamed(path, named, split)
         if path.is_dir() and not any(split_file(path, name) for name in named.values()):
             others = "".join(misnamed(path, named, other) for other in named)
+            if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+                others = "; datasets.save_to_disk wrote it: write each split with to_parquet('train.parquet') instead"
             raise InputError(
                 f"{self.where}: the folder has none of train.jsonl, validation.jsonl, test.jsonl (or .json, .csv, "
                 f".parquet){others}"
