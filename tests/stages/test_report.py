@@ -423,6 +423,24 @@ class TestModels:
         assert [row["zeros"] for row in report.summary_table(tmp_path, recipe)] == ["50 %", "20 %"]
         assert any("filled 300 zeros" in note for note in words.notes(gather(tmp_path, recipe)))
 
+    def test_a_base_that_was_not_pruned_has_no_zeros_that_merging_could_fill(self, tmp_path):
+        layers = [{"name": "layers.0.up", "sparsity": 0.0, "weights": 1000}]
+        stage(tmp_path, "quantized", {"layers": layers, "sparsity": 0.0}, 10)
+        stage(tmp_path, "merged", {"filled_zeros": 300}, 10, model=True)
+        (tmp_path / "evaluations").mkdir()
+        for name in ("quantized", "merged"):
+            (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(evaluation(0.5)))
+        recipe = recipe_of(sparsify=None, quantize={}, finetune={"kind": "dense"}, merge={"allow_precision_loss": True})
+        report.run(tmp_path, recipe)
+        assert [row["zeros"] for row in report.summary_table(tmp_path, recipe)] == ["0 %", "0 %"]
+        for path in (tmp_path / "report.md", tmp_path / "report.html", tmp_path / "merged" / "README.md"):
+            assert not re.search("filled|pruned", path.read_text(encoding="utf-8"))
+
+    def test_an_evaluation_without_the_stage_that_made_the_model(self, tmp_path):
+        (tmp_path / "evaluations").mkdir()
+        (tmp_path / "evaluations" / "sparse.json").write_text(json.dumps(evaluation(0.5)))
+        assert report.summary_table(tmp_path, recipe_of())[0]["zeros"] == ABSENT
+
     def test_where_the_dense_model_lies_is_taken_from_its_evaluation(self, tmp_path):
         model = tmp_path / "elsewhere"
         model.mkdir()

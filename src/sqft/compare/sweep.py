@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sqft.compare.methods import METHODS, check_methods, with_level
 from sqft.compare.run import run as run_comparison
 from sqft.compare.table import score_text
-from sqft.disk import write_json
+from sqft.disk import read_json, write_json
 from sqft.errors import Problems
-from sqft.model.load import read_json
 from sqft.pages.blocks import Block, Columns, Figure, Page, Row, Section, Table
 from sqft.pages.charts import SERIES, Point, line_chart
 from sqft.pages.render import write

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft.compare.methods import METHODS
-from sqft.disk import write_json
-from sqft.model.load import read_json
+from sqft.disk import read_json, write_json
 from sqft.pages.blocks import Block, Columns, Figure, Page, Row, Section, Table, Text
 from sqft.pages.charts import Dot, dot_plot
 from sqft.pages.render import write

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from sqft.digests import digest_file
-from sqft.model.load import read_json
+from sqft.disk import read_json
 from sqft.pages.blocks import Badge, Block, Code, Items, Page, Section, Text
 from sqft.pages.render import form
 from sqft.pages.text import ABSENT, model_name, percent_text

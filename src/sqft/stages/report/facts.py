@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft.artifact import MANIFEST
+from sqft.disk import read_json
 from sqft.errors import InputError
-from sqft.model.load import read_json
 from sqft.stages.report.models import ROWS, Model, base_of, read_models, read_optional
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sqft.disk import read_json
 from sqft.errors import InputError
-from sqft.model.load import read_json
 from sqft.pages.blocks import Cell
 
 if TYPE_CHECKING:
