@@ -64,6 +64,11 @@ ROWS: list[tuple[str, dict[str, Any], Example]] = [
     ),
     (
         "svamp",
+        {"Body": "An atom", "Question": "How long?", "Answer": 1e-05},
+        Example(INSTRUCTION.format("An atom. How long?"), " 1e-05"),
+    ),
+    (
+        "svamp",
         {"Body": "Paco ate 9 cookies. ", "Question": "How many?", "Answer": 9},
         Example(INSTRUCTION.format("Paco ate 9 cookies. How many?"), " 9"),
     ),

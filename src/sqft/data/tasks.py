@@ -177,8 +177,9 @@ def _instruction(question: str) -> str:
 
 
 def _short_number(value: str | float) -> str:
-    number = f"{float(value):.4f}"
-    return number.rstrip("0").rstrip(".")
+    number = f"{float(value):.4f}".rstrip("0").rstrip(".")
+    # Four decimals of 1e-05 are another number.
+    return number if same_number(float(number), float(value)) else str(value)
 
 
 def _gsm8k(row: Row) -> Example:
