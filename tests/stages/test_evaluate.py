@@ -250,3 +250,31 @@ def test_an_adapter_is_scored_with_its_base(model_dir: Path, data: Path, tmp_pat
     # The same file for another adapter would be another model's number.
     with pytest.raises(InputError, match=r"its input adapter \(.*noise\) has changed"):
         evaluate.run(EvaluateConfig(), own, model_dir, tmp_path / "noise", tmp_path / "nothing.json", seed=0)
+
+
+def test_files_to_evaluate_may_be_of_any_kind_and_in_a_home(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gzip
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(json.dumps(row) + "\n" for row in OWN)
+    (tmp_path / "rows.csv").write_text(
+        "prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in OWN)
+    )
+    (tmp_path / "rows.json").write_text(json.dumps(OWN))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    data = DataConfig(task="mawps")
+    expected = [Example(row["prompt"], row["completion"]) for row in OWN]
+    for name in ("rows.csv", "~/rows.json", "rows.jsonl.gz"):
+        assert evaluate.read_task(name, data, tiny_tokenizer) == expected
+    chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    assert evaluate.read_task("chats.json", data, tiny_tokenizer)[0].answer == "yo"
+    # They are in the chat template already.
+    with pytest.raises(InputError, match="its rows are chats already; set data.chat_template to false"):
+        evaluate.read_task("chats.json", data.model_copy(update={"chat_template": True}), tiny_tokenizer)
+    (tmp_path / "half.jsonl").write_text(lines + '{"prompt": "\\ud83d", "completion": "a"}\n')
+    with pytest.raises(InputError, match=r"half.jsonl:4: its prompt has half a character"):
+        evaluate.read_task("half.jsonl", data, tiny_tokenizer)
