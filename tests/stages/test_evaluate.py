@@ -273,7 +273,7 @@ def test_files_to_evaluate_may_be_of_any_kind_and_in_a_home(
     (tmp_path / "chats.json").write_text(json.dumps(chats))
     assert evaluate.read_task("chats.json", data, tiny_tokenizer)[0].answer == "yo"
     # They are in the chat template already.
-    with pytest.raises(InputError, match="its rows are chats already; set data.chat_template to false"):
+    with pytest.raises(InputError, match=r"its rows are chats already; set data.chat_template to false"):
         evaluate.read_task("chats.json", data.model_copy(update={"chat_template": True}), tiny_tokenizer)
     (tmp_path / "half.jsonl").write_text(lines + '{"prompt": "\\ud83d", "completion": "a"}\n')
     with pytest.raises(InputError, match=r"half.jsonl:4: its prompt has half a character"):
