@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: help install quickstart serving test lint format types imports docs pytest
+.PHONY: help install quickstart serving test lint format types imports docs pytest crashes
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -56,3 +56,7 @@ docs: $(STAMP) ## the documentation site in site/, without warnings
 
 pytest: $(STAMP) ## the tests
 	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(TEST_WORKERS)
+
+crashes: $(STAMP) ## kill every stage before every change that it makes to its folder (an hour)
+	@for work in sparsify quantize finetune search merge; do echo "$$work"; \
+		OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/crashing_work.py $$work "$$(mktemp -d)" || exit 1; done

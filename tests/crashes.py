@@ -1,8 +1,8 @@
 """Kill work at every change that it makes to a folder, and see that the same work then ends as if nothing had happened.
 
 A kill at a random moment finds what is likely; this finds what is possible. A child process is killed (SIGKILL) just
-before its n-th change, for every n: creating, writing, renaming or deleting a file or folder under a root. Whatever that
-leaves, the work is done again, undisturbed, and its files must be those of a run that was never killed.
+before its n-th change, for every n: creating, writing, renaming or deleting a file or folder under a root. Whatever
+that leaves, the work is done again, undisturbed, and its files must be those of a run that was never killed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 Work = Callable[[Path], None]
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
-_METHODS = {"write", "writelines", "truncate"}
+_METHODS = {"flush", "__exit__", "truncate"}  # where what was written reaches the file; before, it is empty
 
 
 def kill_everywhere(work: Work, root: Path, *, every: int = 1) -> int:
@@ -35,14 +35,12 @@ def kill_everywhere(work: Work, root: Path, *, every: int = 1) -> int:
     straight = root / "straight"
     assert _in_child(work, straight, 0) == 0, "the work fails undisturbed"
     wanted = contents(straight)
-    kills = 0
-    for place in range(1, 1_000_000, every):
+    for kills, place in enumerate(range(1, 1_000_000, every)):
         folder = root / f"kill-{place}"
         status = _in_child(work, folder, place)
         if status == 0:
             return kills
         assert status == -signal.SIGKILL, f"change {place}: ended with {status} and not by the kill"
-        kills += 1
         assert _in_child(work, folder, 0) == 0, f"after a kill before change {place} the work fails"
         found = contents(folder)
         differing = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
@@ -108,9 +106,9 @@ def _arm(root: Path, place: int) -> None:
             change()
 
     def profile(_frame: Any, event: str, argument: Any) -> None:
-        if event == "c_call" and getattr(argument, "__name__", "") in _METHODS:
-            if inside(getattr(getattr(argument, "__self__", None), "name", None)):
-                change()
+        writes = event == "c_call" and getattr(argument, "__name__", "") in _METHODS
+        if writes and inside(getattr(getattr(argument, "__self__", None), "name", None)):
+            change()
 
     sys.addaudithook(audit)
     sys.setprofile(profile)

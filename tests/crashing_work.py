@@ -1,6 +1,7 @@
 """What test_crashes.py kills: run by a process of its own, which forks for every kill.
 
-crashing_work.py WORK ROOT [STRIDE]: prints {"kills": how many}.
+Arguments: WORK ROOT [STRIDE]; prints {"kills": how many}. `stage`, `resumed_stage` and `result` are the mechanism
+alone; the others are the real stages on a tiny model.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import sys
 from pathlib import Path
 
 from crashes import Work, kill_everywhere
-
 from sqft.artifact import describe, finished, finished_result, write_result, writing
 
 
@@ -61,7 +61,98 @@ def damaged_order(folder: Path) -> None:
         (folder / "made.bin").write_bytes(b"content")
 
 
-WORKS: dict[str, Work] = {work.__name__: work for work in (stage, resumed_stage, result, damaged_order)}
+def _model(folder: Path) -> Path:
+    return folder.parent.parent / "model"
+
+
+def _pairs() -> list[tuple[str, str]]:
+    return [(f"{a} + {b} =", f" {a + b}") for a in range(4) for b in range(4)]
+
+
+def _base(folder: Path) -> Path:
+    """Return a quantised sparse base, made once."""
+    from sqft.recipe import QuantizeConfig, SparsifyConfig
+    from sqft.stages import quantize
+
+    config = QuantizeConfig(method="rtn", group_size=16)
+    base = folder.parent.parent / "base"
+    quantize.run(config, _model(folder), None, base, seed=0, sparsify=SparsifyConfig(method="magnitude"))
+    return base
+
+
+def _finetuned(folder: Path, out: Path) -> Path:
+    from sqft.recipe import FinetuneConfig
+    from sqft.stages import finetune
+
+    config = FinetuneConfig(
+        kind="quantized", ranks=[4, 2], lora_alpha=8, max_steps=3, length=64, batch=2, save_every=1,
+        learning_rate=0.02, target_modules=["q_proj", "up_proj"],
+    )  # fmt: skip
+    finetune.run(config, _base(folder), _pairs(), [], out, seed=0, data={})
+    return out
+
+
+def sparsify(folder: Path) -> None:
+    """Pruning, written in place of a copy."""
+    from sqft.recipe import SparsifyConfig
+    from sqft.stages import sparsify as stage_
+
+    stage_.run(SparsifyConfig(method="magnitude"), _model(folder), None, folder / "sparse", seed=0)
+
+
+def quantize(folder: Path) -> None:
+    """Quantising, written into files laid out before."""
+    from sqft.recipe import QuantizeConfig, SparsifyConfig
+    from sqft.stages import quantize as stage_
+
+    config = QuantizeConfig(method="rtn", group_size=16)
+    stage_.run(config, _model(folder), None, folder / "int4", seed=0, sparsify=SparsifyConfig(method="magnitude"))
+
+
+def finetune(folder: Path) -> None:
+    """Training with a checkpoint at every step."""
+    _finetuned(folder, folder / "adapter")
+
+
+def search(folder: Path) -> None:
+    """A search whose study is a file that grows."""
+    from sqft.data.tasks import Example, Task
+    from sqft.recipe import SearchConfig
+    from sqft.stages import search as stage_
+
+    adapter = _finetuned(folder, folder.parent.parent / "adapter")
+    rows = [(Task("sums", "exact"), [Example(*pair) for pair in _pairs()[:3]])]
+    config = SearchConfig(strategy="hill_climbing", turns=1, neighbours=2, samples=3)
+    stage_.run(config, adapter, folder / "sub", base=_base(folder), rows=rows)
+
+
+def merge(folder: Path) -> None:
+    """Extracting, merging, and the proof."""
+    from sqft.recipe import MergeConfig, SearchConfig, VerifyConfig
+    from sqft.stages import merge as merging
+    from sqft.stages import search as extracting
+    from sqft.stages import verify
+
+    adapter, base = _finetuned(folder, folder.parent.parent / "adapter"), _base(folder)
+    extracting.run(SearchConfig(), adapter, folder / "sub")
+    merging.run(MergeConfig(), base, folder / "sub", folder / "merged")
+    proof = verify.run(VerifyConfig(prompts=1), folder / "merged", base, folder / "sub", folder / "verify.json")
+    assert proof["passed"]
+
+
+def _prepare_model(places: Path) -> None:
+    import torch
+
+    import conftest
+
+    torch.set_num_threads(1)
+    tokenizer = conftest.build_tokenizer()
+    conftest.build_model("llama", torch.bfloat16, tokenizer).save_pretrained(places / "model")
+    tokenizer.save_pretrained(places / "model")
+
+
+REAL = (sparsify, quantize, finetune, search, merge)
+WORKS: dict[str, Work] = {work.__name__: work for work in (stage, resumed_stage, result, damaged_order, *REAL)}
 
 
 def main(arguments: list[str]) -> None:
@@ -71,4 +162,10 @@ def main(arguments: list[str]) -> None:
     (places / "source").mkdir()
     (places / "source" / "weights").write_bytes(b"12345")
     (places / "kills").mkdir()
+    if WORKS[name] in REAL:
+        _prepare_model(places)
     print(json.dumps({"kills": kill_everywhere(WORKS[name], places / "kills", every=int(more[0]) if more else 1)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,13 +1,7 @@
 """The whole flow through the command line on a tiny model: results, resume after kills, refusals, exit codes."""
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,30 +154,6 @@ def test_another_recipe_in_the_same_folder_is_refused(
     assert "belongs to another recipe" in message
     assert "sparsity was 0.5, is now 0.6" in message
     assert (out / "merged" / "model.safetensors").read_bytes() == weights
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [[], INT4], ids=["float", "int4"])
-def test_killed_anywhere_the_same_command_ends_bit_identical(settings: list[str], recipe: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sqft", "run", str(recipe), "--set", "evaluate=null", *settings, "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = time.monotonic()
-    subprocess.run([*command, str(tmp_path / "straight")], check=True, env=environment, capture_output=True)
-    duration = time.monotonic() - start
-    draw = random.Random(0)
-    kills = 0
-    for _ in range(4):
-        process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=draw.uniform(0.3, 0.95) * duration)
-        except subprocess.TimeoutExpired:
-            process.send_signal(draw.choice([signal.SIGKILL, signal.SIGINT]))
-            process.wait()
-            kills += 1
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, capture_output=True)
-    assert kills
-    straight, killed = (load_file(tmp_path / name / "merged" / "model.safetensors") for name in ("straight", "killed"))
-    assert all(torch.equal(straight[name], killed[name]) for name in straight)
 
 
 def test_everything_wrong_is_reported_before_any_work(recipe: Path, tmp_path: Path) -> None:
@@ -406,12 +376,12 @@ def test_the_quantised_stages_as_single_commands(
 
     calibration = ["--task", task, "--calibration.samples", "4", "--calibration.length", "32"]
     joint = sqft("quantize", model, at["int4"], "--sparsity", "0.5", "--group-size", "16", *calibration)
-    assert "quantised 14/14 linears to 4 bits; sparsity 0.5" in joint
+    assert "quantised 14/14 linears to 4 bits, 99.3 % of the blocks' weights; sparsity 0.5" in joint
     sqft("sparsify", model, at["sparse"], *calibration, "--validation-rows", "6")
     manifest = json.loads((tmp_path / "sparse" / "sqft" / "manifest.json").read_text())
     assert manifest["config"]["calibrated_on"]["data"]["validation_rows"] == 6
-    assert "to 3 bits; sparsity 0.5" in sqft("quantize", at["sparse"], at["two"], "--bits", "3", "--group-size", "null",
-                                             "--method", "rtn")  # fmt: skip
+    two = sqft("quantize", at["sparse"], at["two"], "--bits", "3", "--group-size", "null", "--method", "rtn")
+    assert "to 3 bits, 99.3 % of the blocks' weights; sparsity 0.5" in two
     assert cli.run(["quantize", model, str(tmp_path / "none"), "--group-size", "16"]) == 2
     assert "--task NAME or --calibration.data FILE is needed" in capsys.readouterr().err
     training = ["--kind", "quantized", "--ranks", "4", "--max-steps", "2", "--length", "128", "--batch", "2"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,10 @@ import torch
 
 from sqft import processes
 from sqft.data.calibration import calibration_tokens
+from sqft.data.chat import uses_clock, with_date
 from sqft.data.load import folds_punctuation, load_examples, load_tasks
 from sqft.data.tasks import question_key
-from sqft.disk import write_json
+from sqft.disk import read_json, write_json
 from sqft.errors import InputError, Problems, SqftError
 from sqft.locks import run_lock
 from sqft.model.load import load_tokenizer, localize
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from sqft.recipe import CalibrationConfig, Recipe
 
 logger = logging.getLogger(__name__)
+
+BEGAN = ".began"
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         if not processes.first():
             processes.meet()
         announce("reading model and data")
-        dense = localize(recipe.model, out)
+        dense = localize(recipe.model, out, recipe.revision)
+        recipe = dated(recipe, dense, out)
         inputs = _prepare(recipe, dense)
         base = dense
         models: dict[str, tuple[Path, Path | None]] = {"dense": (dense, None)}
@@ -148,6 +153,26 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
 
         announce("report")
         return RunResult(out, report.run(out, recipe), verified)
+
+
+def dated(recipe: Recipe, dense: Path, out: Path) -> Recipe:
+    """Return the recipe with the date that its chats are told: the moment at which the run in `out` first began.
+
+    A chat template that asks for the date would else ask other questions tomorrow, and in two stages of one run.
+
+    Args:
+        recipe: the recipe.
+        dense: the model's folder, whose tokenizer has the template.
+        out: the run's folder; the moment is kept there, in `.began`.
+    """
+    tokenizer = load_tokenizer(dense, trust_remote_code=recipe.trust_remote_code)
+    if not uses_clock(tokenizer):
+        return recipe
+    file = out / BEGAN
+    if not file.is_file():
+        write_json(file, {"moment": datetime.now().isoformat(timespec="seconds")})
+    moment = datetime.fromisoformat(read_json(file)["moment"])
+    return recipe.model_copy(update={"data": with_date(recipe.data, tokenizer, moment)})
 
 
 @dataclass(frozen=True)

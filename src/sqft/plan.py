@@ -89,7 +89,7 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     from sqft.model.load import localize
 
     workspace.mkdir(parents=True, exist_ok=True)
-    model = localize(recipe.model, workspace)
+    model = localize(recipe.model, workspace, recipe.revision)
     config = AutoConfig.from_pretrained(model, trust_remote_code=recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"model {recipe.model}: is quantised; a forecast needs a float model, whose copy it shortens")
@@ -178,7 +178,7 @@ def _on_copy(recipe: Recipe, model: Path, copy: Path) -> Recipe:
         InputError: no pattern of what to prune or quantise is left, so nothing can be drawn on from the copy.
     """
     whole, short = (skeleton(folder, trust_remote_code=recipe.trust_remote_code) for folder in (model, copy))
-    values: dict[str, Any] = {"model": str(copy)}
+    values: dict[str, Any] = {"model": str(copy), "revision": None}
     for stage in ("sparsify", "quantize"):
         settings = getattr(recipe, stage)
         if settings is None:

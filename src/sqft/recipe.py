@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -47,6 +48,14 @@ class Template(Config):
 
     prompt: str = Field(description="for example 'Question: {question}\\nAnswer:'")
     completion: str = Field(description="for example ' {answer}'")
+
+
+def _home(path: str) -> str:
+    """Return a path with a leading `~` replaced by the home folder."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+PathText = Annotated[str, AfterValidator(_home)]
 
 
 def _iso_date(value: Any) -> Any:
@@ -125,7 +134,9 @@ class SparsifyConfig(Config):
     )
     sparsity: float = Field(0.5, description="fraction of each output row that becomes zero, strictly between 0 and 1")
     pattern: str = Field("unstructured", description="'unstructured' (per output row) or 'N:M': keep N of every M")
-    mask: str | None = Field(None, description="a safetensors file of masks made elsewhere, used instead of a score")
+    mask: PathText | None = Field(
+        None, description="a safetensors file of masks made elsewhere, used instead of a score"
+    )
     targets: list[str] = Field(["*"], description="patterns over the names of the linears inside the decoder blocks")
     ignore: list[str] = Field([], description="patterns of linears to leave dense")
     unreached_experts: Literal["error", "magnitude"] = Field(
@@ -266,7 +277,7 @@ class SearchConfig(Config):
         "paper's Algorithm 1), nsga2 (accuracy against size) and random evaluate 1 + turns x neighbours "
         "configurations on validation rows, the heuristic first",
     )
-    ranks_file: str | None = Field(None, description="JSON object {group: rank}")
+    ranks_file: PathText | None = Field(None, description="JSON object {group: rank}")
     turns: PositiveInt = Field(5, description="T of Algorithm 1; generations of nsga2")
     neighbours: PositiveInt = Field(8, description="N, configurations sampled a turn; population of nsga2")
     steps: PositiveInt = Field(8, description="S, how many single steps of rank a neighbour may be from the anchor")
@@ -329,7 +340,7 @@ class EvaluateConfig(Config):
         ["dense", "sparse", "quantized", "tuned", "merged"],
         description="which models of the run are evaluated; those that the recipe does not make are left out",
     )
-    baselines: list[str] = Field(
+    baselines: list[PathText] = Field(
         [], description="eval.json files of earlier, labelled runs that the table shows beside (dense + LoRA, say)"
     )
 
@@ -338,9 +349,10 @@ class Recipe(Config):
     """One run: a model, a task, and the stages to take it through."""
 
     name: str = Field(description="names the run's folder, runs/NAME, unless --out is given")
-    model: str = Field(
+    model: PathText = Field(
         description="a Hub id, a folder, a .gguf file, or 'package:NAME/FILE.gguf' for one inside a Python package"
     )
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub model; null: its main branch")
     data: DataConfig
     seed: int = Field(0, ge=0, le=MAX_SEED)
     threads: PositiveInt | None = Field(None, description="CPU threads; None leaves PyTorch's choice")
@@ -430,9 +442,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         InputError: the file is missing, is not YAML, or has wrong keys or values; every problem is listed.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        values = _read_yaml(path.read_text())
+        values = _read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

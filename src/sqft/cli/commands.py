@@ -10,7 +10,7 @@ from typing import Any
 
 from sqft import processes
 from sqft.cli.flags import read_config
-from sqft.cli.places import localize, result_file
+from sqft.cli.places import dated, localize, result_file
 from sqft.errors import SqftError
 from sqft.recipe import (
     CalibrationConfig,
@@ -86,6 +86,7 @@ def _calibrate(options: argparse.Namespace, config: CalibrationConfig, model: Pa
             "weight meets"
         )
     tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+    data = data and dated(data, tokenizer, options.out)
     tokens = calibration_tokens(config, data, tokenizer, options.seed)
     return tokens, {
         "data": data.model_dump(mode="json") if data else None,
@@ -130,6 +131,7 @@ def finetune(options: argparse.Namespace) -> int:
     data = _data(options)
     model = localize(options.model, options.out.parent, options.model_revision)
     tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+    data = dated(data, tokenizer, options.out)
     train = [(e.prompt, e.answer) for e in load_examples(data, "train", options.seed, tokenizer)]
     validation = []
     if config.evaluate_every is not None:
@@ -354,12 +356,14 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
+    from sqft.model.load import load_tokenizer
     from sqft.stages import evaluate
 
     out = result_file(options, "evaluate", Path(options.model), *([options.adapter] if options.adapter else []))
     model = localize(options.model, out.parent, options.model_revision)
+    tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
     result = evaluate.run(
-        read_config(options, EvaluateConfig), _data(options), model, options.adapter, out,
+        read_config(options, EvaluateConfig), dated(_data(options), tokenizer, out), model, options.adapter, out,
         seed=options.seed, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     if options.json:

@@ -1,15 +1,23 @@
-"""Where single commands put what has no place of its own: unpacked models, and results without --out."""
+"""Where single commands put what has no place of its own, and find what an earlier call of them has fixed."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sqft.artifact import digest_input
+from sqft.artifact import DESCRIPTION, MANIFEST, digest_input, partial_of
 from sqft.digests import digest_text
+from sqft.disk import read_json
 from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sqft.recipe import DataConfig
 
 
 def localize(model: str, beside: Path, revision: str | None = None) -> Path:
@@ -49,3 +57,25 @@ def result_file(options: argparse.Namespace, command: str, *inputs: Path) -> Pat
     if reason:
         raise InputError(f"{out}: no result can be written there ({reason}); choose another --out")
     return out
+
+
+def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, out: Path) -> DataConfig:
+    """Return the data with the date that chats are told: what work in `out` was told before, else now.
+
+    The same command goes on tomorrow with the questions that it asked today.
+    """
+    from sqft.data.chat import with_date
+
+    for file in (out, out / MANIFEST, partial_of(out) / DESCRIPTION):
+        if file.is_file() and (found := _date_in(read_json(file))):
+            return data if data.date else data.model_copy(update={"date": found})
+    return with_date(data, tokenizer, datetime.now())
+
+
+def _date_in(value: Any) -> str | None:
+    """Return the first `date` of the settings of data in a record."""
+    if not isinstance(value, dict):
+        return None
+    if "task" in value and isinstance(value.get("date"), str):
+        return str(value["date"])
+    return next((found for item in value.values() if (found := _date_in(item))), None)

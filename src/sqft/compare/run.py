@@ -27,11 +27,11 @@ from sqft.compare.methods import METHODS, base_recipe, check_methods, method_rec
 from sqft.compare.table import write_table
 from sqft.data.load import load_examples
 from sqft.digests import digest_text
-from sqft.disk import write_json
+from sqft.disk import read_json, write_json
 from sqft.errors import InputError, Problems, SqftError
 from sqft.locks import exclusive, run_lock
 from sqft.model.checkpoint import Checkpoint
-from sqft.model.load import load_tokenizer, localize, read_json
+from sqft.model.load import load_tokenizer, localize
 from sqft.recipe import QuantizeConfig
 from sqft.stages import evaluate
 
@@ -78,6 +78,7 @@ def run(
         raise InputError(f"{out}: cannot be used as output folder ({error.strerror}); choose another --out") from error
     wanted = [(name, seed) for seed in range(seeds) for name in methods if seed == 0 or METHODS[name].kind is not None]
     bases = _make_bases(recipe, out, {METHODS[name].base for name in methods}, announce)
+    recipe = pipeline.dated(recipe, bases, out / "shared")
     failed: set[tuple[str, int]] = set()
     data, began = _data_digest(recipe, bases), time.time()
     while True:
@@ -121,7 +122,7 @@ def _make_bases(recipe: Recipe, out: Path, bases: set[Base], announce: Callable[
         announce("the bases that rows share")
         needed: Base = "int4" if "int4" in bases else "sparse" if "sparse" in bases else "dense"
         pipeline.run(base_recipe(recipe, needed), shared, announce)
-        return localize(recipe.model, shared)
+        return localize(recipe.model, shared, recipe.revision)
 
 
 def _data_digest(recipe: Recipe, model: Path) -> str:
@@ -135,7 +136,8 @@ def _data_digest(recipe: Recipe, model: Path) -> str:
 
 
 def _key(recipe: Recipe, method: Method, seed: int, data: str) -> str:
-    text = method_recipe(recipe, method, seed).model_dump_json(exclude={"note", "threads", "name"})
+    unset = set() if recipe.revision else {"revision"}
+    text = method_recipe(recipe, method, seed).model_dump_json(exclude={"note", "threads", "name"} | unset)
     return digest_text(text + data)
 
 

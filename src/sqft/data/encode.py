@@ -17,13 +17,15 @@ lm-eval's rule with this one; on the built-in tasks both give the same tokens, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sqft.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from sqft.data.tasks import Example
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -101,3 +103,21 @@ def check_vocabulary(
         f"{largest}{shown}; use the tokenizer that the model was saved with, or resize the embedding "
         "(model.resize_token_embeddings) and save the model again"
     )
+
+
+def check_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], rows: int, where: str) -> None:
+    """Refuse examples with tokens that the model has no embedding for; see :func:`check_vocabulary`.
+
+    Args:
+        tokenizer: the model's; where all of its tokens have an embedding, nothing is encoded.
+        examples: what is to be asked and answered.
+        rows: rows of the model's input embedding.
+        where: names the examples.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < rows:
+        return
+    texts = [
+        (prompt, a) for e in examples for prompt in (e.contexts or (e.prompt,)) for a in (e.choices or (e.answer,))
+    ]
+    ids = [token for prompt, answer in texts for part in encode(tokenizer, prompt, answer) for token in part]
+    check_vocabulary(ids, rows, where, tokenizer)

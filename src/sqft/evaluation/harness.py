@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqft.data.encode import encode, encode_prompt
+from sqft.data.encode import check_examples, encode, encode_prompt
 from sqft.data.tasks import Example, Task, final_number, same_number
 from sqft.errors import InputError
 from sqft.evaluation.attention import pads_freely
 from sqft.evaluation.decoding import generate, likelihoods
+from sqft.model.load import embedding_rows
 from sqft.progress import progress
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def evaluate_examples(
         raise InputError(f"task {task.name}: there are no rows to evaluate")
     if task.metric == "exact" and tokenizer.eos_token is None:
         raise InputError(f"task {task.name}: the tokenizer has no end token, so no answer can end; set its eos_token")
+    check_examples(tokenizer, [*examples, *shots], embedding_rows(model), f"task {task.name}")
     was_training = model.training
     with _quiet():
         from lm_eval.api.task import ConfigurableTask

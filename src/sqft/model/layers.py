@@ -219,6 +219,12 @@ class SqftLinear(LoraLinear):
         return weight.T if self.fan_in_fan_out else weight
 
     @property
+    def base_dtype(self) -> torch.dtype:
+        """The dtype that the base's weight multiplies in."""
+        base = self.get_base_layer()
+        return base.dtype if isinstance(base, PackedLinear) else cast(torch.Tensor, base.weight).dtype
+
+    @property
     def weight_shape(self) -> tuple[int, int]:
         """(O, I)."""
         return cast("int", self.out_features), cast("int", self.in_features)
@@ -424,6 +430,11 @@ def _refuse_stock_layers(create: Any) -> Any:
     @wraps(create)
     def checked(tuner: LoraModel, config: LoraConfig, name: str, target: Any, *args: Any, **kwargs: Any) -> None:
         kind = getattr(config, "kind", "dense")
+        if isinstance(config, SqftConfig) and kwargs.get("parameter_name"):
+            raise InputError(
+                f"adapter {name} is of kind {kind}, and PEFT takes one of its target_modules for the parameter "
+                f"{kwargs['parameter_name']} of a {type(target).__name__}, which is no linear; take it out"
+            )
         if kind != "dense" and isinstance(target, LoraLayer) and not isinstance(target, SqftLinear):
             raise InputError(
                 f"adapter {name} is of kind {kind}, and the model has a plain LoRA already, whose layers have no mask; "

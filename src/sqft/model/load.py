@@ -42,15 +42,15 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _hide_bars_of_compressed_tensors() -> None:
-    """Switch off the two progress bars that every opening of an INT4 folder shows, at loading and at its first forward.
+    """Switch off the progress bars that every opening of an INT4 folder shows, at loading and at its first forward.
 
     Their own switch is one that transformers does not hand on.
     """
     import importlib
 
-    for name in ("compressed_tensors.quantization.lifecycle.apply", "compressed_tensors.offload.dispatch"):
+    for name in ("quantization.lifecycle.apply", "offload.dispatch", "compressors.model_compressors.model_compressor"):
         with suppress(ImportError):  # where another version has moved them, they show
-            vars(importlib.import_module(name))["tqdm"] = lambda items, **_options: items
+            vars(importlib.import_module(f"compressed_tensors.{name}"))["tqdm"] = lambda items, **_options: items
 
 
 @contextmanager
@@ -252,3 +252,8 @@ def to_device(model: PreTrainedModel) -> PreTrainedModel:
     if torch.cuda.is_available():
         cast("Any", model).to("cuda")
     return model
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return how many tokens a model has an embedding for."""
+    return int(cast("Any", model).get_input_embeddings().weight.shape[0])

@@ -23,7 +23,9 @@ from transformers import PreTrainedModel, Trainer
 from sqft.errors import InputError, Problems
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+    from sqft.model.loss_scale import LossScale
 
 IGNORED = -100
 
@@ -128,7 +130,10 @@ def head_on(model: nn.Module, selected: torch.Tensor) -> Any:
 
 
 def answer_loss(
-    model: nn.Module, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int | None = None
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    num_items: torch.Tensor | int | None = None,
+    amplify: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
 ) -> torch.Tensor:
     """Return the mean negative log-likelihood, in nats, of the labelled tokens.
 
@@ -136,42 +141,23 @@ def answer_loss(
         model: a causal language model.
         inputs: input_ids, labels and position_ids, [rows, tokens].
         num_items: what the sum is divided by (all labelled tokens of an optimiser step); None is this batch's.
+        amplify: makes the logits float32; :meth:`sqft.model.loss_scale.LossScale.amplify` in training.
     """
     targets = functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
     selected = targets != IGNORED
     with head_on(model, selected):
         output = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
-    logits = _Amplified.apply(output.logits[0].float()) if output.logits.dtype == torch.float16 else output.logits[0]
-    logits = logits.float()
-    total = functional.cross_entropy(logits, targets[selected], reduction="sum")
+    total = functional.cross_entropy(amplify(output.logits[0]), targets[selected], reduction="sum")
     return total / (selected.sum() if num_items is None else num_items)
 
 
-_AMPLIFICATION = 1024.0
-
-
-class _Amplified(torch.autograd.Function):
-    """Passes a value on and makes its gradient larger: a mean over thousands of tokens is below float16's range."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * _AMPLIFICATION
-
-
-def undo_amplification(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the trained parameters of a float16 model take the true gradients of :func:`answer_loss`."""
-    if dtype == torch.float16:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(lambda gradient: gradient / _AMPLIFICATION)
-
-
 class PackedTrainer(Trainer):
-    """transformers' Trainer with the loss over answers of packed rows."""
+    """transformers' Trainer with the loss over answers of packed rows, scaled where the model is float16."""
+
+    def __init__(self, *args: Any, loss_scale: LossScale, **options: Any) -> None:
+        """Take the loss scale beside what Trainer takes."""
+        super().__init__(*args, **options)
+        self.loss_scale = loss_scale
 
     def compute_loss(
         self,
@@ -181,7 +167,7 @@ class PackedTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss; there are no outputs to return, since most logits are never made."""
-        loss = answer_loss(model, inputs, num_items_in_batch)
+        loss = answer_loss(model, inputs, num_items_in_batch, self.loss_scale.amplify)
         if num_items_in_batch is not None:
             # Each process has the sum over its rows, divided by the labelled tokens of all; gradients are averaged.
             loss = loss * self.accelerator.num_processes

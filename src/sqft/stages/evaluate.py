@@ -25,6 +25,7 @@ from sqft.data.taskfile import is_task_file
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task, judged_digest, question_key
 from sqft.errors import InputError, Problems
 from sqft.memory import costing
+from sqft.model.adapter import SavedAdapter
 from sqft.model.held import held_weights
 from sqft.model.load import load_model, load_tokenizer, to_device
 from sqft.recipe import DataConfig
@@ -70,6 +71,8 @@ def run(
     Raises:
         InputError: data or model cannot be used, or the file was made with other settings.
     """
+    if adapter is not None:
+        SavedAdapter.open(adapter)  # all that is wrong with it, before any data is read
     inputs = {"model": model_dir} | ({"adapter": adapter} if adapter is not None else {})
     tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     rows = read_all(config, data, tokenizer, seed)

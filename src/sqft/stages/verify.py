@@ -30,7 +30,7 @@ import torch
 
 from sqft.artifact import describe, finished_result, write_result
 from sqft.core.mask import finite
-from sqft.data.encode import encode
+from sqft.data.encode import check_vocabulary, encode
 from sqft.digests import digest_file, digest_text
 from sqft.disk import read_json
 from sqft.evaluation.harness import score_examples
@@ -41,7 +41,7 @@ from sqft.model.attach import check_base
 from sqft.model.checkpoint import Checkpoint, side_files
 from sqft.model.formats import PackedCheckpoint
 from sqft.model.held import held_weights
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.load import embedding_rows, load_config, load_model, load_tokenizer
 from sqft.model.merged import BaseWeights
 from sqft.model.stored import load_mask
 
@@ -232,12 +232,15 @@ def _behaviour(
     prompts = [encode(tokenizer, e.prompt, e.answer)[0] for e in examples[: config.prompts]]
     if not prompts:
         generator = torch.Generator().manual_seed(seed)
-        prompts = torch.randint(len(tokenizer), (config.prompts, 32), generator=generator).tolist()
+        model_config = load_config(base, trust_remote_code=trust_remote_code)
+        vocabulary = int(model_config.get_text_config(decoder=True).vocab_size)
+        prompts = torch.randint(min(len(tokenizer), vocabulary), (config.prompts, 32), generator=generator).tolist()
     logits: list[list[torch.Tensor]] = []
     finer: list[list[torch.Tensor]] = []
     answers: list[list[bool]] = []
     for folder, attached in ((base, adapter), (merged, None)):
         model = load_model(folder, attached, trust_remote_code=trust_remote_code)
+        check_vocabulary([token for ids in prompts for token in ids], embedding_rows(model), "verify", tokenizer)
         own = next(model.parameters()).dtype
         logits.append(_logits(model, prompts))
         if task is not None:

@@ -22,7 +22,9 @@ from transformers.trainer_callback import PrinterCallback
 from sqft import processes
 from sqft.errors import NumericalError
 from sqft.model.elastic import ElasticRanks
-from sqft.model.training import PackedTrainer, collate, undo_amplification
+from sqft.model.layers import sqft_layers
+from sqft.model.loss_scale import LossScale
+from sqft.model.training import PackedTrainer, collate
 
 if TYPE_CHECKING:
     from sqft.recipe import FinetuneConfig
@@ -87,14 +89,17 @@ def make_trainer(
     if arguments.n_gpu > 1:
         # One process trains on one device; transformers would wrap the model in DataParallel, which packing cannot.
         arguments._n_gpu = 1
-    undo_amplification(model, model.get_base_model().dtype)
+    loss_scale = LossScale(
+        model, float16=any(layer.base_dtype == torch.float16 for layer in sqft_layers(model).values())
+    )
     trainer = PackedTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=[{**row, "seq_lengths": [len(row["input_ids"])]} for row in held_out] or None,
         data_collator=lambda batch: collate(batch, pad_token_id),
-        callbacks=[ElasticRanks(seed), _Done(), _Log()],
+        callbacks=[ElasticRanks(seed), loss_scale, _Done(), _Log()],
+        loss_scale=loss_scale,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -124,6 +129,7 @@ def train(trainer: PackedTrainer, checkpoints: Path) -> int:
     at = 0 if latest is None else int(latest.name.rpartition("-")[2])
     if latest is not None:
         logger.info("resuming from step %d", at)
+        trainer.loss_scale.restore(latest)
     if latest is not None and at >= trainer.args.max_steps:
         # The trainer would take one step more, if the last epoch is not at its end.
         set_peft_model_state_dict(trainer.model, load_file(latest / "adapter_model.safetensors"))

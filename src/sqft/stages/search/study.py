@@ -17,7 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +34,7 @@ from sqft.artifact import key_of
 from sqft.core.climb import Climb, Configuration, as_configuration, climb
 from sqft.errors import InputError
 from sqft.evaluation.harness import evaluate_examples
+from sqft.locks import exclusive
 from sqft.model.held import held_weights, switch_ranks
 from sqft.model.load import load_model, load_tokenizer, to_device
 
@@ -98,12 +99,33 @@ def open_study(file: Path, name: str, *, pareto: bool) -> Study:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
-        # Absolute: its lock is a link to the file, which from a relative path would lead nowhere and look released.
-        storage=JournalStorage(JournalFileBackend(str(file.absolute()))),
+        storage=JournalStorage(JournalFileBackend(str(file), cast("Any", _JournalLock(file)))),
         study_name=name,
         load_if_exists=True,
         directions=["maximize", "minimize"] if pareto else ["maximize"],
     )
+
+
+class _JournalLock:
+    """A lock that the kernel releases with its process; Optuna's own stands for half a minute after a kill.
+
+    Whoever takes it cuts off the half line that a process killed while it wrote may have left: the next line would be
+    joined to it, and the journal lost.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self._journal, self._held = journal, ExitStack()
+
+    def acquire(self) -> bool:
+        self._held.enter_context(exclusive(self._journal))
+        with open(self._journal, "r+b") as stream:
+            content = stream.read()
+            if content and not content.endswith(b"\n"):
+                stream.truncate(content.rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        self._held.close()
 
 
 class HillClimbing(optuna.samplers.BaseSampler):
