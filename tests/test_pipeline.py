@@ -1,5 +1,6 @@
 """The whole flow through the command line on a tiny model: results, resume after kills, refusals, exit codes."""
 
+import datetime
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from sqft import cli
+from sqft import cli, pipeline
 from sqft.data.tasks import Example, Task
 from sqft.errors import InputError
 from sqft.model.checkpoint import Checkpoint
@@ -466,3 +467,34 @@ def test_the_proof_is_told_and_what_fails_with_its_numbers(caplog: pytest.LogCap
         _tell([good, {**good, "name": "zeros_kept", "passed": False, "value": 3, "detail": "new non-zeros in x"}])
     (said,) = caplog.records
     assert (said.levelname, said.getMessage()) == ("ERROR", "zeros_kept: 3, bound 0; new non-zeros in x")
+
+
+def test_the_same_command_on_another_day_asks_the_same(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    values: dict[str, Any] = yaml.safe_load(recipe.read_text())
+    shutil.copytree(values["model"], model)
+    template = model / "chat_template.jinja"
+    template.write_text("Today is {{ strftime_now('%d %b %Y') }}. " + template.read_text())
+    short = ["finetune.max_steps=1", "evaluate=null", "data.chat_template=true", f"model={model}"]
+    made = load_recipe(recipe, short)
+
+    def on(day: int) -> type[datetime.datetime]:
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+                return datetime.datetime(2026, 1, day, 12)
+
+        return Clock
+
+    monkeypatch.setattr(pipeline, "datetime", on(30))
+    run(made, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "adapter" / "sqft" / "manifest.json").read_text())
+    assert manifest["config"]["data"]["data"]["date"] == "2026-01-30T12:00:00"
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    monkeypatch.setattr(pipeline, "datetime", on(31))
+    run(made, tmp_path / "out")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    # A new run is told its own day.
+    assert pipeline.dated(made, model, tmp_path / "other").data.date == "2026-01-31T12:00:00"

@@ -64,7 +64,7 @@ def test_every_broken_shard_is_reported_at_once(tiny_model: Callable[..., Path],
 
 
 def test_a_pickle_or_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json; download it again"):
+    with pytest.raises(InputError, match=r"has neither model\.safetensors nor .*index\.json; download it again"):
         Checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(InputError, match="a pickle: convert it with save_pretrained"):
@@ -103,3 +103,75 @@ def test_a_folder_is_itself(tiny_model: Callable[..., Path], tmp_path: Path) -> 
     assert localize(str(folder), tmp_path) == folder
     shutil.copytree(folder, tmp_path / "x")
     assert Checkpoint(tmp_path / "x").size_bytes == Checkpoint(folder).size_bytes
+
+
+def test_the_files_of_a_model_are_those_that_transformers_opens(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = sharded(tiny_model("llama"), tmp_path / "sharded")
+    whole = {name: Checkpoint(folder).read(name) for name in Checkpoint(folder).entries}
+    save_file(
+        {name: tensor * 3 for name, tensor in whole.items()}, folder / "other.safetensors", metadata={"format": "pt"}
+    )
+    assert torch.equal(Checkpoint(folder).read("lm_head.weight"), whole["lm_head.weight"])  # the index's
+    save_file(
+        {name: tensor * 2 for name, tensor in whole.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    found = Checkpoint(folder)
+    stock = load_model(folder)
+    assert torch.equal(found.read("lm_head.weight"), stock.lm_head.weight)  # the single file's, as transformers has it
+    assert torch.equal(found.read("lm_head.weight"), 2 * whole["lm_head.weight"])
+    copy_model(folder, tmp_path / "copy")
+    assert sorted(p.name for p in (tmp_path / "copy").glob("*.safetensors*")) == ["model.safetensors"]
+
+
+def test_an_index_does_not_lead_out_of_its_folder_or_lie(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = sharded(tiny_model("llama"), tmp_path / "sharded")
+    index = folder / "model.safetensors.index.json"
+    right = json.loads(index.read_text())
+    shutil.copyfile(folder / right["weight_map"]["lm_head.weight"], tmp_path / "evil.safetensors")
+
+    def named(file: str) -> None:
+        index.write_text(json.dumps({**right, "weight_map": {**right["weight_map"], "lm_head.weight": file}}))
+
+    for outside in ("../evil.safetensors", str(tmp_path / "evil.safetensors")):
+        named(outside)
+        with pytest.raises(InputError, match="outside the folder"):
+            Checkpoint(folder)
+    named(next(file for file in right["weight_map"].values() if file != right["weight_map"]["lm_head.weight"]))
+    with pytest.raises(InputError, match=r"names lm_head\.weight, not in the files it says"):
+        Checkpoint(folder)
+    index.write_text("[]")
+    with pytest.raises(InputError, match="is not a shard index"):
+        Checkpoint(folder)
+
+
+def test_an_adapter_inside_a_model_folder_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    Checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds an adapter too.*merge it first"):
+        Checkpoint(tmp_path / "m")
+
+
+def test_named_chat_templates_come_along_and_strange_files_do_not(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    (tmp_path / "m" / "additional_chat_templates").mkdir()
+    (tmp_path / "m" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    for name in ("consolidated.00.pth", "model.onnx", "pytorch_model.bin.index.json", "training_args.bin"):
+        (tmp_path / "m" / name).write_text("x")
+    copy_model(tmp_path / "m", tmp_path / "copy")
+    found = {str(p.relative_to(tmp_path / "copy")) for p in (tmp_path / "copy").rglob("*") if p.is_file()}
+    assert "additional_chat_templates/tool_use.jinja" in found
+    assert "tokenizer.json" in found
+    assert not {name for name in found if name.startswith(("consol", "model.onnx", "pytorch", "training"))}
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '"text"', "\xff"])
+def test_a_damaged_config_is_one_message(config: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_bytes(config.encode("latin-1"))
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_model(tmp_path / "m")

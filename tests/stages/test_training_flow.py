@@ -161,7 +161,7 @@ def test_an_old_proof_does_not_pass_a_changed_model(chain: Callable[..., Path]) 
     values = json.loads(kept)
     values["files"]["model.safetensors"] = digest_file(out / "merged" / "model.safetensors")
     manifest.write_text(json.dumps(values))
-    with pytest.raises(InputError, match="manifest.json contradicts itself"):
+    with pytest.raises(InputError, match=r"manifest\.json contradicts itself"):
         prove(out)
 
 

@@ -17,7 +17,8 @@ def show_rows(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console = Console()
-    if Measurement.get(console, console.options, table).minimum <= console.width:
+    unbounded = console.options.update(max_width=10_000)
+    if Measurement.get(console, unbounded, table).minimum <= console.width:  # no word is cut
         console.print(table)
         return
     print(title)

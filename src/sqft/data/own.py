@@ -73,6 +73,8 @@ def read_each(rows: Iterable[tuple[str, Any]], read: Callable[[Row], T], where: 
         try:
             row = as_row(content)
             found.append(read(row))
+        except InputError:
+            raise  # of the data as a whole, not of this row
         except KeyError as error:
             bad.append(f"{place}: has no column {error.args[0]!r}; its columns are {names(row)}")
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
