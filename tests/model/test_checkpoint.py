@@ -175,3 +175,47 @@ def test_a_damaged_config_is_one_message(config: str, tiny_model: Callable[..., 
     (tmp_path / "m" / "config.json").write_bytes(config.encode("latin-1"))
     with pytest.raises(InputError, match=r"config\.json"):
         load_model(tmp_path / "m")
+
+
+def test_a_revision_is_of_the_hub(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from sqft.artifact import describe
+
+    with pytest.raises(InputError, match="revision is v1, which only a model of the Hub has"):
+        localize(str(tiny_model("llama")), tmp_path, "v1")
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
+    shutil.copytree(tiny_model("llama"), snapshot)
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **o: asked.append(o["revision"]) or str(snapshot)
+    )
+    assert localize("owner/name", tmp_path, "v1") == snapshot
+    assert asked == ["v1"]
+    assert describe("stage", {}, {"model": snapshot}, 0)["inputs"]["model"]["revision"] == commit
+
+
+@pytest.mark.parametrize("tied_in_config", [True, False])
+def test_tied_embeddings_are_what_is_stored(
+    tied_in_config: bool, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from sqft.recipe import QuantizeConfig
+    from sqft.stages import quantize
+
+    # gemma's own are tied; llama's are two matrices, whatever the config says.
+    for arch in ("gemma", "llama"):
+        folder = tmp_path / arch
+        shutil.copytree(tiny_model(arch), folder)
+        config = json.loads((folder / "config.json").read_text())
+        if arch == "llama":
+            (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied_in_config}))
+        quantize.run(QuantizeConfig(method="rtn", group_size=16), folder, None, tmp_path / f"{arch}-int4", seed=0)
+        stock, packed = load_model(tmp_path / f"{arch}-int4"), load_model(tmp_path / f"{arch}-int4", packed=True)
+        tied = packed.get_input_embeddings().weight is packed.get_output_embeddings().weight
+        assert tied == (arch == "gemma")
+        ids = torch.arange(1, 20)[None]
+        with torch.no_grad():
+            assert torch.allclose(stock(ids).logits, packed(ids).logits, atol=1e-4)

@@ -52,7 +52,7 @@ def run(recipe: Path, out: Path, *more: str, processes: int = 1) -> subprocess.C
     command = [sys.executable, *launch, "-m", "sqft", "run", str(recipe), "--out", str(out), *more]
     # No GPU may be used: a machine may have fewer than the processes.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def adapter(out: Path) -> dict[str, torch.Tensor]:
