@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from safetensors.torch import save_file
 
 from sqft.core.grid import BITS, Grid
+from sqft.errors import InputError
 from sqft.model import formats
-from sqft.model.formats import FormatName, Scheme
+from sqft.model.formats import FormatName, Scheme, parse_scheme, quantization_config
 
 
 def quantised(bits: int, rows: int = 96, columns: int = 64) -> tuple[torch.Tensor, Grid]:
@@ -55,3 +61,26 @@ def test_a_word_of_four_bit_codes_by_hand() -> None:
     words = Scheme("compressed-tensors", 4, None, symmetric=True).encode_codes(codes)
     assert words.tolist() == [[0x76543210]]
     assert Scheme("gptq", 4, None, symmetric=True).encode_codes(codes).tolist() == [[0x76543210]]
+
+
+def test_settings_beside_the_config_are_refused_with_how_to_convert(tmp_path: Path) -> None:
+    old = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "quantize_config.json").write_text(json.dumps(old))
+    codes = torch.zeros(4, 8, dtype=torch.int32)
+    save_file({"model.layers.0.self_attn.q_proj.qweight": codes}, tmp_path / "gptq_model-4bit-32g.safetensors")
+    with pytest.raises(
+        InputError, match=r"quantize_config\.json alone.*name gptq_model-4bit-32g\S+ model\.safet"
+    ) as said:
+        quantization_config(tmp_path)
+    # What it says to put into config.json is what is read.
+    settings = json.loads(re.findall(r'"quantization_config": (\{.*?\})', str(said.value))[0])
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    assert parse_scheme(quantization_config(tmp_path) or {}, "it") == Scheme("gptq", 4, 32, symmetric=True)
+
+
+def test_settings_beside_float_weights_are_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "quantize_config.json").write_text("{}")
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 8)}, tmp_path / "model.safetensors")
+    assert quantization_config(tmp_path) is None

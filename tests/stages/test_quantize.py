@@ -54,6 +54,12 @@ def random_adapter(base: Path, out: Path, *, kind: str = "quantized", scale: flo
     return adapted.eval()
 
 
+def tampered(folder: Path) -> Path:
+    """Return a folder that says nothing of its bytes any more: its manifest would tell that they have changed."""
+    (folder / "sqft" / "manifest.json").unlink()
+    return folder
+
+
 def live_codes(adapted: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, layer in sqft_layers(adapted).items():
@@ -194,7 +200,9 @@ def test_verify_sees_a_pruned_weight_that_came_back(tiny_model: Any, tmp_path: P
     row, column = (~mask).nonzero()[0].tolist()
     codes[row, column] = (int(grid.zero_codes()[row, column]) + 1) % 16
     packed.checkpoint.write(packed.codes_name(name), packed.scheme.encode_codes(codes))
-    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json")
+    result = verify.run(
+        VerifyConfig(prompts=2), tampered(tmp_path / "merged"), base, tmp_path / "adapter", tmp_path / "v.json"
+    )
     failed = {check["name"]: check for check in result["checks"] if not check["passed"]}
     assert failed["zeros_kept"]["value"] == 1
     assert name in failed["zeros_kept"]["detail"]
@@ -253,7 +261,9 @@ def test_verify_sees_a_changed_grid_or_code(part: str, spoil: Any, tiny_model: A
     tensor = checkpoint.read(name)
     tensor[0, 0] = spoil(tensor[0, 0])
     checkpoint.write(name, tensor)
-    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json")
+    result = verify.run(
+        VerifyConfig(prompts=2), tampered(tmp_path / "merged"), base, tmp_path / "adapter", tmp_path / "v.json"
+    )
     failed = [check["name"] for check in result["checks"] if not check["passed"]]
     assert ("codes_equal" if part == "codes" else "grid_untouched") in failed
 
@@ -443,3 +453,74 @@ def test_gptq_has_no_zero_point_0_so_the_range_is_widened(
     if options.get("method") == "rtn":  # nothing is cut off at the top
         far = (grid.dequantize(codes) - tensors[name].float()).abs()
         assert (far <= 0.51 * grid.scale_OG.float().repeat_interleave(grid.group_size, dim=1)).all()
+
+
+@pytest.mark.parametrize("arch", ["falcon", "rwkv", "mamba"])
+def test_what_transformers_cannot_open_is_refused_before_the_work(arch: str, tiny_model: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"cannot open a \w+ForCausalLM in compressed-tensors format \(AttributeError.*format: gptq"
+    ):
+        quantized(tiny_model(arch), tmp_path / "out", sparsity=None, group_size=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_other_format_of_what_transformers_cannot_open_is_opened_here(tiny_model: Any, tmp_path: Path) -> None:
+    made = quantized(tiny_model("falcon"), tmp_path / "out", sparsity=None, format="gptq", group_size=32)
+    with torch.no_grad():
+        assert load_model(made)(input_ids=PROMPT).logits.isfinite().all()
+
+
+def test_names_that_transformers_does_not_find_are_refused(tiny_model: Any) -> None:
+    from sqft.model.expressible import layouts, opening_error
+    from sqft.model.formats import Scheme
+    from sqft.model.targets import DiskNames, find_targets, skeleton
+
+    network, source = skeleton(tiny_model("llama")), Checkpoint(tiny_model("llama"))
+    scheme = Scheme("compressed-tensors", 4, 16, symmetric=False)
+    layout, _ = layouts(scheme, source, DiskNames(network, source), find_targets(network)[0])
+    assert opening_error(network, scheme.to_config(["lm_head"]), layout) is None
+    del layout["model.layers.0.mlp.up_proj.weight_scale"]
+    reason = opening_error(network, scheme.to_config(["lm_head"]), layout)
+    assert reason is not None
+    assert "up_proj.weight_scale" in reason
+
+
+def test_experts_in_one_tensor_are_refused_with_a_pattern_that_leaves_them_out(tiny_model: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"mlp\.w1 holds all experts in one tensor.*\['\*\.mlp\.\*'\]"):
+        quantized(tiny_model("dbrx"), tmp_path / "out", sparsity=None)
+    made = quantized(tiny_model("dbrx"), tmp_path / "out", sparsity=None, ignore=["*.mlp.*"])
+    with torch.no_grad():
+        assert load_model(made)(input_ids=PROMPT).logits.isfinite().all()
+    with pytest.raises(InputError, match=r"gate_up_proj holds all experts in one tensor.*\['\*\.experts\.\*'\]"):
+        quantized(tiny_model("llama4_text"), tmp_path / "other", sparsity=None, group_size=8)
+    # Here compressed-tensors looks for the experts one by one, quantised or not.
+    with pytest.raises(InputError, match=r"cannot open a Llama4.*it finds no \S+experts\.0"):
+        quantized(tiny_model("llama4_text"), tmp_path / "other", sparsity=None, group_size=8, ignore=["*.experts.*"])
+
+
+def test_a_quantised_folder_and_a_token_beyond_the_embedding_are_refused(tiny_model: Any, tmp_path: Path) -> None:
+    made = quantized(tiny_model("llama"), tmp_path / "once")
+    with pytest.raises(InputError, match="is quantised already"):
+        quantized(made, tmp_path / "twice")
+    far = tokens()
+    far[0, 0] = 300
+    with pytest.raises(InputError, match="token 300, and the model's embedding 264 rows"):
+        quantize.run(QuantizeConfig(group_size=16), tiny_model("llama"), far, tmp_path / "out", seed=0)
+
+
+def test_overflow_in_gptq_names_the_linear_and_the_remedy(tiny_model: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama", "float16"), tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("up_proj", "gate_proj"):
+        tensors[f"model.layers.0.mlp.{name}.weight"][:] = 3000
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=r"^model\.layers\.0\.mlp\.down_proj: .*65504.*bfloat16"):
+        quantized(tmp_path / "model", tmp_path / "out", sparsity=None)
+
+
+def test_a_mask_in_the_joint_pass_says_how_many_it_prunes(tiny_model: Any, tmp_path: Path) -> None:
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.rand(64, 32) > 0.5}, tmp_path / "mask.safetensors")
+    given = SparsifyConfig(mask=str(tmp_path / "mask.safetensors"))
+    config = QuantizeConfig(group_size=16)
+    made = quantize.run(config, tiny_model("llama"), tokens(), tmp_path / "out", seed=0, sparsify=given)
+    assert "masked 1 of 14 targeted linears; the other 13 stay dense" in made.manifest["result"]["coverage"]

@@ -212,9 +212,8 @@ def test_routers_and_convolutions_are_left_alone(tiny_model: Callable[..., Path]
     assert any("shared_expert.gate_proj" in t.name for t in targets)
 
     # A linear elsewhere with as many outputs as there are experts is none.
-    wide = skeleton(tiny_model("qwen2_moe"))
-    attention = cast(Any, wide).model.layers[0].self_attn
-    attention.k_proj = torch.nn.Linear(32, wide.config.num_experts, device="meta")
+    wide = skeleton(tiny_model("qwen2_moe", num_experts=8, num_key_value_heads=1))
+    assert cast(Any, wide).model.layers[0].self_attn.k_proj.out_features == wide.config.num_experts
     assert "model.layers.0.self_attn.k_proj" in [t.name for t in find_targets(wide)[0]]
 
     model = skeleton(tiny_model("llama"))
@@ -318,3 +317,128 @@ def test_blocks_that_hand_on_keys_and_values_are_not_calibrated(tiny_model: Call
 def test_patterns_that_leave_nothing_are_refused(tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="leave no linear"):
         find_targets(skeleton(tiny_model("llama")), ["q_proj"], ["*attn*"])
+
+
+def test_a_mask_of_what_is_no_target_is_refused_by_name(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.mlp.{kind}_proj.weight" for i in range(2) for kind in ("up", "gate")]
+    masks = {name: torch.rand(64, 32) > 0.5 for name in names}
+    save_file(masks, tmp_path / "mask.safetensors")
+    options = {"mask": str(tmp_path / "mask.safetensors"), "ignore": ["gate_proj"]}
+    with pytest.raises(
+        InputError,
+        match=r"2 of its 4 masks are of weights that are no targets: \S+0\.mlp\.gate_proj\S+, \S+1\.mlp\.gate",
+    ):
+        sparsify.run(config(**options), tiny_model("llama"), None, tmp_path / "out", seed=0)
+    embedding = {"model.embed_tokens.weight": torch.ones(264, 32, dtype=torch.bool)}
+    save_file(embedding, tmp_path / "mask.safetensors")
+    with pytest.raises(InputError, match=r"1 of its 1 masks .*model\.embed_tokens"):
+        sparsify.run(config(mask=options["mask"]), tiny_model("llama"), None, tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_of_some_targets_says_how_many(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("up", "gate")]
+    save_file({name: torch.rand(64, 32) > 0.5 for name in names}, tmp_path / "mask.safetensors")
+    masked = config(mask=str(tmp_path / "mask.safetensors"))
+    made = sparsify.run(masked, tiny_model("llama"), None, tmp_path / "out", seed=0)
+    assert "masked 2 of 14 targeted linears; the other 12 stay dense" in made.manifest["result"]["coverage"]
+    assert (
+        "masked"
+        not in sparsify.run(config(), tiny_model("llama"), TOKENS, tmp_path / "all", seed=0).manifest["result"][
+            "coverage"
+        ]
+    )
+
+
+def test_a_token_beyond_the_embedding_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    tokens = TOKENS.clone()
+    tokens[2, 3] = 264
+    with pytest.raises(InputError, match=r"token 264, and the model's embedding 264 rows.*resize"):
+        sparsify.run(config(), tiny_model("llama"), tokens, tmp_path / "out", seed=0)
+    tokens[2, 3] = 263
+    sparsify.run(config(), tiny_model("llama"), tokens, tmp_path / "out", seed=0)
+
+
+def overflowing(folder: Path, out: Path, *names: str) -> Path:
+    """Return a copy of a model whose named weights are so large that float16 cannot hold their outputs."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    for name in names:
+        tensors[f"model.layers.0.mlp.{name}.weight"][:] = 3000
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_overflow_names_the_linear_and_the_remedy(method: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = overflowing(tiny_model("llama", "float16"), tmp_path / "model", "up_proj", "gate_proj")
+    with pytest.raises(
+        NumericalError, match=r"^model\.layers\.0\.mlp\.down_proj: .*block model\.layers\.0\).*65504.*bfloat16"
+    ):
+        sparsify.run(config(method=method), folder, TOKENS, tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()
+    # What needs no activations is not troubled by them.
+    sparsify.run(config(method="magnitude"), folder, None, tmp_path / "out", seed=0)
+
+
+def test_overflow_behind_the_last_linear_names_the_block(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model("llama", "float16")
+    shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 6000
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 50
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=r"^block model\.layers\.1: its output holds NaN or Inf.*65504"):
+        sparsify.run(config(), tmp_path / "model", TOKENS, tmp_path / "out", seed=0)
+
+
+def test_a_pruner_that_overflows_names_the_linear(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqft.core import pruners
+
+    def far(weight_OI: torch.Tensor, statistics: Any, pattern: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return (weight_OI.float() * 1e6).to(weight_OI.dtype), torch.ones_like(weight_OI, dtype=torch.bool)
+
+    def nowhere(weight_OI: torch.Tensor, statistics: Any) -> torch.Tensor:
+        return weight_OI.float() * float("nan")
+
+    monkeypatch.setitem(pruners._PRUNERS, "far", far)
+    monkeypatch.setitem(pruners._SCORES, "nowhere", nowhere)
+    folder = tiny_model("llama", "float16")
+    for method, said in (("far", "65504"), ("nowhere", "score has NaN")):
+        with pytest.raises(NumericalError, match=rf"^model\.layers\.0\.\S+_proj: .*{said}"):
+            sparsify.run(config(method=method), folder, TOKENS, tmp_path / "out", seed=0)
+
+
+@pytest.mark.parametrize("arch", ["llama4_text", "dbrx"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_experts_lose_as_much_in_every_row(
+    arch: str, method: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokens = None if method == "magnitude" else TOKENS
+    sparsify.run(config(method=method, sparsity=0.5), tiny_model(arch), tokens, tmp_path / "out", seed=0)
+    model = load_model(tmp_path / "out")
+    experts = [t.view(model) for t in find_targets(model)[0] if t.index is not None]
+    assert experts
+    for weight in experts:
+        assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
+
+
+def test_vectors_stay_as_they_are(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    before = Checkpoint(tiny_model("rwkv"))
+    sparsify.run(config(method="magnitude"), tiny_model("rwkv"), None, tmp_path / "out", seed=0)
+    after = Checkpoint(tmp_path / "out")
+    vectors = [name for name in before.entries if "time_" in name]
+    assert len(vectors) > 8
+    assert all(torch.equal(after.read(name), before.read(name)) for name in vectors)
+    assert int((after.read("rwkv.blocks.0.attention.key.weight") == 0).sum()) == 16 * 32
+
+
+def test_a_folder_that_contradicts_its_config_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].int()
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"k_proj\.weight \(int32\)"):
+        sparsify.run(config(), tmp_path / "model", TOKENS, tmp_path / "out", seed=0)

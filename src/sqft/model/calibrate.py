@@ -6,7 +6,7 @@ change the weights, runs the sequences again so that later blocks see the change
 position tables and whatever else a model passes to its blocks are therefore the model's own.
 
 Inputs are observed where they are used: a torch-function mode watches every matrix product and recognises a target by
-the storage of its weight. That covers nn.Linear, Conv1D and the slices of fused experts with one mechanism.
+where its weight lies in memory. That covers nn.Linear, Conv1D and the slices of fused experts with one mechanism.
 
 Memory: a block, the hidden states of all sequences three times (a block's input and output, and the embeddings, which
 the model's own forward holds to its end), the statistics, and the activations of `batch` sequences.
@@ -17,17 +17,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from sqft.core.mask import finite
 from sqft.core.statistics import Statistics
+from sqft.errors import NumericalError
 from sqft.memory import release_memory
 from sqft.model.checkpoint import Checkpoint
-from sqft.model.load import check_complete
+from sqft.model.load import check_complete, embedding_rows
+from sqft.model.products import products
 from sqft.model.targets import DiskNames, Target, decoder_blocks, skeleton
+from sqft.model.uses import StandIn, text_model
 from sqft.progress import progress
 
 if TYPE_CHECKING:
@@ -36,18 +41,6 @@ if TYPE_CHECKING:
     from sqft.errors import Problems
 
 logger = logging.getLogger(__name__)
-
-_PRODUCTS = {
-    nn.functional.linear: (0, 1),
-    torch.matmul: (0, 1),
-    torch.Tensor.matmul: (0, 1),
-    torch.Tensor.__matmul__: (0, 1),
-    torch.mm: (0, 1),
-    torch.Tensor.mm: (0, 1),
-    torch.addmm: (1, 2),
-    torch.Tensor.addmm: (1, 2),
-}
-"""Matrix products: positions of the input and of the weight among the arguments."""
 
 
 class _Observer(TorchFunctionMode):
@@ -61,22 +54,24 @@ class _Observer(TorchFunctionMode):
         super().__init__()
         self.statistics = {t: Statistics.empty(w.shape[1], hessian=hessian) for t, w in weights.items()}
         self._targets = {_identity(w): t for t, w in weights.items()}
+        self._storages = {w.untyped_storage().data_ptr() for w in weights.values()}
         self._last: tuple[torch.Tensor, Statistics] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        positions = _PRODUCTS.get(func)
-        if positions is not None and len(args) > positions[1] and isinstance(args[positions[1]], torch.Tensor):
-            target = self._targets.get(_identity(args[positions[1]]))
-            if target is not None:
-                self._see(target, args[positions[0]])
+        for product in products(func, args, kwargs):
+            if product.operand.untyped_storage().data_ptr() in self._storages:
+                for weight, x_TI in product.matrices():
+                    target = self._targets.get(_identity(weight))
+                    if target is not None:
+                        self._see(target, x_TI, product.source if product.alone else x_TI)
         return func(*args, **(kwargs or {}))
 
     def forget(self) -> None:
         """Let go of the last input, which is as large as any activation."""
         self._last = None
 
-    def _see(self, target: Target, x: torch.Tensor) -> None:
-        if self._last is not None and self._last[0] is x:
+    def _see(self, target: Target, x_TI: torch.Tensor, source: torch.Tensor) -> None:
+        if self._last is not None and self._last[0] is source:
             shared, own = self._last[1], self.statistics[target]
             if own is shared:
                 return
@@ -84,22 +79,42 @@ class _Observer(TorchFunctionMode):
                 self.statistics[target] = shared
                 return
         with torch._C.DisableTorchFunction():
-            self.statistics[target].add(x.detach().reshape(-1, x.shape[-1]))
-        self._last = (x, self.statistics[target])
+            self.statistics[target].add(x_TI.detach())
+        self._last = (source, self.statistics[target])
 
 
 def check_tokens(tokens: torch.Tensor, network: Any, problems: Problems) -> None:
     """Add what calibration tokens would fail with in the middle of the work."""
+    config = network.config.get_text_config(decoder=True)
     if tokens.numel() == 0:
         problems.add("there are no calibration tokens; give data with text in it")
-    if getattr(network.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+    else:
+        rows, largest = embedding_rows(network), int(tokens.max())
+        if largest >= rows:
+            problems.add(
+                f"the calibration text has token {largest}, and the model's embedding {rows} rows: the tokenizer has "
+                "tokens that the model never learned; resize the embedding (model.resize_token_embeddings) and save "
+                "the model, or take the tokenizer that it came with"
+            )
+    if getattr(config, "num_kv_shared_layers", 0):
         problems.add(
             f"{type(network).__name__} hands keys and values from block to block, which calibration block by block "
             "does not follow; use sparsify.method magnitude and quantize.method rtn, which need no calibration"
         )
-    limit = getattr(network.config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and tokens.ndim == 2 and tokens.shape[1] > limit:
         problems.add(f"calibration.length is {tokens.shape[1]} tokens, more than the {limit} that the model allows")
+
+
+def overflow_remedy(dtype: torch.dtype) -> str:
+    """Return what to do about NaN or Inf in a checkpoint of this dtype."""
+    if dtype == torch.float16:
+        return (
+            "the checkpoint is float16, and what it computes passes 65504, the largest number that float16 holds: "
+            "store the model as bfloat16 or float32 (load it with dtype=torch.bfloat16 and save it)"
+        )
+    named = str(dtype).removeprefix("torch.")
+    return f"the checkpoint is {named}, and what it computes passes what that holds: its weights are damaged"
 
 
 def _rows_each(shape: torch.Size, sequences: int, heads: int) -> int:
@@ -114,8 +129,10 @@ def _rows_each(shape: torch.Size, sequences: int, heads: int) -> int:
     return int(shape[0] == sequences)
 
 
-def _identity(weight: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    return weight.data_ptr(), tuple(sorted(weight.shape))
+def _identity(weight: torch.Tensor) -> tuple[Any, ...]:
+    # The stride of an axis of one entry means nothing.
+    strides = [stride if size > 1 else 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)]
+    return weight.data_ptr(), *weight.shape, *strides
 
 
 @dataclass(frozen=True)
@@ -150,38 +167,19 @@ class Block:
 Visitor = Callable[[Block], None]
 
 
-class _StandIn(nn.Module):
-    """Takes a block's place; see the module."""
-
-    def __init__(self, block: nn.Module, index: int, run: _Run) -> None:
-        super().__init__()
-        # Hidden from nn.Module, so that the model does not see the block twice.
-        object.__setattr__(self, "block", block)
-        self.index = index
-        object.__setattr__(self, "run", run)
-
-    def __getattr__(self, name: str) -> Any:
-        # Some models read attributes of their blocks (attention_type, layer_type).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "block"), name)
-
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return object.__getattribute__(self, "run").process(self.index, hidden, args, kwargs)
-
-
 @dataclass
 class _Run:
     model: nn.Module
     names: DiskNames
     blocks: nn.ModuleList
     prefix: str
+    real: list[nn.Module]
     targets: list[Target]
     visit: Visitor
     batch: int
     hessian: bool
     heads: int
+    calibrated: bool
     advance: Callable[[int], Any]
 
     def process(self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -189,7 +187,7 @@ class _Run:
         if index == 0:
             # Its work is done; in a model with a large vocabulary it is the largest tensor of all.
             cast("Any", self.model).get_input_embeddings().to("meta")
-        stand_in, real = self.blocks[index], object.__getattribute__(self.blocks[index], "block")
+        stand_in, real = self.blocks[index], self.real[index]
         self.blocks[index] = real
         self.names.load(f"{prefix}.")
         missing = [n for n, p in real.named_parameters(prefix) if p.is_meta]
@@ -199,14 +197,30 @@ class _Run:
         self._forward(real, hidden, args, kwargs, observer, keep=False)
         observer.forget()
         release_memory()
+        if self.calibrated:
+            self._check_inputs(prefix, observer.statistics)
         self.visit(Block(index, targets, observer.statistics, self.names, prefix))
         release_memory()
         output = self._forward(real, hidden, args, kwargs, None, keep=True)
+        if self.calibrated and not finite(output[0] if isinstance(output, tuple) else output):
+            raise NumericalError(
+                f"block {prefix}: its output holds NaN or Inf on the calibration text, and the inputs of its linears "
+                f"do not; {overflow_remedy(self.names.checkpoint.dtype)}"
+            )
         real.to_empty(device="meta")
         self.blocks[index] = stand_in
         release_memory()
         self.advance(1)
         return output
+
+    def _check_inputs(self, prefix: str, statistics: dict[Target, Statistics]) -> None:
+        bad = [target.name for target, seen in statistics.items() if not finite(seen.squared_sum_I)]
+        if bad:
+            listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            remedy = overflow_remedy(self.names.checkpoint.dtype)
+            raise NumericalError(
+                f"{listed}: its inputs hold NaN or Inf on the calibration text (block {prefix}); {remedy}"
+            )
 
     def _forward(
         self,
@@ -249,7 +263,7 @@ class _Run:
 def visit_blocks(
     folder: Path,
     targets: list[Target],
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | None,
     visit: Visitor,
     *,
     batch: int,
@@ -263,11 +277,14 @@ def visit_blocks(
     Args:
         folder: the model folder; tensors are read from it block by block.
         targets: from :func:`sqft.model.targets.find_targets`.
-        tokens: calibration tokens, int64 [samples, length].
+        tokens: calibration tokens, int64 [samples, length]; None where nobody needs what the inputs look like.
         visit: called once a block.
         batch: sequences run at a time.
         hessian: whether the statistics hold second-order information.
         trust_remote_code: passed to transformers.
+
+    Raises:
+        NumericalError: NaN or Inf in the activations of calibration text; names the linears or the block.
     """
     model = skeleton(folder, experts_one_by_one=True, trust_remote_code=trust_remote_code)
     names = DiskNames(model, Checkpoint(folder))
@@ -275,10 +292,15 @@ def visit_blocks(
     head = model.get_output_embeddings()
     names.load("", exclude=tuple([f"{prefix}."] + [f"{n}." for n, m in model.named_modules() if m is head]))
     model.tie_weights()
-    # The language-model head is not run: only the blocks matter, and its logits would be the largest tensor of all.
     with progress(len(blocks), "compressing", "block") as advance:
-        heads = getattr(model.config, "num_attention_heads", 0)
-        run = _Run(model, names, blocks, prefix, targets, visit, batch, hessian, heads, advance)
-        for index, block in enumerate(list(blocks)):
-            blocks[index] = _StandIn(block, index, run)
-        model.base_model(input_ids=tokens, use_cache=False)
+        heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", 0)
+        real = list(blocks)
+        run = _Run(
+            model, names, blocks, prefix, real, targets, visit, batch, hessian, heads, tokens is not None, advance
+        )
+        # The language-model head is not run: only the blocks matter, and its logits would be the largest tensor of all.
+        body = text_model(model, blocks)
+        for index, block in enumerate(real):
+            blocks[index] = StandIn(block, partial(run.process, index))
+        given = torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens
+        body(input_ids=given, use_cache=False)

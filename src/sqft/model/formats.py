@@ -13,6 +13,7 @@ hold, and what we cannot read, is refused by name before any work.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from sqft.core.grid import BITS, Grid, stretches
+from sqft.disk import read_json
 from sqft.errors import InputError, Problems
-from sqft.model.checkpoint import Checkpoint, Layout
-from sqft.model.load import read_json
+from sqft.model.checkpoint import WEIGHTS, Checkpoint, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,9 +36,46 @@ _PACKED_AT_ONCE = 2**20  # weights
 
 
 def quantization_config(folder: str | Path) -> dict[str, Any] | None:
-    """Return what a model folder says of its quantisation, None for a float model."""
+    """Return what a model folder says of its quantisation, None for a float model.
+
+    Raises:
+        InputError: it says so in AutoGPTQ's first format, which transformers does not read.
+    """
     value = read_json(Path(folder) / "config.json").get("quantization_config")
+    if value is None:
+        _refuse_old_gptq(Path(folder))
     return cast("dict[str, Any] | None", value)
+
+
+def _refuse_old_gptq(folder: Path) -> None:
+    """Refuse quantised weights whose settings lie in a file beside config.json; transformers would take them for float.
+
+    Raises:
+        InputError: says how to convert the folder.
+    """
+    file = folder / "quantize_config.json"
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not file.is_file() or not any(_has_codes(folder / name) for name in weights):
+        return
+    old = read_json(file)
+    settings: dict[str, Any] = {
+        "quant_method": "gptq",
+        **{key: old[key] for key in ("bits", "group_size", "sym", "desc_act") if key in old},
+        "checkpoint_format": old.get("checkpoint_format", "gptq"),
+    }
+    name = "" if weights == [WEIGHTS] else f", and name {', '.join(weights)} {WEIGHTS}"
+    raise InputError(
+        f"model {folder}: is quantised in AutoGPTQ's first format, its settings in quantize_config.json alone, which "
+        f'transformers does not read; put "quantization_config": {json.dumps(settings)} into config.json{name}'
+    )
+
+
+def _has_codes(file: Path) -> bool:
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            return any(name.endswith(".qweight") for name in tensors.keys())
+    except (SafetensorError, OSError):
+        return False  # whoever reads the weights says what is wrong with them
 
 
 @dataclass(frozen=True)
@@ -264,8 +303,8 @@ class PackedCheckpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.checkpoint = Checkpoint(folder)
         config = quantization_config(folder)
+        self.checkpoint = Checkpoint(folder)
         if config is None:
             raise InputError(f"model {folder}: is not quantised; make it so with sqft quantize")
         self.scheme = parse_scheme(config, f"model {folder}")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sqft.core.mask import mask_from_score, pack_mask
+from sqft.core.mask import finite, mask_from_score, pack_mask
 from sqft.core.pruners import Method, Pattern, magnitude, resolve_method
-from sqft.errors import InputError
+from sqft.errors import InputError, NumericalError
+from sqft.model.calibrate import overflow_remedy
 from sqft.model.stored import read_masks
 from sqft.recipe import parse_pattern
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
     from sqft.core.statistics import Statistics
     from sqft.model.calibrate import Block
-    from sqft.model.checkpoint import Checkpoint
-    from sqft.model.targets import Target
+    from sqft.model.targets import DiskNames, Target
     from sqft.recipe import SparsifyConfig
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class BlockPruner:
 
         Raises:
             InputError: an expert that no calibration token reached, by name.
+            NumericalError: scores or pruned weights that are NaN or Inf, by name.
         """
         if self.given is None:
             masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in block.parameters().items()}
@@ -65,7 +66,7 @@ class BlockPruner:
             weight_OI = target.view(block.model)
             mask_OI = mask_view(target, masks)
             if self.given is None:
-                pruned, mask = self._prune(target, weight_OI, block.statistics[target])
+                pruned, mask = self._chosen(target, weight_OI, block.statistics[target])
                 # What was zero before stays so: SparseGPT's compensation, or training, could fill it again otherwise.
                 mask &= weight_OI != 0
                 mask_OI.copy_(mask)
@@ -73,6 +74,19 @@ class BlockPruner:
             else:
                 weight_OI.masked_fill_(~mask_OI, 0)
         return masks
+
+    def _chosen(
+        self, target: Target, weight_OI: torch.Tensor, statistics: Statistics
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            pruned, mask = self._prune(target, weight_OI, statistics)
+        except NumericalError as error:
+            raise NumericalError(f"{target.name}: {error}") from error
+        if not finite(pruned):
+            raise NumericalError(
+                f"{target.name}: the weights that pruning leaves have NaN or Inf; {overflow_remedy(weight_OI.dtype)}"
+            )
+        return pruned, mask
 
     def _prune(
         self, target: Target, weight_OI: torch.Tensor, statistics: Statistics
@@ -90,26 +104,36 @@ class BlockPruner:
         )
 
 
-def make_pruner(config: SparsifyConfig, source: Checkpoint) -> BlockPruner:
+def make_pruner(config: SparsifyConfig, names: DiskNames, targets: Collection[Target]) -> BlockPruner:
     """Return the pruner that a recipe asks for.
+
+    Args:
+        config: the recipe's.
+        names: the model's tensors on disk.
+        targets: what is to be pruned.
 
     Raises:
         InputError: the method, pattern or file of masks cannot be used.
     """
+    touched = {f"{t.module}.{t.parameter}" for t in targets}
+    targeted = {name for name, parameter in names.parameter_of.items() if parameter in touched}
     return BlockPruner(
         resolve_method(config.method),
         Pattern(config.sparsity, parse_pattern(config.pattern)),
-        read_masks(Path(config.mask), source) if config.mask else None,
+        read_masks(Path(config.mask), names.checkpoint, targeted) if config.mask else None,
         unreached_by_magnitude=config.unreached_experts == "magnitude",
     )
 
 
+def masked_of(masked: int, targets: Collection[Target]) -> str:
+    """Return how many of the targets a file of masks prunes, for a stage's report."""
+    rest = len(targets) - masked
+    return f"; masked {masked} of {len(targets)} targeted linears" + (f"; the other {rest} stay dense" if rest else "")
+
+
 def mask_view(target: Target, masks: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return a target's mask [O, I] as a view of its parameter's."""
-    mask = masks[f"{target.module}.{target.parameter}"]
-    if target.index is not None:
-        mask = mask[target.index]
-    return mask.T if target.transposed else mask
+    return target.of(masks[f"{target.module}.{target.parameter}"])
 
 
 def packed_disk_masks(

@@ -20,23 +20,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from sqft.artifact import Artifact, describe, finished, writing
 from sqft.core.gptq import Quantized, gptq, round_to_nearest
 from sqft.core.grid import stretches
-from sqft.core.mask import pack_mask
+from sqft.core.mask import finite, pack_mask
 from sqft.digests import digest_text
 from sqft.disk import check_space, write_json
-from sqft.errors import NumericalError, Problems
+from sqft.errors import InputError, NumericalError, Problems
 from sqft.memory import release_memory
-from sqft.model.calibrate import Block, check_tokens, visit_blocks
-from sqft.model.checkpoint import Checkpoint, Layout, allocate, allocate_file, copy_side_files
+from sqft.model.calibrate import Block, check_tokens, overflow_remedy, visit_blocks
+from sqft.model.checkpoint import Checkpoint, allocate, allocate_file, copy_side_files
+from sqft.model.expressible import inexpressible, layouts, left_float
 from sqft.model.formats import Scheme, quantization_config
 from sqft.model.load import read_json
-from sqft.model.prune import BlockPruner, make_pruner, mask_view, packed_disk_masks
+from sqft.model.prune import BlockPruner, make_pruner, mask_view, masked_of, packed_disk_masks
 from sqft.model.stored import SPARSE_FROM, START_FILE, load_mask, write_masks
 from sqft.model.targets import DiskNames, Target, coverage_of, find_targets, skeleton
+from sqft.model.whole import check_whole
 from sqft.recipe import CalibrationConfig
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class _Quantizing:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    masked: int = 0
 
     def __call__(self, block: Block) -> None:
         """Prune and quantise one block in memory, and write it."""
@@ -69,6 +71,7 @@ class _Quantizing:
         if self.pruner is not None:
             pruned = [t for t in block.targets if t in self.pruned]
             masks = self.pruner(block, pruned)
+            self.masked += sum(not bool(mask_view(t, masks).all()) for t in pruned)
             packed, shapes = packed_disk_masks(block, masks, pruned)
             self.masks |= packed
             self.shapes |= shapes
@@ -131,6 +134,10 @@ class _Quantizing:
             group, views, parts, mask_OI.split([v.shape[0] for v in views]), strict=True
         ):
             view.copy_(part.grid.dequantize(part.codes_OI, view.dtype))
+            if not finite(view):
+                raise NumericalError(
+                    f"{target.name}: its quantised weights are NaN or Inf; {overflow_remedy(view.dtype)}"
+                )
             self._store(disk_name[f"{target.module}.weight"], part)
             self.layers.append(
                 {
@@ -219,20 +226,23 @@ def run(
     description = describe("quantize", settings, inputs, seed)
     if done := finished(out, description):
         return done
+    if quantization_config(model) is not None:
+        raise InputError(f"quantize: model {model} is quantised already; give the float model")
     source = Checkpoint(model)
     network = skeleton(model, trust_remote_code=trust_remote_code)
+    check_whole(network, source)
     targets, skipped = find_targets(network, config.targets, config.ignore)
     pruned = [] if sparsify is None else find_targets(network, sparsify.targets, sparsify.ignore)[0]
     check(config, model, network, targets, tokens, sparsify)
-    scheme = Scheme(config.format, config.bits, config.group_size, config.symmetric)
-    pruner = None if sparsify is None else make_pruner(sparsify, source)
-    calibrated = config.calibration or (CalibrationConfig() if sparsify is None else sparsify.calibration)
+    scheme = scheme_of(config)
     names = DiskNames(network, source)
-    layout, start_layout = _layouts(scheme, source, names, targets)
+    pruner = None if sparsify is None else make_pruner(sparsify, names, pruned)
+    calibrated = config.calibration or (CalibrationConfig() if sparsify is None else sparsify.calibration)
+    layout, start_layout = layouts(scheme, source, names, targets)
     check_space(out, int(source.size_bytes * 1.1), "the quantised model")
     source.check_finite()
     with writing(out, description) as draft:
-        copy_side_files(model, draft.path, index=False)
+        copy_side_files(model, draft.path)
         output = allocate(draft.path, layout)
         allocate_file(draft.path / START_FILE, start_layout)
         work = _Quantizing(
@@ -248,7 +258,7 @@ def run(
         visit_blocks(
             model,
             list(dict.fromkeys([*targets, *pruned])),
-            torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens,
+            tokens,
             work,
             batch=calibrated.batch,
             hessian=config.method == "gptq" or (pruner is not None and pruner.needs_hessian),
@@ -257,7 +267,9 @@ def run(
         _finish(work, source, network, draft.path)
         weights = sum(layer["weights"] for layer in work.layers)
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in work.layers)
-        coverage = f"quantised {coverage_of(targets, skipped, f' to {config.bits} bits')}"
+        coverage = f"quantised {coverage_of(network, targets, skipped, f' to {config.bits} bits')}"
+        if sparsify is not None and sparsify.mask is not None:
+            coverage += masked_of(work.masked, pruned)
         draft.result = {
             "coverage": coverage,
             "sparsity": round(zeros / weights, 6),
@@ -267,32 +279,6 @@ def run(
         }
         logger.info("%s, %.1f %% of their weights zero", coverage, 100 * zeros / weights)
     return Artifact.open(out)
-
-
-def _experts_apart(config: QuantizeConfig, folder: Path, network: Any) -> str | None:
-    """Return a parameter that holds all experts in memory and not on disk, where the format cannot have any."""
-    if config.format != "compressed-tensors":
-        return None
-    fused = {f"{t.module}.{t.parameter}" for t in find_targets(network)[0] if t.index is not None}
-    names = DiskNames(network, Checkpoint(folder)).parameter_of
-    return next((parameter for name, parameter in names.items() if parameter in fused and name != parameter), None)
-
-
-def _layouts(
-    scheme: Scheme, source: Checkpoint, names: DiskNames, targets: list[Target]
-) -> tuple[dict[str, Layout], dict[str, Layout]]:
-    """Return the layouts of the model's files and of the starting weights."""
-    quantised = {f"{target.module}.weight" for target in targets}
-    layout: dict[str, Layout] = {}
-    start: dict[str, Layout] = {}
-    for name, entry in source.entries.items():
-        if names.parameter_of[name] not in quantised:
-            layout[name] = (entry.dtype, entry.shape)
-            continue
-        stored = scheme.layout((entry.shape[0], entry.shape[1]), scheme.scale_dtype(entry.dtype))
-        layout |= {f"{name.removesuffix('.weight')}.{suffix}": value for suffix, value in stored.items()}
-        start[name] = (torch.int8, entry.shape)
-    return layout, start
 
 
 def _finish(work: _Quantizing, source: Checkpoint, network: Any, folder: Path) -> None:
@@ -305,11 +291,14 @@ def _finish(work: _Quantizing, source: Checkpoint, network: Any, folder: Path) -
             work.masks[name], work.shapes[name] = _packed(mask)
     if work.masks:
         write_masks(folder, work.masks, work.shapes)
-    quantised = {target.module for target in work.targets}
-    ignore = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n not in quantised]
     config = read_json(folder / "config.json")
-    config["quantization_config"] = work.scheme.to_config(ignore)
+    config["quantization_config"] = work.scheme.to_config(left_float(network, list(work.targets)))
     write_json(folder / "config.json", config)
+
+
+def scheme_of(config: QuantizeConfig) -> Scheme:
+    """Return the form in which a recipe wants the weights."""
+    return Scheme(config.format, config.bits, config.group_size, config.symmetric)
 
 
 def check(
@@ -321,46 +310,11 @@ def check(
     sparsify: SparsifyConfig | None = None,
 ) -> None:
     """Refuse, all at once, what would only show in the middle of the work."""
+    if quantization_config(folder) is not None:
+        raise InputError(f"quantize: model {folder} is quantised already; give the float model")
     with Problems("quantize") as problems:
-        if quantization_config(folder) is not None:
-            problems.add(f"model {folder} is quantised already; give the float model")
-        fused = [t for t in targets if t.index is not None]
-        if split := _experts_apart(config, folder, network):
-            problems.add(
-                f"{split} lies on disk expert by expert. transformers takes the experts of a compressed model for "
-                "compressed too, finds none, and opens it with random ones; keep this model sparse float"
-            )
-        elif fused:
-            problems.add(
-                f"{fused[0].module}.{fused[0].parameter} holds all experts in one tensor, which {config.format} cannot "
-                f"express ({len(fused)} such matrices); leave them out with quantize.ignore: "
-                f"['*.{fused[0].module.rpartition('.')[2]}.*']"
-            )
-        transposed = [t for t in targets if t.transposed and t.index is None]
-        if transposed:
-            problems.add(
-                f"{transposed[0].name} is a Conv1D, stored [in, out], which {config.format} cannot express "
-                f"({len(transposed)} such linears); leave them out with quantize.ignore, or keep the model sparse float"
-            )
-        plain = [t for t in targets if t.index is None and not t.transposed]
-        shapes = {t: t.view(network).shape for t in plain}
-        wrong = [t for t in plain if config.group_size is not None and shapes[t][1] % config.group_size]
-        if wrong:
-            listed = ", ".join(f"{t.name} ({shapes[t][1]})" for t in wrong[:5])
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            problems.add(
-                f"group_size {config.group_size} does not divide the rows of {listed}{more}; choose one that does, "
-                "null for whole rows, or leave them out with quantize.ignore"
-            )
-        if config.format == "gptq":
-            for target in plain:
-                rows, columns = shapes[target]
-                if rows * config.bits % 32 or columns * config.bits % 32:
-                    problems.add(
-                        f"{target.name} [{rows}, {columns}] does not fill whole 32-bit words with {config.bits} bits, "
-                        "which GPTQ's format needs; use quantize.format: compressed-tensors"
-                    )
-                    break
+        for problem in inexpressible(scheme_of(config), folder, network, targets):
+            problems.add(problem)
         if config.method == "gptq" and tokens is None:
             problems.add("method gptq needs calibration tokens; use rtn without them")
         if sparsify is not None and sparsify.mask is None and sparsify.method != "magnitude" and tokens is None:

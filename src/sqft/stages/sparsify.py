@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sqft.artifact import Artifact, describe, finished, writing
 from sqft.digests import digest_text
@@ -21,10 +19,14 @@ from sqft.errors import InputError, Problems
 from sqft.model.calibrate import Block, check_tokens, visit_blocks
 from sqft.model.checkpoint import Checkpoint, copy_model
 from sqft.model.formats import quantization_config
-from sqft.model.prune import BlockPruner, make_pruner, mask_view, packed_disk_masks
+from sqft.model.prune import BlockPruner, make_pruner, mask_view, masked_of, packed_disk_masks
 from sqft.model.stored import write_masks
-from sqft.model.targets import Target, coverage_of, find_targets, skeleton
+from sqft.model.targets import DiskNames, Target, coverage_of, find_targets, skeleton
+from sqft.model.whole import check_whole
 from sqft.recipe import SparsifyConfig, parse_pattern
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class _Pruning:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    masked: int = 0
 
     def __call__(self, block: Block) -> None:
         """Prune one block in memory and on disk."""
@@ -45,6 +48,7 @@ class _Pruning:
         for target in block.targets:
             mask_OI = mask_view(target, masks)
             kept = int(mask_OI.count_nonzero())
+            self.masked += kept < mask_OI.numel()
             self.layers.append(
                 {"name": target.name, "weights": mask_OI.numel(), "sparsity": round(1 - kept / mask_OI.numel(), 6)}
             )
@@ -80,7 +84,7 @@ def run(
 
     Raises:
         InputError: bad targets, pattern, mask or model, before any pruning; or an expert no token reached.
-        NumericalError: NaN or Inf in the weights.
+        NumericalError: NaN or Inf in the weights or activations; names the linear or the block.
     """
     settings = {
         **config.model_dump(mode="json"),
@@ -97,15 +101,14 @@ def run(
         raise InputError(f"model {model}: is quantised; sparsify the float model, then quantise it")
     source = Checkpoint(model)
     network = skeleton(model, trust_remote_code=trust_remote_code)
+    check_whole(network, source)
     targets, skipped = find_targets(network, config.targets, config.ignore)
-    pruner = make_pruner(config, source)
+    pruner = make_pruner(config, DiskNames(network, source), targets)
     check(config, network, targets, tokens)
     check_space(out, int(source.size_bytes * 1.1), "the sparse model")
     source.check_finite()
     with writing(out, description) as draft:
         pruning = _Pruning(pruner, copy_model(model, draft.path))
-        if tokens is None:
-            tokens = torch.zeros(1, 1, dtype=torch.long)
         visit_blocks(
             model,
             targets,
@@ -118,11 +121,13 @@ def run(
         write_masks(draft.path, pruning.masks, pruning.shapes)
         weights = sum(layer["weights"] for layer in pruning.layers)
         zeros = sum(layer["weights"] * layer["sparsity"] for layer in pruning.layers)
-        coverage = f"sparsified {coverage_of(targets, skipped)}"
+        coverage = f"sparsified {coverage_of(network, targets, skipped)}"
+        if config.mask is not None:
+            coverage += masked_of(pruning.masked, targets)
         draft.result = {
             "coverage": coverage,
             "sparsity": round(zeros / weights, 6),
-            "calibration_tokens": int(tokens.numel()),
+            "calibration_tokens": 0 if tokens is None else int(tokens.numel()),
             "layers": pruning.layers,
         }
         logger.info("%s to %.1f %%", coverage, 100 * zeros / weights)

@@ -16,28 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model
-from torch import nn
 from transformers import PreTrainedModel, set_seed
-from transformers.pytorch_utils import Conv1D
 
 from sqft import processes
 from sqft.artifact import Artifact, Draft, describe, finished, partial_of, writing
-from sqft.data.encode import encode
+from sqft.data.encode import check_vocabulary, encode
 from sqft.digests import digest_text
 from sqft.disk import check_space, write_json
-from sqft.errors import InputError, NumericalError, Problems
-from sqft.model.adapter import RANK_SPACE
+from sqft.errors import InputError, NumericalError, Problems, SqftError
+from sqft.model.adaptable import block_linears, excluded, reached, refused
 from sqft.model.elastic import rank_space
 from sqft.model.example_attention import attend_by_example
 from sqft.model.formats import quantization_config
-from sqft.model.layers import SqftConfig, sqft_layers
-from sqft.model.load import load_model, load_tokenizer, to_device
+from sqft.model.layers import RANK_SPACE, SqftConfig, sqft_layers
+from sqft.model.load import embedding_rows, load_model, load_tokenizer, to_device
 from sqft.model.stored import START_FILE, float_source, identity
-from sqft.model.targets import decoder_blocks
 from sqft.model.training import check_isolation, label_examples, pack_rows
 from sqft.stages.finetune import loop
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sqft.core.ranks import RankSpace
     from sqft.recipe import FinetuneConfig
 
@@ -89,7 +88,7 @@ def run(
     rows = pack_rows(label(config, tokenizer, train, network.config), config.length, packing=config.packing)
     held_out = label(config, tokenizer, validation, network.config) if validation else []
     if config.packing:
-        check_isolation(network, len(tokenizer))
+        check_isolation(network, min(len(tokenizer), embedding_rows(network)))
     set_seed(seed)
     adapted = attach(network, config)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -151,12 +150,16 @@ def label(config: FinetuneConfig, tokenizer: Any, pairs: list[Pair], model_confi
     """Return the token rows of (prompt, answer) pairs.
 
     Raises:
-        InputError: none, or too long; see :func:`label_examples`; or the tokenizer has no end token.
+        InputError: none, or too long; see :func:`label_examples`; or the tokenizer has no end token, or tokens that the
+            model has no embedding for.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer names no end token (eos_token), so no answer could end; set it and save it")
+    encoded = [encode(tokenizer, prompt, answer) for prompt, answer in pairs]
+    embedded = int(model_config.get_text_config(decoder=True).vocab_size)
+    check_vocabulary([t for pair in encoded for part in pair for t in part], embedded, "training rows", tokenizer)
     return label_examples(
-        [encode(tokenizer, prompt, answer) for prompt, answer in pairs],
+        encoded,
         tokenizer.eos_token_id,
         length=config.length,
         model_length=getattr(model_config, "max_position_embeddings", None),
@@ -170,7 +173,6 @@ def check(config: FinetuneConfig, network: PreTrainedModel) -> None:
     Raises:
         InputError: a target module is not in the model, or a tracker is not installed.
     """
-    linears = {name for name, m in network.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     with Problems("finetune") as problems:
         for tracker in config.trackers:
             if importlib.util.find_spec(tracker) is None:
@@ -185,14 +187,18 @@ def check(config: FinetuneConfig, network: PreTrainedModel) -> None:
                 f"a step has {config.batch * config.accumulation} rows (batch times accumulation), which "
                 f"{processes.count()} processes cannot share evenly; start another number of processes, or change them"
             )
-        outside = {name for name in linears if not name.startswith(f"{decoder_blocks(network)[0]}.")}
         for target in config.target_modules:
-            heads = [name for name in outside if name == target or name.endswith(f".{target}")]
-            if heads:
-                problems.add(f"target module {target!r} names {heads[0]}, outside the decoder's blocks; take it out")
-            if not any(name == target or name.endswith(f".{target}") for name in linears):
-                known = ", ".join(sorted({name.rpartition(".")[2] for name in linears - outside}))
+            inside, elsewhere = reached(network, target)
+            if elsewhere and not inside:
+                problems.add(
+                    f"target module {target!r} names {elsewhere[0]}, outside the decoder's blocks; take it out"
+                )
+            elif not inside:
+                known = ", ".join(block_linears(network))
                 problems.add(f"target module {target!r} matches no linear of the model; it has {known}")
+            elif reason := refused(network, target):
+                known = ", ".join(name for name in block_linears(network) if refused(network, name) is None)
+                problems.add(f"target module {target!r} {reason}; take it out (the others are {known})")
 
 
 def check_base(config: FinetuneConfig, base: Path, *, quantised_first: bool) -> None:
@@ -227,22 +233,33 @@ def check_base(config: FinetuneConfig, base: Path, *, quantised_first: bool) -> 
 
 
 def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
-    """Put the recipe's adapters on a model."""
+    """Put the recipe's adapters on a model.
+
+    Raises:
+        InputError: adapters that the model cannot take, also where PEFT says so.
+    """
     check(config, network)
-    return get_peft_model(
-        network,
-        SqftConfig(
-            task_type="CAUSAL_LM",
-            kind=config.kind,
-            ranks=list(config.ranks),
-            rank_groups=[list(group) for group in config.rank_groups],
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, and documents int
-            lora_dropout=config.lora_dropout,
-            target_modules=list(config.target_modules),
-            start=config.start,
-            derive_mask=config.derive_mask,
-        ),
+    settings = SqftConfig(
+        task_type="CAUSAL_LM",
+        kind=config.kind,
+        ranks=list(config.ranks),
+        rank_groups=[list(group) for group in config.rank_groups],
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, and documents int
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.target_modules),
+        exclude_modules=excluded(network, config.target_modules) or None,
+        start=config.start,
+        derive_mask=config.derive_mask,
     )
+    try:
+        return get_peft_model(network, settings)
+    except SqftError:
+        raise
+    except Exception as error:  # PEFT's checks raise whatever fits them
+        raise InputError(
+            f"finetune: PEFT does not adapt {', '.join(config.target_modules)} of a {network.config.model_type}: "
+            f"{error}; take what it names out of target_modules"
+        ) from error
 
 
 def _attention(config: FinetuneConfig) -> str | None:
