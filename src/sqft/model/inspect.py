@@ -10,7 +10,7 @@ from sqft.core.mask import conforms
 from sqft.errors import InputError
 from sqft.model.checkpoint import Checkpoint
 from sqft.model.formats import PackedCheckpoint, quantization_config
-from sqft.model.targets import DiskNames, find_targets, skeleton
+from sqft.model.targets import DiskNames, every_matrix, skeleton
 
 STRUCTURES = ((2, 4), (4, 8))
 
@@ -33,7 +33,8 @@ def inspect_model(folder: str | Path, *, trust_remote_code: bool = False) -> dic
     checkpoint = Checkpoint(folder)
     packed = None if quantization_config(folder) is None else PackedCheckpoint(folder)
     model = skeleton(folder, trust_remote_code=trust_remote_code)
-    targets, _ = find_targets(model)
+    every, unfit = every_matrix(model)
+    targets = [target for target in every if target not in unfit]
     targeted = {f"{t.module}.{t.parameter}": t.transposed for t in targets}
     stored = {} if packed is None else packed.stored_names()
     names = DiskNames(model, checkpoint, skip=stored)
