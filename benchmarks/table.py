@@ -276,6 +276,17 @@ def evaluation(result: dict[str, Any]) -> str:
     )
 
 
+def hashing(result: dict[str, Any]) -> str:
+    seconds, (fastest, slowest) = result["seconds_per_gb"], result["fastest_and_slowest"]["hashing"]
+    instructions = "has" if result["sha_instructions"] else "does not show"
+    return (
+        f"A file of {result['gigabytes']} GB of random bytes, in the system's cache, hashed by SHA-256 as `verify`, `evaluate` and every "
+        f"stage hash what they are given: **{seconds['hashing']} s a GB** ({fastest} to {slowest}), reading alone {seconds['reading']}; "
+        f"medians of {result['rounds']} alternating rounds, in seconds of the processor. It {instructions} instructions for SHA-256. A "
+        "disk that reads more slowly than that decides alone."
+    )
+
+
 def serving(result: dict[str, Any]) -> str:
     summary, difference = result["summary"], result["summary"]["logprob_difference"]
     return (
@@ -333,6 +344,7 @@ SECTIONS = {
         "python benchmarks/strategies.py BASE ADAPTER --out DIR",
         strategies,
     ),
+    "hashing": ("Hashing", "python benchmarks/hashing.py", hashing),
     "serving": ("Serving in vLLM", "make serving MODEL=runs/quickstart/merged", serving),
 }
 

@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=getattr(commands, name))
         return sub
 
-    task_help = "a built-in task, gym:NAME, a Hub data set, or a JSONL file or folder"
+    task_help = "a built-in task, gym:NAME, a Hub data set, or a file (JSONL, JSON, CSV or parquet) or folder of them"
 
     def calibrates(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
