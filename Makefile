@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: help install quickstart serving test lint format types imports docs pytest crashes
+.PHONY: help install quickstart serving test lint format types imports docs pytest fuzz crashes
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -60,3 +60,9 @@ pytest: $(STAMP) ## the tests
 crashes: $(STAMP) ## kill every stage before every change that it makes to its folder (an hour)
 	@for work in sparsify quantize finetune search merge; do echo "$$work"; \
 		OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/crashing_work.py $$work "$$(mktemp -d)" || exit 1; done
+
+# Other examples at each run. The plain tests hold a hundredth of these, always the same ones.
+fuzz: EXAMPLES ?= 100000
+fuzz: $(STAMP) ## EXAMPLES=100000: damaged recipes, rows, models, adapters and manifests end in one clear error (an hour)
+	@EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest tests/fuzz -n 0 --hypothesis-show-statistics

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.digests import digest_file, digest_files, digest_names, digest_text, file_digests, is_document, model_files
-from sqft.disk import discard, disk_is_full, sync, sync_all, write_json
+from sqft.disk import discard, disk_is_full, read_json, sync, sync_all, write_json
 from sqft.errors import InputError, Problems
 from sqft.locks import making
 from sqft.memory import costing
@@ -119,7 +119,7 @@ def _read_record(file: Path, needed: Mapping[str, type]) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it cannot be read, or something is missing.
     """
-    return _as_record(json.loads(file.read_text()), needed)
+    return _as_record(read_json(file), needed)
 
 
 def _as_record(value: Any, needed: Mapping[str, type]) -> dict[str, Any]:
@@ -346,7 +346,7 @@ def finished_result(path: Path, description: Mapping[str, Any]) -> dict[str, Any
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path)
         made_from = _as_record(value["made_from"], _DESCRIBED)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not written by sqft ({error!r}); move it away or choose another --out") from error

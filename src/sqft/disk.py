@@ -11,6 +11,9 @@ from typing import Any
 
 from sqft.errors import InputError
 
+_DEEPEST = 100
+_LARGEST = 10_000_000
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file holds.
@@ -20,11 +23,32 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        refuse_depth(value)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds {type(value).__name__}, not an object")
     return value
+
+
+def refuse_depth(value: Any) -> None:
+    """Refuse what was read from a file and cannot be walked: too deep, or larger than any settings are.
+
+    In YAML a few lines can refer to each other so that what they stand for has billions of parts, or no end.
+
+    Raises:
+        ValueError: says which.
+    """
+    parts: list[tuple[Any, int]] = [(value, 0)]
+    seen = 0
+    while parts:
+        part, depth = parts.pop()
+        seen += 1
+        if depth > _DEEPEST or seen > _LARGEST:
+            raise ValueError("is nested too deeply" if depth > _DEEPEST else f"has more than {_LARGEST} parts")
+        if isinstance(part, dict | list):
+            inner = part.values() if isinstance(part, dict) else part
+            parts.extend((one, depth + 1) for one in inner)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from sqft.disk import refuse_depth
 from sqft.errors import InputError, Problems
 
 Kind = Literal["dense", "sparse", "quantized"]
@@ -428,8 +429,22 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+def read_yaml(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        ValueError: it is no YAML, or holds a value that is none, such as 2024-13-45.
+    """
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        refuse_depth(value)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # as of `!!bool x` and `!!int ''`
+        raise ValueError(f"holds a value that is not of the type it says ({error!r})") from error
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    return value
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -444,10 +459,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     path = Path(path).expanduser()
     try:
-        values = _read_yaml(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"recipe {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"recipe {path}: holds {type(values).__name__}, not a mapping of settings")
@@ -465,8 +480,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
                 raise InputError(f"--set {override}: {parent} is a value, not a group of settings")
             node = child
         try:
-            node[last] = _read_yaml(text)
-        except yaml.YAMLError as error:
+            node[last] = read_yaml(text)
+        except ValueError as error:
             raise InputError(f"--set {override}: the value is not valid YAML: {error}") from error
     return parse_config(Recipe, values, f"recipe {path}")
 

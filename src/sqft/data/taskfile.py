@@ -24,14 +24,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-import yaml
 from pydantic import Field, model_validator
 
 from sqft.data.files import local_path, split_name
 from sqft.data.placeholders import Column, fill, parse
 from sqft.data.tasks import SPLITS, Example, Row, Task, final_number
 from sqft.errors import InputError
-from sqft.recipe import Config, parse_config
+from sqft.recipe import Config, parse_config, read_yaml
 
 
 class TaskFile(Config):
@@ -79,8 +78,8 @@ def load_task_file(path: Path) -> Task:
         InputError: it cannot be read, or its settings are wrong; all problems are listed.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"task file {path}: cannot be read as YAML ({error})") from error
     if not isinstance(values, dict):
         raise InputError(f"task file {path}: holds {type(values).__name__}, not a mapping of settings")

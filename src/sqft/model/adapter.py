@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from peft import LoraConfig
@@ -104,20 +104,30 @@ class SavedAdapter:
             InputError: there is no record and modules differ in rank: a sub-adapter, or another tool's rank_pattern.
         """
         file = self.path / RANK_SPACE
-        values = read_json(file) if file.is_file() else self.config
-        try:
-            if "groups" in values:
-                space = RankSpace(tuple(values["choices"]), {g: tuple(m) for g, m in values["groups"].items()})
-            elif values.get("ranks"):
-                space = group_modules(self.modules, values["ranks"], values.get("rank_groups") or [])
-            else:
-                return self._one_rank()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}: is no rank space ({error!r}); save the adapter again") from error
-        if {m for members in space.groups.values() for m in members} != set(self.modules):
-            raise InputError(f"{file}: its groups are not the {len(self.modules)} modules of the adapter")
-        if space.max_rank != max(low.rank for low in self.modules.values()):
-            raise InputError(f"adapter {self.path}: its ranks are up to {space.max_rank}, and its tensors' are not")
+        if file.is_file():
+            values = read_json(file)
+            choices, groups = values.get("choices"), values.get("groups")
+            if not _are_ranks(choices) or not isinstance(groups, dict) or not _are_names([*groups.values()]):
+                raise InputError(f"{file}: is no rank space of choices and groups; save the adapter again")
+            space = RankSpace(tuple(choices), {group: tuple(members) for group, members in groups.items()})
+        elif choices := self.config.get("ranks"):
+            together = self.config.get("rank_groups") or []
+            if not _are_ranks(choices) or not _are_names(together):
+                raise InputError(
+                    f"adapter {self.path}: {CONFIG} has ranks {choices!r} and rank_groups {together!r}; ranks are "
+                    "numbers above 0, groups lists of names"
+                )
+            space = group_modules(self.modules, choices, together)
+        else:
+            return self._one_rank()
+        if sorted(m for members in space.groups.values() for m in members) != sorted(self.modules):
+            raise InputError(f"{file}: its groups are not the {len(self.modules)} modules of the adapter, each once")
+        others = [name for name, low in self.modules.items() if low.rank != space.max_rank]
+        if others:
+            raise InputError(
+                f"adapter {self.path}: its ranks are up to {space.max_rank}, and those of the tensors of "
+                f"{_listed(others)} are not"
+            )
         return space
 
     def _one_rank(self) -> RankSpace:
@@ -163,6 +173,16 @@ def check_settings(config: dict[str, Any], problems: Problems) -> LoraConfig:
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_ranks(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and bool(value) and all(map(_is_rank, value))
+
+
+def _are_names(value: Any) -> TypeGuard[list[list[str]]]:
+    return isinstance(value, list) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value
+    )
 
 
 def _is_alpha(value: Any) -> bool:

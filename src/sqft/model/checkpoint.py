@@ -129,7 +129,7 @@ class Checkpoint:
     def _shards(self, problems: Problems) -> list[str]:
         """Return the files that the index names."""
         try:
-            named = json.loads((self.folder / INDEX).read_text())["weight_map"]
+            named = read_json(self.folder / INDEX)["weight_map"]
             names = sorted(set(named.values()))
             outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -170,7 +170,7 @@ class Checkpoint:
                     + length
                     + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
                 )
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 problems.add(f"{file} has no readable header ({error}); download it again")
                 return
         if end > size:
