@@ -30,9 +30,37 @@ SETTINGS: dict[str, Any] = {
 RANKS = {"choices": [4, 2], "groups": {"a": MODULES[:2], "b": MODULES[2:]}}
 OTHERS = st.one_of(
     values(),
-    st.sampled_from([True, [True], {"x": 0}, {"q_proj": -1}, {".*": 4}, {"(": 4}, {"": 2}, {"q_proj": 1.5}, "(", "all-linear", "LORA"]),
-    st.sampled_from(["pissa", "eva", "olora", "gaussian", "lora_only", "CAUSAL_LM", "x", ["("], [[]], [["q_proj"]], {"q_proj": None}]),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            True,
+            [True],
+            {"x": 0},
+            {"q_proj": -1},
+            {".*": 4},
+            {"(": 4},
+            {"": 2},
+            {"q_proj": 1.5},
+            "(",
+            "all-linear",
+            "LORA",
+        ]
+    ),
+    st.sampled_from(
+        [
+            "pissa",
+            "eva",
+            "olora",
+            "gaussian",
+            "lora_only",
+            "CAUSAL_LM",
+            "x",
+            ["("],
+            [[]],
+            [["q_proj"]],
+            {"q_proj": None},
+        ]
+    ),
+)
 
 
 def saved(folder: Path, peft_type: str) -> Path:

@@ -135,7 +135,7 @@ def test_a_damaged_config_is_read_or_refused(model: Path, data: st.DataObject) -
 def test_a_damaged_mask_or_start_is_read_or_refused(packed: Path, data: st.DataObject) -> None:
     with copied(packed) as place:
         mask = put(place, str(MASK_FILE), data.draw(tensor_files((packed / MASK_FILE).read_bytes())))
-        start = put(place, str(START_FILE), data.draw(tensor_files((packed / START_FILE).read_bytes())))
+        put(place, str(START_FILE), data.draw(tensor_files((packed / START_FILE).read_bytes())))
         found = outcome(lambda: load_mask(place, WEIGHT), mask, leaves=place)
         assert found is None or (found.dtype == torch.bool and found.shape == (16, 16))
         offsets = outcome(lambda: load_start(place, WEIGHT, "compensated"), place, leaves=place)

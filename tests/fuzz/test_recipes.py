@@ -11,27 +11,36 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import REPOSITORY
 from fuzz.damage import SCALARS, copied, edited, outcome, put, share, values
 from sqft.errors import InputError
 from sqft.recipe import Recipe, load_recipe
 
-RECIPES = [yaml.safe_load(file.read_text()) for file in sorted(Path("recipes").glob("*.yaml"))]
+RECIPES = [yaml.safe_load(file.read_text()) for file in sorted((REPOSITORY / "recipes").glob("*.yaml"))]
 DATES = st.one_of(st.dates(), st.datetimes(), st.just(datetime.date(1, 1, 1)))
 # What YAML knows besides JSON, or nearly knows.
 PIECES = [
-    "&a [*a]", "&a {b: *a}", "*a", "&a x", "<<: *a", "<<: 1", "<<: [1]", "{? [a] : b}", "{? {a: b} : c}", "? a", "!!set {a, b}",
-    "!!omap [a: 1]", "!!pairs [a]", "!!binary x", "!!binary 'é'", "!!int x", "!!int ''", "!!float x", "!!bool x", "!!null x",
-    "!!timestamp x", "!!map x", "!!seq x", "!!str {a: 1}", "!a b", "!<tag:x> y", "!!python/object/apply:os.getcwd []",
-    "2024-13-45", "2024-02-30 25:61:61", "2024-01-31T00:00:00+99:99", "0001-01-01 00:00:00 +23:59", "1:2:3", "2:4", "0x10", "0o7", "1_000",
-    "=", "~", ".inf", "-.inf", ".nan", "1e999", "9" * 5000, "-" + "9" * 5000, "1e" + "9" * 400, "0." + "3" * 5000, "{", "}", "[", "]",
-    "'", '"\\ud83d"', '"\\x00"', "|", ">", "%YAML 9.9", "---", "...", "\t", "- ", "a: b: c", "#", "@", "`", "\x00", "\x07", "\ufeff", "\ufffe", "🙂",
-    "[" * 1000, "[" * 3000 + "]" * 3000, "{a: " * 3000, "- " * 3000, "? " * 1000,
-    "name: x", "data: {task: boolq}", "seed: 1", "finetune: {ranks: [1]}", "sparsify: {}", "quantize: {}",
+    "&a [*a]", "&a {b: *a}", "*a", "&a x", "<<: *a", "<<: 1", "<<: [1]", "{? [a] : b}", "{? {a: b} : c}", "? a",
+    "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a]", "!!binary x", "!!binary 'é'", "!!int x", "!!int ''",
+    "!!float x", "!!bool x", "!!null x", "!!timestamp x", "!!map x", "!!seq x", "!!str {a: 1}", "!a b",
+    "!<tag:x> y", "!!python/object/apply:os.getcwd []", "2024-13-45", "2024-02-30 25:61:61",
+    "2024-01-31T00:00:00+99:99", "0001-01-01 00:00:00 +23:59", "1:2:3", "2:4", "0x10", "0o7", "1_000", "=", "~",
+    ".inf", "-.inf", ".nan", "1e999", "9" * 5000, "-" + "9" * 5000, "1e" + "9" * 400, "0." + "3" * 5000, "{",
+    "}", "[", "]", "'", '"\\ud83d"', '"\\x00"', "|", ">", "%YAML 9.9", "---", "...", "\t", "- ", "a: b: c", "#",
+    "@", "`", "\x00", "\x07", "\ufeff", "\ufffe", "🙂", "[" * 1000, "[" * 3000 + "]" * 3000, "{a: " * 3000,
+    "- " * 3000, "? " * 1000, "name: x", "data: {task: boolq}", "seed: 1", "finetune: {ranks: [1]}",
+    "sparsify: {}", "quantize: {}",
 ]  # fmt: skip
 KEYS = sorted(
     {"", ".", "a", "data.options.choices.0", "data.task.x", "finetune.ranks.0", *Recipe.model_fields}
-    | {f"{group}.{name}" for recipe in RECIPES for group, part in recipe.items() if isinstance(part, dict) for name in part}
-)  # fmt: skip
+    | {
+        f"{group}.{name}"
+        for recipe in RECIPES
+        for group, part in recipe.items()
+        if isinstance(part, dict)
+        for name in part
+    }
+)
 
 
 @st.composite
@@ -89,8 +98,18 @@ def test_an_override_is_read_or_refused(recipe: dict[str, Any], overrides: list[
 
 @pytest.mark.parametrize(
     "piece",
-    ["2024-13-45", "!!int ''", "!!int x", "!!bool x", "!!timestamp x", "9" * 5000, "[" * 3000 + "]" * 3000, "&a [*a]", "&a {b: *a}"],
-)  # fmt: skip
+    [
+        "2024-13-45",
+        "!!int ''",
+        "!!int x",
+        "!!bool x",
+        "!!timestamp x",
+        "9" * 5000,
+        "[" * 3000 + "]" * 3000,
+        "&a [*a]",
+        "&a {b: *a}",
+    ],
+)
 def test_yaml_that_holds_no_values_is_refused(piece: str, tmp_path: Path) -> None:
     file = put(tmp_path, "recipe.yaml", f"name: x\nmodel: x\ndata: {{task: boolq}}\nnote: {piece}\n".encode())
     with pytest.raises(InputError, match="recipe.yaml: not valid YAML"):

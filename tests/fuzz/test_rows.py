@@ -46,9 +46,26 @@ TOOLS = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PLACEHOLDERS = st.lists(
-    st.sampled_from(["{question}", "{answer}", "{options}", "{label}", "{", "}", "{{", "}}", '{"a": ', "{ x }", "{}", "\n", " ", "é"]),
+    st.sampled_from(
+        [
+            "{question}",
+            "{answer}",
+            "{options}",
+            "{label}",
+            "{",
+            "}",
+            "{{",
+            "}}",
+            '{"a": ',
+            "{ x }",
+            "{}",
+            "\n",
+            " ",
+            "é",
+        ]
+    ),
     max_size=4,
-).map("".join)  # fmt: skip
+).map("".join)
 NAMES = [
     "rows.jsonl",
     "rows.json",
@@ -61,11 +78,40 @@ NAMES = [
     "rows",
 ]
 TASKS = [
-    {"name": "t", "data": "rows.jsonl", "metric": "choice", "prompt": "{question}", "choices": "{options}", "gold": "label"},
-    {"name": "t", "data": "rows.jsonl", "metric": "choice", "prompt": "{question}", "choices": ["{answer}", "x"], "gold": "answer"},
-    {"name": "t", "data": "rows.jsonl", "metric": "generate", "prompt": "{question}", "answer": "{answer}", "marker": "####"},
-    {"name": "t", "data": "./rows.jsonl", "metric": "exact", "prompt": "{question}", "answer": "{answer}", "until": ["\n"], "splits": {"test": "train"}},
-]  # fmt: skip
+    {
+        "name": "t",
+        "data": "rows.jsonl",
+        "metric": "choice",
+        "prompt": "{question}",
+        "choices": "{options}",
+        "gold": "label",
+    },
+    {
+        "name": "t",
+        "data": "rows.jsonl",
+        "metric": "choice",
+        "prompt": "{question}",
+        "choices": ["{answer}", "x"],
+        "gold": "answer",
+    },
+    {
+        "name": "t",
+        "data": "rows.jsonl",
+        "metric": "generate",
+        "prompt": "{question}",
+        "answer": "{answer}",
+        "marker": "####",
+    },
+    {
+        "name": "t",
+        "data": "./rows.jsonl",
+        "metric": "exact",
+        "prompt": "{question}",
+        "answer": "{answer}",
+        "until": ["\n"],
+        "splits": {"test": "train"},
+    },
+]
 
 
 def csv_text(rows: list[Any], separator: str) -> str:
