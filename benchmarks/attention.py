@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from common import alternate, peak_memory, save
-from sqft.model.example_attention import attend_by_example
-from sqft.model.load import load_model
-from sqft.model.training import IGNORED, answer_loss, collate, pack_rows
+from sqft.adapters.attach import load_model
 from sqft.recipe import FinetuneConfig
 from sqft.stages.finetune import attach
+from sqft.training.attention import attend_by_example
+from sqft.training.batches import IGNORED, collate, pack_rows
+from sqft.training.loss import answer_loss
 
 LENGTHS, TOKENS, EXAMPLE, ANSWER = (256, 512, 1024, 2048), 2048, 64, 10
 KINDS = ("eager", "sdpa", "by example")

@@ -26,9 +26,10 @@ import torch
 
 import sqft.core.gptq as gptq_module
 from common import save
+from sqft.adapters.attach import load_model
 from sqft.core.gptq import Quantized, _ColumnLoop, gptq
 from sqft.data.calibration import calibration_tokens, perplexity_tokens
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.opening import load_tokenizer
 from sqft.model.targets import find_targets
 from sqft.recipe import CalibrationConfig, QuantizeConfig, SparsifyConfig
 from sqft.stages import quantize, sparsify

@@ -28,13 +28,15 @@ from typing import Any
 import torch
 
 from common import peak_memory, save
+from sqft.adapters.attach import load_model
+from sqft.adapters.layers import sqft_layers
 from sqft.data.calibration import calibration_tokens
-from sqft.model.layers import sqft_layers
-from sqft.model.load import load_model, load_tokenizer
-from sqft.model.training import answer_loss, collate, pack_rows
+from sqft.model.opening import load_tokenizer
 from sqft.recipe import CalibrationConfig, FinetuneConfig, MergeConfig, QuantizeConfig, SparsifyConfig
 from sqft.stages import merge, quantize, sparsify
 from sqft.stages.finetune import attach
+from sqft.training.batches import collate, pack_rows
+from sqft.training.loss import answer_loss
 from training import resident
 
 PROMPT, NEW, SERVED = 64, 8, 32

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from common import alternate, ratio, save
+from sqft.adapters.attach import load_model
 from sqft.data.load import load_examples
 from sqft.data.tasks import BUILTIN
 from sqft.evaluation import harness
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.opening import load_tokenizer
 from sqft.recipe import DataConfig
 
 TASKS = ("mawps", "hellaswag", "arc_easy")

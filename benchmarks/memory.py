@@ -33,8 +33,8 @@ def one(base: str, kind: str, out: str, steps: int, threads: int) -> None:
     """Fine-tune for a few steps and print what it held; the body of a process."""
     import torch
 
+    from sqft.adapters.attach import load_model
     from sqft.memory import begin_peak, peak_memory_bytes
-    from sqft.model.load import load_model
     from sqft.recipe import FinetuneConfig
     from sqft.stages import finetune, merge  # noqa: F401
     from training import packed_share, resident

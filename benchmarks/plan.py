@@ -20,7 +20,7 @@ import yaml
 
 from common import RESULTS, save
 from memory import write_llama
-from sqft.model.load import localize
+from sqft.model.sources import localize
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 FOLDERS = {"quantize": "quantized", "finetune": "adapter", "search": "sub_adapter", "merge": "merged"}

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from common import save
+from sqft.adapters.attach import load_model
+from sqft.adapters.held import held_weights, switch_ranks
+from sqft.adapters.saved import SavedAdapter, write_sub_adapter
 from sqft.core.climb import as_configuration, sample_neighbours
 from sqft.data.load import load_tasks
 from sqft.evaluation import harness
-from sqft.model.adapter import SavedAdapter, write_sub_adapter
-from sqft.model.held import held_weights, switch_ranks
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.opening import load_tokenizer
 from sqft.recipe import DataConfig
 
 

@@ -20,7 +20,7 @@ import torch
 from common import RESULTS, save
 from sqft.data.calibration import calibration_tokens
 from sqft.data.load import load_examples
-from sqft.model.load import load_tokenizer
+from sqft.model.opening import load_tokenizer
 from sqft.recipe import (
     CalibrationConfig,
     DataConfig,

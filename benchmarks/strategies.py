@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from common import save
+from sqft.adapters.attach import load_model
+from sqft.adapters.held import held_weights
+from sqft.adapters.saved import SavedAdapter
 from sqft.core.climb import as_configuration
 from sqft.data.load import load_tasks
 from sqft.evaluation.harness import score_examples
-from sqft.model.adapter import SavedAdapter
-from sqft.model.held import held_weights
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.opening import load_tokenizer
 from sqft.recipe import DataConfig, SearchConfig
 from sqft.stages import search
 

@@ -74,9 +74,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if not options.folder.exists():
         write_model(options.folder)
-    from sqft.model.checkpoint import Checkpoint
     from sqft.recipe import QuantizeConfig, SparsifyConfig
     from sqft.stages import quantize, sparsify
+    from sqft.storage.checkpoint import Checkpoint
 
     out = options.folder.parent / f"{options.folder.name}-sparse"
     shutil.rmtree(out, ignore_errors=True)

@@ -21,14 +21,16 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
 from common import alternate, peak_memory, ratio, save
+from sqft.adapters.attach import load_model
+from sqft.adapters.layers import SqftLinear
 from sqft.data.encode import encode
 from sqft.data.load import load_examples
-from sqft.model.layers import SqftLinear
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.opening import load_tokenizer
 from sqft.model.packed import PackedLinear
-from sqft.model.training import IGNORED, answer_loss, collate, label_examples, pack_rows
 from sqft.recipe import DataConfig, FinetuneConfig
 from sqft.stages.finetune import attach
+from sqft.training.batches import IGNORED, collate, label_examples, pack_rows
+from sqft.training.loss import answer_loss
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from sqft import cli, pipeline
 from sqft.data.tasks import Example, Task
 from sqft.errors import InputError
-from sqft.model.checkpoint import Checkpoint
 from sqft.pipeline import _leaks, _prepare, _tell, _write_summary, run
 from sqft.recipe import Recipe, load_recipe
+from sqft.storage.checkpoint import Checkpoint
 
 RECIPE = {
     "name": "tiny",

@@ -14,7 +14,7 @@ from sqft import pipeline
 from sqft.artifact import Artifact
 from sqft.errors import InputError
 from sqft.evaluation import perplexity
-from sqft.model.load import load_config
+from sqft.model.opening import load_config
 from sqft.plan import _asked, _figures, _on_copy, _short_search, as_json, plan
 from sqft.recipe import EvaluateConfig, Recipe
 

@@ -32,26 +32,26 @@ __all__ = [
 from sqft.errors import InputError, SqftError
 
 if TYPE_CHECKING:
+    from sqft.adapters.attach import load_model
+    from sqft.adapters.config import SqftConfig
+    from sqft.adapters.elastic import ElasticRanks, rank_space, set_ranks
     from sqft.core.pruners import register_pruner, register_score
-    from sqft.model.elastic import ElasticRanks, rank_space, set_ranks
     from sqft.model.inspect import inspect_model
-    from sqft.model.layers import SqftConfig
-    from sqft.model.load import load_model
     from sqft.pipeline import run
     from sqft.recipe import Recipe, load_recipe
 
 _HOME = {
-    "ElasticRanks": "sqft.model.elastic",
+    "ElasticRanks": "sqft.adapters.elastic",
     "Recipe": "sqft.recipe",
-    "SqftConfig": "sqft.model.layers",
+    "SqftConfig": "sqft.adapters.config",
     "inspect_model": "sqft.model.inspect",
-    "load_model": "sqft.model.load",
+    "load_model": "sqft.adapters.attach",
     "load_recipe": "sqft.recipe",
-    "rank_space": "sqft.model.elastic",
+    "rank_space": "sqft.adapters.elastic",
     "register_pruner": "sqft.core.pruners",
     "register_score": "sqft.core.pruners",
     "run": "sqft.pipeline",
-    "set_ranks": "sqft.model.elastic",
+    "set_ranks": "sqft.adapters.elastic",
 }
 
 
@@ -67,4 +67,4 @@ def __getattr__(name: str) -> Any:
 # PEFT learns the peft_type SQFT here. It takes seconds to import, which `sqft --help` need not wait for; the commands
 # import it themselves.
 if Path(sys.argv[0]).name != "sqft" and ("-m", "sqft") not in itertools.pairwise(sys.orig_argv):
-    import sqft.model.layers  # noqa: F401
+    import sqft.adapters.config  # noqa: F401

@@ -25,7 +25,8 @@ from sqft.data.tasks import question_key
 from sqft.disk import read_json, write_json
 from sqft.errors import InputError, Problems, SqftError
 from sqft.locks import run_lock
-from sqft.model.load import load_tokenizer, localize
+from sqft.model.opening import load_tokenizer
+from sqft.model.sources import localize
 from sqft.model.targets import find_targets, skeleton
 from sqft.recipe import SparsifyConfig
 from sqft.stages import evaluate, finetune, merge, quantize, report, search, sparsify, verify

@@ -29,7 +29,7 @@ from sqft.artifact import Artifact
 from sqft.disk import read_json
 from sqft.errors import InputError
 from sqft.evaluation.prepacked import MOST_BYTES, stock_products
-from sqft.model.load import load_config
+from sqft.model.opening import load_config
 from sqft.model.targets import find_targets, skeleton
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     """
     from transformers import AutoConfig
 
-    from sqft.model.load import localize
+    from sqft.model.sources import localize
 
     workspace.mkdir(parents=True, exist_ok=True)
     model = localize(recipe.model, workspace, recipe.revision)
@@ -156,8 +156,8 @@ def _shorten(model: Path, config: PretrainedConfig, count: int, folder: Path, *,
 
     from transformers import AutoModelForCausalLM
 
-    from sqft.model.checkpoint import copy_side_files
-    from sqft.model.load import quiet_transformers
+    from sqft.model.opening import quiet_transformers
+    from sqft.storage.checkpoint import copy_side_files
 
     short = copy.deepcopy(config)
     inner = short.get_text_config(decoder=True)
@@ -236,7 +236,7 @@ def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
     from sqft import pipeline
     from sqft.data.load import load_tasks
     from sqft.errors import SqftError
-    from sqft.model.load import load_tokenizer
+    from sqft.model.opening import load_tokenizer
 
     logging.disable(logging.INFO)
     values: dict[str, Any] = {}

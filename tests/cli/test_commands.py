@@ -15,7 +15,7 @@ from sqft.errors import InputError
 
 
 def test_two_gguf_files_are_unpacked_into_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sqft.model.load._unpack_gguf", lambda file, workspace: workspace / "dense")
+    monkeypatch.setattr("sqft.model.sources._unpack_gguf", lambda file, workspace: workspace / "dense")
     first, again, other = (localize(str(tmp_path / name), tmp_path) for name in ("a/m.gguf", "a/m.gguf", "b/m.gguf"))
     assert first == again != other
     assert first.parent.name.startswith("m-")
@@ -102,7 +102,7 @@ def test_code_of_the_model_is_trusted_for_its_tokenizer_too(
         raise InputError("seen")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sqft.model.load.load_tokenizer", stop)
+    monkeypatch.setattr("sqft.model.opening.load_tokenizer", stop)
     assert cli.run([*command, "--trust-remote-code"]) == 2
     assert cli.run(command) == 2
     assert asked == [True, False]

@@ -122,7 +122,7 @@ def test_a_beginning_of_several_tokens_in_the_text_is_not_doubled() -> None:
 
 
 def test_training_ends_such_an_answer_once() -> None:
-    from sqft.model.training import label_examples
+    from sqft.training.batches import label_examples
 
     tokenizer = framed("<s> $A </s>")
     pairs = [encode(tokenizer, "2+2?", answer) for answer in (" 4", " 4</s>")]

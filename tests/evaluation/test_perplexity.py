@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from sqft.adapters.attach import load_model
 from sqft.data.calibration import perplexity_tokens
 from sqft.evaluation import perplexity as module
 from sqft.evaluation.perplexity import perplexity, windows
-from sqft.model.load import load_model
 
 
 def test_perplexity_is_that_of_windows_predicted_from_their_own_start(

@@ -92,9 +92,9 @@ def test_held_weights_are_reordered_and_their_bases_are_not(kind: str, tiny_mode
     from peft import get_peft_model
 
     from sqft import SqftConfig
-    from sqft.model.held import held_weights
-    from sqft.model.layers import sqft_layers
-    from sqft.model.load import load_model
+    from sqft.adapters.attach import load_model
+    from sqft.adapters.held import held_weights
+    from sqft.adapters.layers import sqft_layers
 
     torch.manual_seed(0)
     config = SqftConfig(kind=cast("Any", kind), ranks=[4], target_modules=["q_proj", "down_proj"])

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from sqft.adapters.attach import load_model
 from sqft.errors import InputError
 from sqft.model.calibrate import Block, visit_blocks
-from sqft.model.load import load_model
 from sqft.model.targets import Target, coverage_of, decoder_blocks, every_matrix, find_targets, skeleton
 
 TOKENS = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(0))

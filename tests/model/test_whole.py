@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sqft.errors import InputError
-from sqft.model.checkpoint import Checkpoint
 from sqft.model.targets import decoder_blocks, skeleton
 from sqft.model.whole import check_whole
+from sqft.storage.checkpoint import Checkpoint
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from sqft.adapters.attach import load_model
+from sqft.adapters.layers import sqft_layers
 from sqft.errors import InputError
-from sqft.model.layers import sqft_layers
-from sqft.model.load import load_model
 from sqft.model.targets import skeleton
 from sqft.recipe import FinetuneConfig
 from sqft.stages import finetune
@@ -61,7 +61,7 @@ def test_whatever_peft_raises_ends_in_a_message(
 def test_a_parameter_that_peft_takes_for_a_target_is_refused(tiny_model: Callable[..., Path]) -> None:
     from peft import get_peft_model
 
-    from sqft.model.layers import SqftConfig
+    from sqft.adapters.config import SqftConfig
 
     settings = SqftConfig(kind="sparse", r=4, lora_alpha=8, target_modules=["down_proj"])
     with pytest.raises(InputError, match=r"the parameter down_proj of a DeepseekV3\w+, which is no linear"):

@@ -95,7 +95,7 @@ def test_an_int4_run_goes_on_alone_after_its_training(recipe: Path, tmp_path: Pa
 def test_what_processes_cannot_share_is_refused(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]
 ) -> None:
-    from sqft.model.load import load_model
+    from sqft.adapters.attach import load_model
 
     monkeypatch.setenv("WORLD_SIZE", "3")
     config = FinetuneConfig.model_validate({"batch": 2, "accumulation": 2, "target_modules": ["q_proj"]})

@@ -12,18 +12,19 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from sqft.adapters.attach import load_model
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.layers import sqft_layers
 from sqft.core.delta import effective_codes
 from sqft.core.grid import QuantizedWeight
 from sqft.errors import InputError, NumericalError
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.formats import PackedCheckpoint
 from sqft.model.inspect import inspect_model
-from sqft.model.layers import SqftConfig, sqft_layers
-from sqft.model.load import load_model
 from sqft.model.packed import PackedLinear
-from sqft.model.stored import load_mask
 from sqft.recipe import MergeConfig, QuantizeConfig, SparsifyConfig, VerifyConfig
 from sqft.stages import merge, quantize, verify
+from sqft.storage.checkpoint import Checkpoint
+from sqft.storage.integers import PackedCheckpoint
+from sqft.storage.masks import load_mask
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "opt"]
 PROMPT = torch.arange(40).view(2, 20)
@@ -472,8 +473,8 @@ def test_the_other_format_of_what_transformers_cannot_open_is_opened_here(tiny_m
 
 def test_names_that_transformers_does_not_find_are_refused(tiny_model: Any) -> None:
     from sqft.model.expressible import layouts, opening_error
-    from sqft.model.formats import Scheme
     from sqft.model.targets import DiskNames, find_targets, skeleton
+    from sqft.storage.integers import Scheme
 
     network, source = skeleton(tiny_model("llama")), Checkpoint(tiny_model("llama"))
     scheme = Scheme("compressed-tensors", 4, 16, symmetric=False)

@@ -16,6 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sqft.adapters.attach import load_model
+from sqft.adapters.held import held_weights, switch_ranks
+from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import Artifact
 from sqft.core.climb import as_configuration, climb
 from sqft.core.ranks import RankSpace
@@ -23,9 +26,7 @@ from sqft.data.tasks import Example, Task
 from sqft.errors import InputError
 from sqft.evaluation.harness import score_examples
 from sqft.evaluation.prepacked import prepacked
-from sqft.model.adapter import SavedAdapter
-from sqft.model.held import held_weights, switch_ranks
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.opening import load_tokenizer
 from sqft.recipe import FinetuneConfig, QuantizeConfig, SearchConfig, SparsifyConfig
 from sqft.stages import finetune, quantize, search, sparsify
 from sqft.stages.search import study as study_module

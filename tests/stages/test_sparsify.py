@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sqft.adapters.attach import load_model
 from sqft.core.mask import conforms
 from sqft.errors import InputError, NumericalError
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.load import load_model
-from sqft.model.stored import load_mask
 from sqft.model.targets import decoder_blocks, find_targets, skeleton
 from sqft.recipe import SparsifyConfig
 from sqft.stages import sparsify
+from sqft.storage.checkpoint import Checkpoint
+from sqft.storage.masks import load_mask
 
 ARCHITECTURES = [
     "llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "gpt2", "opt", "bloom", "mpt", "mixtral",

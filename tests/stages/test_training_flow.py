@@ -14,19 +14,20 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 
+from sqft.adapters.attach import load_model
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import Artifact
 from sqft.data.tasks import Example, Task
 from sqft.digests import digest_file, file_digests
 from sqft.errors import InputError, NumericalError
 from sqft.evaluation import prepacked
-from sqft.model.adapter import SavedAdapter
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.layers import SqftConfig
-from sqft.model.load import load_model, load_tokenizer
+from sqft.model.opening import load_tokenizer
 from sqft.model.targets import skeleton
 from sqft.recipe import FinetuneConfig, MergeConfig, SearchConfig, SparsifyConfig, VerifyConfig
 from sqft.stages import finetune, merge, search, sparsify, verify
 from sqft.stages.finetune import loop
+from sqft.storage.checkpoint import Checkpoint
 
 PAIRS = [(f"Question: {a} + {b}?\nAnswer:", f" {a + b}") for a in range(6) for b in range(6)]
 EXAMPLES = [Example(prompt, answer) for prompt, answer in PAIRS[:8]]
@@ -199,7 +200,7 @@ def test_a_dense_sub_adapter_is_the_live_one_in_stock_peft(chain: Callable[..., 
     assert saved.kind == "dense"
     assert {low.rank for low in saved.modules.values()} == {3}
     assert {round(low.scaling, 9) for low in saved.modules.values()} == {2.0}
-    from sqft.model.elastic import rank_space, set_ranks
+    from sqft.adapters.elastic import rank_space, set_ranks
 
     super_adapter = PeftModel.from_pretrained(
         load_model(out / "sparse"), out / "adapter", config=_elastic_config(out)
@@ -484,8 +485,8 @@ def test_a_dense_merge_is_as_close_as_its_precision(
 
 
 def test_a_float16_base_trains_on_true_gradients(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    from sqft.model import training as steps
-    from sqft.model.loss_scale import LossScale
+    from sqft.training import loss as steps
+    from sqft.training.loss_scale import LossScale
 
     # As many tokens as a real step has: their mean's gradients are below what float16 holds.
     losses = {}
@@ -507,7 +508,7 @@ def test_a_float16_base_trains_on_true_gradients(tiny_model: Callable[..., Path]
 def test_a_step_that_overflows_float16_is_skipped_and_the_scale_is_resumed(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from sqft.model.loss_scale import LossScale
+    from sqft.training.loss_scale import LossScale
 
     adapted = finetune.attach(load_model(tiny_model("llama", "float16")), training(kind="dense", ranks=[4]))
     scale = LossScale(adapted, float16=True)

@@ -76,7 +76,7 @@ def sparsify(options: argparse.Namespace) -> int:
 def _calibrate(options: argparse.Namespace, config: CalibrationConfig, model: Path) -> tuple[Any, dict[str, Any]]:
     """Return (calibration tokens, what they were drawn from)."""
     from sqft.data.calibration import calibration_tokens
-    from sqft.model.load import load_tokenizer
+    from sqft.model.opening import load_tokenizer
 
     cut = {"validation_rows": options.validation_rows, "test_rows": options.test_rows}
     data = DataConfig(task=options.task, **cut) if options.task else None
@@ -124,7 +124,7 @@ def quantize(options: argparse.Namespace) -> int:
 
 def finetune(options: argparse.Namespace) -> int:
     from sqft.data.load import load_examples
-    from sqft.model.load import load_tokenizer
+    from sqft.model.opening import load_tokenizer
     from sqft.stages import finetune
 
     config = read_config(options, FinetuneConfig)
@@ -154,7 +154,7 @@ def finetune(options: argparse.Namespace) -> int:
 
 def search(options: argparse.Namespace) -> int:
     from sqft.data.load import load_tasks
-    from sqft.model.load import load_tokenizer
+    from sqft.model.opening import load_tokenizer
     from sqft.stages import search
 
     config = read_config(options, SearchConfig)
@@ -297,7 +297,7 @@ def merge(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     from sqft.data.load import load_examples, resolve_task
-    from sqft.model.load import load_tokenizer
+    from sqft.model.opening import load_tokenizer
     from sqft.stages import verify
 
     config = read_config(options, VerifyConfig)
@@ -356,7 +356,7 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from sqft.model.load import load_tokenizer
+    from sqft.model.opening import load_tokenizer
     from sqft.stages import evaluate
 
     out = result_file(options, "evaluate", Path(options.model), *([options.adapter] if options.adapter else []))

@@ -30,10 +30,11 @@ from sqft.digests import digest_text
 from sqft.disk import read_json, write_json
 from sqft.errors import InputError, Problems, SqftError
 from sqft.locks import exclusive, run_lock
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.load import load_tokenizer, localize
+from sqft.model.opening import load_tokenizer
+from sqft.model.sources import localize
 from sqft.recipe import QuantizeConfig
 from sqft.stages import evaluate
+from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from sqft.compare.methods import Base, Method

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sqft.model.layers import SqftLinear
+from sqft.adapters.layers import SqftLinear
 from sqft.model.packed import PackedLinear
 
 if TYPE_CHECKING:

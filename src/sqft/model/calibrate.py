@@ -28,12 +28,13 @@ from sqft.core.mask import finite
 from sqft.core.statistics import Statistics
 from sqft.errors import NumericalError
 from sqft.memory import release_memory
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.load import check_complete, embedding_rows
+from sqft.model.load import embedding_rows
+from sqft.model.opening import check_complete
 from sqft.model.products import products
 from sqft.model.targets import DiskNames, Target, decoder_blocks, skeleton
 from sqft.model.uses import StandIn, text_model
 from sqft.progress import progress
+from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,18 +19,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.load import _hide_bars_of_compressed_tensors, quiet_transformers
+from sqft.model.opening import hide_bars_of_compressed_tensors, quiet_transformers
 from sqft.model.targets import DiskNames, every_matrix
+from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel
 
-    from sqft.model.checkpoint import Layout
-    from sqft.model.formats import Scheme
     from sqft.model.targets import Target
+    from sqft.storage.checkpoint import Layout
+    from sqft.storage.integers import Scheme
 
 
 def inexpressible(scheme: Scheme, folder: Path, network: PreTrainedModel, targets: list[Target]) -> list[str]:
@@ -161,7 +161,7 @@ def opening_error(network: PreTrainedModel, quantization: dict[str, Any], layout
     config = deepcopy(network.config)
     config.quantization_config = quantization
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
-    _hide_bars_of_compressed_tensors()
+    hide_bars_of_compressed_tensors()
     try:
         with quiet_transformers(), _silent():
             _, found = cast("Any", type(network)).from_pretrained(

@@ -8,9 +8,9 @@ from typing import Any
 
 from sqft.core.mask import conforms
 from sqft.errors import InputError
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.formats import PackedCheckpoint, quantization_config
 from sqft.model.targets import DiskNames, every_matrix, skeleton
+from sqft.storage.checkpoint import Checkpoint
+from sqft.storage.integers import PackedCheckpoint, quantization_config
 
 STRUCTURES = ((2, 4), (4, 8))
 

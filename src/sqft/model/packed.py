@@ -16,9 +16,9 @@ from torch.nn import functional
 from sqft.core.delta import FrozenLinear, dequantized
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.errors import InputError
-from sqft.model.formats import PackedCheckpoint
-from sqft.model.load import check_complete
+from sqft.model.opening import check_complete
 from sqft.model.targets import DiskNames, skeleton
+from sqft.storage.integers import PackedCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ class PackedLinear(nn.Linear):
             another dtype they would be another grid.
         zero_point: uint8 [O, G].
         folder: the model folder that the weight was read from.
-        held: the dequantised weight while :func:`sqft.model.held.held_weights` is in force, else None.
+        held: the dequantised weight while :func:`sqft.adapters.held.held_weights` is in force, else None.
     """
 
     packed: torch.Tensor
@@ -80,7 +80,7 @@ def load_packed_model(
     """Return a quantised folder's model with packed linears, in evaluation mode.
 
     Args:
-        folder: in a format of :mod:`sqft.model.formats`.
+        folder: in a format of :mod:`sqft.storage.integers`.
         attention: attention implementation; None leaves transformers' choice.
         trust_remote_code: passed to transformers.
 

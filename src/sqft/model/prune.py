@@ -13,8 +13,8 @@ from sqft.core.mask import finite, mask_from_score, pack_mask
 from sqft.core.pruners import Method, Pattern, magnitude, resolve_method
 from sqft.errors import InputError, NumericalError
 from sqft.model.calibrate import overflow_remedy
-from sqft.model.stored import read_masks
 from sqft.recipe import parse_pattern
+from sqft.storage.masks import read_masks
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sqft.errors import InputError, Problems
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.load import load_config, quiet_transformers
+from sqft.model.opening import load_config, quiet_transformers
 from sqft.model.uses import Matrices, Use, parameter_uses
+from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

@@ -17,6 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from sqft.adapters.attach import load_model
+from sqft.adapters.held import held_weights
+from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import describe, finished_result, write_result
 from sqft.data.chat import as_chat
 from sqft.data.files import local_path
@@ -25,9 +28,8 @@ from sqft.data.taskfile import is_task_file
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task, judged_digest, question_key
 from sqft.errors import InputError, Problems
 from sqft.memory import costing
-from sqft.model.adapter import SavedAdapter
-from sqft.model.held import held_weights
-from sqft.model.load import load_model, load_tokenizer, to_device
+from sqft.model.load import to_device
+from sqft.model.opening import load_tokenizer
 from sqft.recipe import DataConfig
 
 if TYPE_CHECKING:

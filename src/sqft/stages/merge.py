@@ -12,16 +12,16 @@ import logging
 import shutil
 from typing import TYPE_CHECKING
 
+from sqft.adapters.attach import check_base
+from sqft.adapters.merged import BaseWeights
+from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import Artifact, describe, finished, writing
 from sqft.disk import check_space
 from sqft.errors import Problems
 from sqft.memory import release_memory
-from sqft.model.adapter import SavedAdapter
-from sqft.model.attach import check_base
-from sqft.model.checkpoint import copy_model
-from sqft.model.merged import BaseWeights
-from sqft.model.stored import MASK_FILE, SPARSE_FROM, load_mask
 from sqft.progress import progress
+from sqft.storage.checkpoint import copy_model
+from sqft.storage.masks import MASK_FILE, SPARSE_FROM, load_mask
 
 if TYPE_CHECKING:
     from pathlib import Path

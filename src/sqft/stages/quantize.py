@@ -26,19 +26,18 @@ from sqft.core.gptq import Quantized, gptq, round_to_nearest
 from sqft.core.grid import stretches
 from sqft.core.mask import finite, pack_mask
 from sqft.digests import digest_text
-from sqft.disk import check_space, write_json
+from sqft.disk import check_space, read_json, write_json
 from sqft.errors import InputError, NumericalError, Problems
 from sqft.memory import release_memory
 from sqft.model.calibrate import Block, check_tokens, overflow_remedy, visit_blocks
-from sqft.model.checkpoint import Checkpoint, allocate, allocate_file, copy_side_files
 from sqft.model.expressible import inexpressible, layouts, left_float
-from sqft.model.formats import Scheme, quantization_config
-from sqft.model.load import read_json
 from sqft.model.prune import BlockPruner, make_pruner, mask_view, masked_of, packed_disk_masks
-from sqft.model.stored import SPARSE_FROM, START_FILE, load_mask, write_masks
 from sqft.model.targets import DiskNames, Target, coverage_of, find_targets, skeleton
 from sqft.model.whole import check_whole
 from sqft.recipe import CalibrationConfig
+from sqft.storage.checkpoint import Checkpoint, allocate, allocate_file, copy_side_files
+from sqft.storage.integers import Scheme, quantization_config
+from sqft.storage.masks import SPARSE_FROM, START_FILE, load_mask, write_masks
 
 if TYPE_CHECKING:
     from sqft.recipe import QuantizeConfig, SparsifyConfig

@@ -28,6 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sqft.adapters.attach import check_base, load_model
+from sqft.adapters.held import held_weights
+from sqft.adapters.merged import BaseWeights
+from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import describe, finished_result, write_result
 from sqft.core.mask import finite
 from sqft.data.encode import check_vocabulary, encode
@@ -36,14 +40,11 @@ from sqft.disk import read_json
 from sqft.evaluation.harness import score_examples
 from sqft.evaluation.prepacked import stock_products
 from sqft.memory import costing
-from sqft.model.adapter import SavedAdapter
-from sqft.model.attach import check_base
-from sqft.model.checkpoint import Checkpoint, side_files
-from sqft.model.formats import PackedCheckpoint
-from sqft.model.held import held_weights
-from sqft.model.load import embedding_rows, load_config, load_model, load_tokenizer
-from sqft.model.merged import BaseWeights
-from sqft.model.stored import load_mask
+from sqft.model.load import embedding_rows
+from sqft.model.opening import load_config, load_tokenizer
+from sqft.storage.checkpoint import Checkpoint, side_files
+from sqft.storage.integers import PackedCheckpoint
+from sqft.storage.masks import load_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,20 +19,25 @@ from peft import get_peft_model
 from transformers import PreTrainedModel, set_seed
 
 from sqft import processes
+from sqft.adapters.adaptable import block_linears, excluded, reached, refused
+from sqft.adapters.attach import load_model
+from sqft.adapters.config import RANK_SPACE, SqftConfig
+from sqft.adapters.elastic import rank_space
+from sqft.adapters.layers import sqft_layers
 from sqft.artifact import Artifact, Draft, describe, finished, partial_of, writing
 from sqft.data.encode import check_vocabulary, encode
 from sqft.digests import digest_text
 from sqft.disk import check_space, write_json
 from sqft.errors import InputError, NumericalError, Problems, SqftError
-from sqft.model.adaptable import block_linears, excluded, reached, refused
-from sqft.model.elastic import rank_space
-from sqft.model.example_attention import attend_by_example
-from sqft.model.formats import quantization_config
-from sqft.model.layers import RANK_SPACE, SqftConfig, sqft_layers
-from sqft.model.load import embedding_rows, load_model, load_tokenizer, to_device
-from sqft.model.stored import START_FILE, float_source, identity
-from sqft.model.training import check_isolation, label_examples, pack_rows
+from sqft.model.load import embedding_rows, to_device
+from sqft.model.opening import load_tokenizer
 from sqft.stages.finetune import loop
+from sqft.storage.identity import identity
+from sqft.storage.integers import quantization_config
+from sqft.storage.masks import START_FILE, float_source
+from sqft.training.attention import attend_by_example
+from sqft.training.batches import label_examples, pack_rows
+from sqft.training.isolation import check_isolation
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,11 +20,12 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from sqft import processes
+from sqft.adapters.elastic import ElasticRanks
+from sqft.adapters.layers import sqft_layers
 from sqft.errors import NumericalError
-from sqft.model.elastic import ElasticRanks
-from sqft.model.layers import sqft_layers
-from sqft.model.loss_scale import LossScale
-from sqft.model.training import PackedTrainer, collate
+from sqft.training.batches import collate
+from sqft.training.loss import PackedTrainer
+from sqft.training.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from sqft.recipe import FinetuneConfig

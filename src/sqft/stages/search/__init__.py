@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft.adapters.saved import SavedAdapter, write_sub_adapter
 from sqft.artifact import Artifact, describe, finished, writing
 from sqft.data.tasks import judged_digest
 from sqft.disk import read_json, write_json
 from sqft.errors import InputError
 from sqft.locks import exclusive
-from sqft.model.adapter import SavedAdapter, write_sub_adapter
 
 if TYPE_CHECKING:
     from sqft.core.ranks import RankSpace

@@ -30,22 +30,24 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
+from sqft.adapters.attach import load_model
+from sqft.adapters.held import held_weights, switch_ranks
 from sqft.artifact import key_of
 from sqft.core.climb import Climb, Configuration, as_configuration, climb
 from sqft.errors import InputError
 from sqft.evaluation.harness import evaluate_examples
 from sqft.locks import exclusive
-from sqft.model.held import held_weights, switch_ranks
-from sqft.model.load import load_model, load_tokenizer, to_device
+from sqft.model.load import to_device
+from sqft.model.opening import load_tokenizer
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
+    from sqft.adapters.saved import SavedAdapter
     from sqft.core.ranks import RankSpace
     from sqft.data.tasks import Example, Task
-    from sqft.model.adapter import SavedAdapter
     from sqft.recipe import SearchConfig
 
 logger = logging.getLogger(__name__)

@@ -11,14 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from sqft.adapters.attach import load_model
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.elastic import ElasticRanks, rank_space, set_ranks
+from sqft.adapters.layers import sqft_layers
 from sqft.errors import InputError
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.elastic import ElasticRanks, rank_space, set_ranks
-from sqft.model.layers import SqftConfig, sqft_layers
-from sqft.model.load import load_model
-from sqft.model.stored import load_mask
 from sqft.recipe import MergeConfig
 from sqft.stages import merge
+from sqft.storage.checkpoint import Checkpoint
+from sqft.storage.masks import load_mask
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],

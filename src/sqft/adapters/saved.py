@@ -15,12 +15,12 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sqft.adapters.config import PEFT_TYPE, RANK_SPACE, SqftConfig
+from sqft.adapters.plain import beyond_plain
 from sqft.core.mask import finite
 from sqft.core.ranks import RankSpace, group_modules
 from sqft.disk import read_json
 from sqft.errors import InputError, Problems
-from sqft.model.layers import PEFT_TYPE, RANK_SPACE, SqftConfig
-from sqft.model.plain import beyond_plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,25 +1,18 @@
-"""Adapters as PEFT layers; the only file that touches PEFT's private hooks.
+"""Adapters as PEFT layers; with config.py the only file that touches PEFT's private hooks.
 
-:class:`SqftConfig` is a `LoraConfig` that registers :class:`SqftLinear` for the linears it targets, so that
 `get_peft_model`, `Trainer`, TRL's `SFTTrainer`, `save_pretrained`, `merge_and_unload` and `disable_adapter` work
-unpatched. A masked or quantisation-aware adapter is saved with the peft_type `SQFT`, which stock PEFT does not know:
-loaded as plain LoRA it would be another model, silently. `import sqft` makes it load. A dense adapter is saved as plain
-LORA.
-
-Private hooks used: `LoraConfig._custom_modules`, the constructor of `peft.tuners.lora.layer.Linear`,
+unpatched on them. Private hooks used: `LoraConfig._custom_modules`, the constructor of `peft.tuners.lora.layer.Linear`,
 `PEFT_TYPE_TO_CONFIG_MAPPING`, and a check around `LoraModel._create_and_replace`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -30,100 +23,17 @@ from transformers.pytorch_utils import Conv1D
 from sqft.core.delta import MaskedLinear, effective_codes, effective_weight, project
 from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
-from sqft.disk import write_json
 from sqft.errors import InputError
 from sqft.model.packed import PackedLinear
-from sqft.model.plain import beyond_plain
-from sqft.model.stored import check_identity, identity, load_mask, load_start
+from sqft.storage.identity import check_identity
+from sqft.storage.masks import load_mask, load_start
 
-PEFT_TYPE = "SQFT"
-KINDS = ("dense", "sparse", "quantized")
-STARTS = ("compensated", "dequantized", "float")
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from sqft.adapters.config import SqftConfig
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-RANK_SPACE = Path("sqft") / "rank_space.json"
-"""In an adapter's folder: {choices, groups} of a finished training, or {ranks, rank_groups} as a trainer saved them."""
-_OWN_FIELDS = ("kind", "ranks", "rank_groups", "start", "derive_mask", "base_identity")
-
-
-@dataclass
-class SqftConfig(LoraConfig):
-    """A LoRA configuration with masks and elastic ranks.
-
-    >>> SqftConfig(kind="sparse", ranks=[32, 24, 16], lora_alpha=64, target_modules=["q_proj"]).r
-    32
-
-    Raises:
-        InputError: r contradicts ranks, or an option of PEFT that changes the weights in a way masks cannot follow.
-    """
-
-    kind: str = field(
-        default="sparse",
-        metadata={"help": "dense (plain LoRA), sparse (masked by the base's zeros) or quantized (on its grid as well)"},
-    )
-    ranks: list[int] | None = field(default=None, metadata={"help": "ranks an elastic adapter may take"})
-    rank_groups: list[list[str]] = field(
-        default_factory=lambda: [["q_proj", "k_proj", "v_proj"]],
-        metadata={"help": "target modules of one layer that share a rank"},
-    )
-    start: str = field(
-        default="compensated",
-        metadata={"help": "where kind quantized starts: compensated, dequantized or float; see FinetuneConfig"},
-    )
-    derive_mask: bool = field(
-        default=False, metadata={"help": "mask the codes of a quantised base that equal its zero point"}
-    )
-    base_identity: dict[str, str] | None = field(
-        default=None, metadata={"help": "digests of the base; written when the adapter is saved"}
-    )
-
-    def __post_init__(self) -> None:
-        """Check what the masks cannot follow, and register the layers."""
-        super().__post_init__()
-        if self.kind not in KINDS:
-            raise InputError(f"SqftConfig: kind is {self.kind!r}; use {', '.join(KINDS)}")
-        if self.start not in STARTS:
-            raise InputError(f"SqftConfig: start is {self.start!r}; use {', '.join(STARTS)}")
-        if self.ranks is not None:
-            if not self.ranks or min(self.ranks) < 1:
-                raise InputError(f"SqftConfig: ranks are {self.ranks}; each must be 1 or more")
-            if self.r not in (max(self.ranks), LoraConfig.r):
-                raise InputError(f"SqftConfig: r is {self.r}, but the largest of ranks {self.ranks} is not")
-            self.r = max(self.ranks)
-        if self.lora_alpha <= 0:
-            raise InputError(f"SqftConfig: lora_alpha is {self.lora_alpha}; it must be above 0")
-        unsupported = beyond_plain(self) + (["use_rslora"] if self.use_rslora else [])
-        if unsupported:
-            raise InputError(
-                f"SqftConfig: {', '.join(unsupported)} cannot be merged exactly into a sparse base; leave off"
-            )
-        self._register_custom_module({nn.Linear: SqftLinear, Conv1D: SqftLinear})
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as plain LORA when dense, as SQFT with its base's digests otherwise."""
-        base = Path(self.base_model_name_or_path or "")
-        if self.kind != "dense" and self.base_identity is None and (base / "config.json").is_file():
-            self.base_identity = identity(base, self.start if self.kind == "quantized" else None)
-        if self.kind == "dense" and self.ranks is not None:
-            # Plain LORA has no field for them, and a super-adapter without its ranks is one of a single rank.
-            write_json(Path(save_directory) / RANK_SPACE, {"ranks": self.ranks, "rank_groups": self.rank_groups})
-        saved = _SavedConfig(self)
-        LoraConfig.save_pretrained(cast("LoraConfig", saved), save_directory, **kwargs)
-
-
-class _SavedConfig:
-    """A view of a config whose `to_dict` is what goes to disk."""
-
-    def __init__(self, config: SqftConfig) -> None:
-        self._config = config
-
-    def to_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = self._config.to_dict()
-        if self._config.kind == "dense":
-            return {name: value for name, value in values.items() if name not in _OWN_FIELDS}
-        return {**values, "peft_type": PEFT_TYPE}
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # type: ignore[index]
 
 
 class SqftLinear(LoraLinear):
@@ -140,7 +50,7 @@ class SqftLinear(LoraLinear):
         start: where quantisation-aware training starts; see :class:`sqft.core.grid.QuantizedWeight`.
         drawn_rank: what training uses when elastic; set for every optimiser step by a callback.
         fixed_rank: what evaluation and merging use; None is the maximal rank. Saving writes all ranks.
-        held: the effective weight while :func:`sqft.model.held.held_weights` is in force, else None.
+        held: the effective weight while :func:`sqft.adapters.held.held_weights` is in force, else None.
     """
 
     mask_packed: torch.Tensor | None
@@ -430,7 +340,7 @@ def _refuse_stock_layers(create: Any) -> Any:
     @wraps(create)
     def checked(tuner: LoraModel, config: LoraConfig, name: str, target: Any, *args: Any, **kwargs: Any) -> None:
         kind = getattr(config, "kind", "dense")
-        if isinstance(config, SqftConfig) and kwargs.get("parameter_name"):
+        if hasattr(config, "kind") and kwargs.get("parameter_name"):
             raise InputError(
                 f"adapter {name} is of kind {kind}, and PEFT takes one of its target_modules for the parameter "
                 f"{kwargs['parameter_name']} of a {type(target).__name__}, which is no linear; take it out"

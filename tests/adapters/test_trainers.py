@@ -10,11 +10,15 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from sqft.adapters.attach import load_model
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.elastic import ElasticRanks
+from sqft.adapters.layers import sqft_layers
 from sqft.errors import InputError
-from sqft.model.elastic import ElasticRanks
-from sqft.model.layers import SqftConfig, sqft_layers
-from sqft.model.load import load_model, load_tokenizer
-from sqft.model.training import answer_loss, check_isolation, collate, label_examples, pack_rows
+from sqft.model.opening import load_tokenizer
+from sqft.training.batches import collate, label_examples, pack_rows
+from sqft.training.isolation import check_isolation
+from sqft.training.loss import answer_loss
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(4) for b in range(4)]
 

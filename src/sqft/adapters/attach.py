@@ -1,4 +1,4 @@
-"""Put a saved adapter on the model of its base, after checking that it is its base."""
+"""Put a saved adapter on the model of its base, after checking that it is its base, and open the two together."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, cast
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.plain import plain_settings
+from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import MANIFEST, Artifact
 from sqft.errors import InputError, Problems
-from sqft.model.adapter import SavedAdapter
-from sqft.model.layers import SqftConfig
+from sqft.model.load import open_model
 from sqft.model.packed import PackedLinear
-from sqft.model.plain import plain_settings
-from sqft.model.stored import check_identity
+from sqft.storage.identity import check_identity
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -21,6 +22,42 @@ if TYPE_CHECKING:
 
     from torch import nn
     from transformers import PreTrainedModel
+
+
+def load_model(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    packed: bool = False,
+    elastic: bool = False,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Return a model folder's causal language model, with an adapter attached if one is given.
+
+    A quantised folder is opened by transformers, which decompresses it: what any user of the folder gets. With an
+    adapter or `packed`, its weights stay packed in memory; so do those of GPTQ folders.
+
+    Args:
+        folder: model folder.
+        adapter: adapter folder to attach, unmerged, or None.
+        packed: keep quantised weights packed.
+        elastic: attach a dense adapter with layers whose rank can be set, too, instead of PEFT's own.
+        attention: attention implementation; None leaves transformers' choice.
+        trust_remote_code: passed to transformers.
+
+    Returns:
+        The model in evaluation mode, in the dtype that it is stored in.
+
+    Raises:
+        InputError: the folder does not load, or the adapter does not belong to it.
+    """
+    packed = packed or adapter is not None
+    model = open_model(folder, packed=packed, attention=attention, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        model = attach_saved(model, folder, adapter, elastic=elastic)
+        model.eval()
+    return model
 
 
 def attach_saved(

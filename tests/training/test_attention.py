@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from sqft.model import example_attention
-from sqft.model.example_attention import attend_by_example, attention_by_example, example_lengths
-from sqft.model.load import load_model
-from sqft.model.training import IGNORED, answer_loss, collate, pack_rows
+from sqft.adapters.attach import load_model
+from sqft.training import attention as example_attention
+from sqft.training.attention import attend_by_example, attention_by_example, example_lengths
+from sqft.training.batches import IGNORED, collate, pack_rows
+from sqft.training.loss import answer_loss
 
 LENGTHS = (5, 40, 17, 3, 29, 11, 23)
 

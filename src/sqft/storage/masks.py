@@ -1,4 +1,4 @@
-"""What a base folder keeps beside its weights, and what identifies them: masks, starting weights, digests.
+"""What a base folder keeps beside its weights: masks, and where quantisation-aware training starts.
 
 `sqft/mask.safetensors` holds the packed mask of each pruned weight, `sqft/start.safetensors` the int8 offset of each
 quantised weight inside its code's bin (the float weight just before rounding). Keys are on-disk weight names.
@@ -6,26 +6,25 @@ quantised weight inside its code's bin (the float weight just before rounding). 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sqft.artifact import MANIFEST, Artifact, digest_input
 from sqft.core.mask import unpack_mask
-from sqft.digests import digest_file
 from sqft.errors import InputError, Problems
-from sqft.model.checkpoint import Checkpoint, allocate_file
-from sqft.model.formats import PackedCheckpoint, quantization_config
+from sqft.storage.checkpoint import Checkpoint, allocate_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
+
+    import torch
+
 
 MASK_FILE = Path("sqft") / "mask.safetensors"
 START_FILE = Path("sqft") / "start.safetensors"
@@ -205,55 +204,3 @@ def float_source(base: Path) -> str:
     if digest_input(path) != recorded["digest"]:
         raise InputError(f"base {base}: was quantised from {path}, which has changed since; use another start")
     return str(path)
-
-
-def identity(base: str | Path, start: str | None = None) -> dict[str, str]:
-    """Return the digests by which an adapter remembers its base: of codes, grid, mask and start, or of all of it.
-
-    Args:
-        base: the base's folder.
-        start: the starting weight that training uses, for a quantised base.
-    """
-    base = Path(base)
-    digests = {"base": digest_input(base)}
-    if quantization_config(base) is None:
-        return digests
-    # By the digest just made, so that another content is never taken for what was hashed before.
-    digests |= _grid_digests(base.resolve(), digests["base"])
-    for what, file in (("mask", MASK_FILE), ("start", START_FILE)):
-        if (base / file).is_file() and (what == "mask" or start == "compensated"):
-            digests[what] = digest_file(base / file)
-    if start == "float":
-        digests["start"] = digest_input(float_source(base))
-    return digests
-
-
-@lru_cache(maxsize=4)
-def _grid_digests(base: Path, _digest: str) -> dict[str, str]:
-    """Return the digests of a quantised base's codes, and of its scales and zero points."""
-    packed = PackedCheckpoint(base)
-    codes, grid = hashlib.sha256(), hashlib.sha256()
-    for name, weight in sorted(packed.stored_names().items()):
-        part = codes if name == packed.codes_name(weight) else grid
-        part.update(name.encode())
-        part.update(packed.checkpoint.read(name).contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {"codes": codes.hexdigest(), "scales and zero points": grid.hexdigest()}
-
-
-def check_identity(
-    base: str | Path, trained_on: dict[str, str], start: str | None, where: str = "the adapter "
-) -> None:
-    """Refuse a base whose digests are not those that an adapter remembers; see :func:`identity`.
-
-    Raises:
-        InputError: names the parts that differ.
-    """
-    found = identity(base, start)
-    parts = [part for part in trained_on if part != "base"] or ["base"]
-    differing = [part for part in parts if found.get(part) != trained_on[part]]
-    if differing:
-        what = f"; what differs: {', '.join(differing)}" if differing != ["base"] else ""
-        raise InputError(
-            f"{where}was trained on another base (digest {trained_on['base'][:12]}) than {base} "
-            f"(digest {found['base'][:12]}){what}; give the base that its manifest names"
-        )

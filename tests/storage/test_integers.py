@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from sqft.core.grid import BITS, Grid
 from sqft.errors import InputError
-from sqft.model import formats
-from sqft.model.formats import FormatName, Scheme, parse_scheme, quantization_config
+from sqft.storage import integers as formats
+from sqft.storage.integers import FormatName, Scheme, parse_scheme, quantization_config
 
 
 def quantised(bits: int, rows: int = 96, columns: int = 64) -> tuple[torch.Tensor, Grid]:

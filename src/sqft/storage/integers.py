@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from sqft.core.grid import BITS, Grid, stretches
 from sqft.disk import read_json
 from sqft.errors import InputError, Problems
-from sqft.model.checkpoint import WEIGHTS, Checkpoint, Layout
+from sqft.storage.checkpoint import WEIGHTS, Checkpoint, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

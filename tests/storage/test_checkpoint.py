@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sqft.adapters.attach import load_model
 from sqft.errors import InputError
-from sqft.model.checkpoint import INDEX, Checkpoint, copy_model
-from sqft.model.load import load_model, localize
+from sqft.model.sources import localize
+from sqft.storage.checkpoint import INDEX, Checkpoint, copy_model
 
 
 def sharded(source: Path, target: Path) -> Path:

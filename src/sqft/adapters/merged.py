@@ -9,22 +9,22 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sqft.adapters.attach import check_modules
 from sqft.core.delta import effective_codes, effective_weight
 from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.errors import Problems
-from sqft.model.attach import check_modules
-from sqft.model.checkpoint import Checkpoint
-from sqft.model.formats import PackedCheckpoint, quantization_config
-from sqft.model.stored import SPARSE_FROM, load_mask, load_start
 from sqft.model.targets import DiskNames, skeleton
+from sqft.storage.checkpoint import Checkpoint
+from sqft.storage.integers import PackedCheckpoint, quantization_config
+from sqft.storage.masks import SPARSE_FROM, load_mask, load_start
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-    from sqft.model.adapter import LowRank, SavedAdapter
+    from sqft.adapters.saved import LowRank, SavedAdapter
 
 
 @dataclass(frozen=True)

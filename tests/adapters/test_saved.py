@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from sqft.adapters.attach import load_model
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.plain import beyond_plain
+from sqft.adapters.saved import SavedAdapter
 from sqft.errors import InputError
-from sqft.model.adapter import SavedAdapter
-from sqft.model.layers import SqftConfig
-from sqft.model.load import load_model
-from sqft.model.plain import beyond_plain
 from sqft.recipe import DataConfig, EvaluateConfig, MergeConfig, SearchConfig, VerifyConfig
 from sqft.stages import evaluate, merge, search, verify
 

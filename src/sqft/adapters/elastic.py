@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from sqft.adapters.layers import sqft_layers
 from sqft.core.ranks import group_modules
 from sqft.errors import InputError
-from sqft.model.layers import sqft_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

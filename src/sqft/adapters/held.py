@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sqft.model.layers import SqftLinear, sqft_layers
+from sqft.adapters.layers import SqftLinear, sqft_layers
 from sqft.model.packed import PackedLinear
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What hangs on a linear: configuration, layers, elastic ranks, saving and attaching, W' from folders."""

