@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft.disk import read_json
 from sqft.errors import InputError, SqftError
 from sqft.memory import is_out_of_memory
 
