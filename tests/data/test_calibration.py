@@ -207,7 +207,7 @@ def test_windows_without_room_for_text_are_refused(own_data: Any) -> None:
     [
         ("texts.json", b'[{"text": "abcd"}, {"text": "efgh"}]'),
         ("texts.csv", b"text\nabcd\nefgh\n"),
-        ("texts.jsonl.gz", gzip.compress(b'{"text": "abcd"}\n{"text": "efgh"}\n')),
+        ("texts.jsonl.gz", gzip.compress(b'{"text": "abcd"}\n{"text": "efgh"}\n', mtime=0)),
         ("prompts.csv", b"prompt,completion\nab,cd\nef,gh\n"),
     ],
 )
@@ -217,7 +217,7 @@ def test_rows_of_other_files(tmp_path: Path, tiny_tokenizer: Any, name: str, con
     assert sorted(tiny_tokenizer.decode(tokens[0]).split("<|end|>")) == ["", "abcd", "efgh"]
 
 
-@pytest.mark.parametrize("content", ["abcdefghij".encode("utf-16"), gzip.compress(b"abcdefghij")])
+@pytest.mark.parametrize("content", ["abcdefghij".encode("utf-16"), gzip.compress(b"abcdefghij", mtime=0)])
 def test_text_of_other_encodings(
     tmp_path: Path, tiny_tokenizer: Any, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
