@@ -127,11 +127,11 @@ def edited(draw: st.DrawFn, value: Any, others: st.SearchStrategy[Any] | None = 
             other, place = draw(st.sampled_from(places))
             holder[key] = copy.deepcopy(other[place])
         elif kind == "add" and isinstance(holder[key], list):
-            holder[key].append(draw(others))
+            holder[key].append(copy.deepcopy(draw(others)))
         elif kind == "add" and isinstance(holder[key], dict):
-            holder[key][draw(TEXTS)] = draw(others)
+            holder[key][draw(TEXTS)] = copy.deepcopy(draw(others))
         else:
-            holder[key] = draw(others)
+            holder[key] = copy.deepcopy(draw(others))  # what is sampled is one object each time
     return root[0]
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fuzz.damage import copied, edited, json_bytes, outcome, put, share, tensor_files, values
-from sqft.errors import InputError
-from sqft.adapters.saved import CONFIG, WEIGHTS, SavedAdapter, write_sub_adapter
 from sqft.adapters.config import PEFT_TYPE, RANK_SPACE, SqftConfig
+from sqft.adapters.saved import CONFIG, WEIGHTS, SavedAdapter, write_sub_adapter
+from sqft.errors import InputError
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj"]
 SETTINGS: dict[str, Any] = {

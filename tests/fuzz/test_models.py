@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from fuzz.damage import copied, edited, json_bytes, nested, outcome, put, share, tensor_files
 from sqft.core.grid import Grid
 from sqft.errors import InputError
+from sqft.model.inspect import inspect_model
 from sqft.storage.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sqft.storage.integers import PackedCheckpoint, Scheme
-from sqft.model.inspect import inspect_model
 from sqft.storage.masks import MASK_FILE, START_FILE, load_mask, load_start, read_masks, write_masks
 
 TINY = {

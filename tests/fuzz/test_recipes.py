@@ -112,7 +112,7 @@ def test_an_override_is_read_or_refused(recipe: dict[str, Any], overrides: list[
 )
 def test_yaml_that_holds_no_values_is_refused(piece: str, tmp_path: Path) -> None:
     file = put(tmp_path, "recipe.yaml", f"name: x\nmodel: x\ndata: {{task: boolq}}\nnote: {piece}\n".encode())
-    with pytest.raises(InputError, match="recipe.yaml: not valid YAML"):
+    with pytest.raises(InputError, match=r"recipe\.yaml: not valid YAML"):
         load_recipe(file)
     file = put(tmp_path, "recipe.yaml", b"name: x\nmodel: x\ndata: {task: boolq}\n")
     with pytest.raises(InputError, match="the value is not valid YAML"):
