@@ -165,3 +165,37 @@ def test_ranks_that_are_none_are_refused(tmp_path: Path, setting: dict[str, Any]
     (place / CONFIG).write_text(json.dumps({**config, **setting}))
     with pytest.raises(InputError, match=re.escape(str(place))):
         SavedAdapter.open(place).rank_space()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"target_modules": False},
+        {"target_modules": ["q_proj", "v_proj", "up_proj", 1]},
+        {"exclude_modules": [1]},
+        {"layers_to_transform": ["0"]},
+        {"layers_pattern": 1},
+        {"lora_dropout": "0"},
+        {"fan_in_fan_out": "false"},
+        {"target_modules": "(q_proj"},
+        {"exclude_modules": "["},
+        {"layers_pattern": ["("]},
+        {"alpha_pattern": {"*": 1}},
+    ],
+)
+def test_settings_that_peft_does_not_take_are_refused(adapter: Path, setting: dict[str, Any]) -> None:
+    with copied(adapter) as place:
+        config = json.loads((adapter / CONFIG).read_text())
+        put(place, CONFIG, json.dumps({**config, **setting}).encode())
+        with pytest.raises(InputError, match=f"{next(iter(setting))} .*, which (PEFT does not take|is no regular)"):
+            SavedAdapter.open(place)
+
+
+def test_ranks_that_a_trainer_saved_beside_a_plain_adapter_are_read(tmp_path: Path) -> None:
+    place = saved(tmp_path, PEFT_TYPE)
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6.5, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    (place / CONFIG).write_text(json.dumps(settings))
+    put(place, str(RANK_SPACE), json.dumps({"ranks": [2, 4], "rank_groups": [["q_proj", "v_proj"]]}).encode())
+    space = SavedAdapter.open(place).rank_space()
+    assert space.choices == (4, 2)
+    assert sorted(map(len, space.groups.values())) == [1, 2]

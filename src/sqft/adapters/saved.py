@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from types import NoneType
+from typing import TYPE_CHECKING, Any, TypeGuard, get_args, get_type_hints
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -23,11 +26,13 @@ from sqft.disk import read_json
 from sqft.errors import InputError, Problems
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_JSON = (bool, int, float, str, list, dict, tuple, NoneType)
 
 
 @dataclass(frozen=True)
@@ -104,18 +109,18 @@ class SavedAdapter:
             InputError: there is no record and modules differ in rank: a sub-adapter, or another tool's rank_pattern.
         """
         file = self.path / RANK_SPACE
-        if file.is_file():
-            values = read_json(file)
+        file, values = (file, read_json(file)) if file.is_file() else (self.path / CONFIG, self.config)
+        if "groups" in values or "choices" in values:
             choices, groups = values.get("choices"), values.get("groups")
             if not _are_ranks(choices) or not isinstance(groups, dict) or not _are_names([*groups.values()]):
                 raise InputError(f"{file}: is no rank space of choices and groups; save the adapter again")
             space = RankSpace(tuple(choices), {group: tuple(members) for group, members in groups.items()})
-        elif choices := self.config.get("ranks"):
-            together = self.config.get("rank_groups") or []
+        elif choices := values.get("ranks"):
+            together = values.get("rank_groups") or []
             if not _are_ranks(choices) or not _are_names(together):
                 raise InputError(
-                    f"adapter {self.path}: {CONFIG} has ranks {choices!r} and rank_groups {together!r}; ranks are "
-                    "numbers above 0, groups lists of names"
+                    f"{file}: has ranks {choices!r} and rank_groups {together!r}; ranks are numbers above 0, groups "
+                    "lists of names"
                 )
             space = group_modules(self.modules, choices, together)
         else:
@@ -149,10 +154,12 @@ def check_settings(config: dict[str, Any], problems: Problems) -> LoraConfig:
     for name, positive in (("r", _is_rank), ("lora_alpha", _is_alpha)):
         if not positive(config.get(name)):
             problems.add(f"{CONFIG} has {name} {config.get(name, 'nowhere')!r}; it must be a number above 0")
-    for name, positive in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+    for name, positive in zip(_PATTERNS, (_is_rank, _is_alpha), strict=True):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict) or not all(positive(value) for value in pattern.values()):
             problems.add(f"{CONFIG}: {name} is no mapping of modules to numbers above 0")
+    problems.extend(_mistyped(config, SqftConfig if ours else LoraConfig))
+    problems.extend(_unreadable(config))
     takes = {f.name for f in fields(SqftConfig if ours else LoraConfig) if f.init}
     for name in sorted(set(config) - takes):
         if config[name]:
@@ -169,6 +176,34 @@ def check_settings(config: dict[str, Any], problems: Problems) -> LoraConfig:
         problems.add(f"{CONFIG}: {error}")
         return LoraConfig()
     return found
+
+
+def _mistyped(config: dict[str, Any], taken: type[LoraConfig]) -> Iterator[str]:
+    """Yield what is not of the type that PEFT declares, where that is made of JSON's own types."""
+    for name, kind in get_type_hints(taken).items():
+        # lora_alpha, declared as a whole number, is a fraction in many an adapter; both have their own check.
+        if config.get(name) is None or name in ("r", "lora_alpha") or not _of_json(kind):
+            continue
+        try:
+            TypeAdapter(kind).validate_json(json.dumps(config[name]), strict=True)
+        except ValidationError:
+            yield f"{CONFIG}: {name} is {config[name]!r}, which PEFT does not take"
+
+
+def _unreadable(config: dict[str, Any]) -> Iterator[str]:
+    """Yield the regular expressions that are none; lists are of names where PEFT does not read them as patterns."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", *_PATTERNS):
+        value = config.get(name)
+        many = isinstance(value, list | dict) and name not in ("target_modules", "exclude_modules")
+        for text in value if many and value else [value]:
+            try:
+                re.compile(text if isinstance(text, str) else "")
+            except re.error as error:
+                yield f"{CONFIG}: {name} has {text!r}, which is no regular expression ({error})"
+
+
+def _of_json(kind: Any) -> bool:
+    return all(map(_of_json, get_args(kind))) if get_args(kind) else kind in _JSON
 
 
 def _is_rank(value: Any) -> bool:
