@@ -262,6 +262,33 @@ class TestFinished:
         (source / "adapter" / "adapter_config.json").write_text("{}")
         assert describe("sparsify", description["config"], {"model": source}, 0) == description
 
+    def test_a_mask_or_a_named_chat_template_does(self, source):
+        before = digest_input(source)
+        for name in ("sqft/mask.safetensors", "additional_chat_templates/tool_use.jinja"):
+            (source / name).parent.mkdir()
+            (source / name).write_bytes(b"x")
+            assert digest_input(source) != before
+            before = digest_input(source)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda f: (f / "model").write_bytes(b"other"), "model has changed"),
+            (lambda f: (f / "model").unlink(), "model is gone"),
+            (lambda f: (f / "adapter_config.json").write_text("{}"), r"adapter_config\.json was added"),
+            (lambda f: (f / "sqft" / "mask.safetensors").write_bytes(b"m"), r"mask\.safetensors was added"),
+            (lambda f: (f / "sqft" / "manifest.json").write_text("[]"), "has no readable"),
+        ],
+    )
+    def test_a_folder_that_is_not_what_its_manifest_says_is_refused(self, change, message, tmp_path, description):
+        made = make(tmp_path / "sparse", description)
+        (made.path / "README.md").write_text("a document")
+        assert digest_input(made.path) == made.digest
+        change(made.path)
+        for use in (lambda: digest_input(made.path), lambda: finished(made.path, description)):
+            with pytest.raises(InputError, match=message):
+                use()
+
     def test_a_strangers_folder_is_refused(self, source, description):
         with pytest.raises(InputError, match=r"has no readable sqft/manifest.json; it was not written by sqft"):
             finished(source, description)

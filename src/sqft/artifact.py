@@ -89,7 +89,7 @@ class Artifact:
             for name, digest in counted.items():
                 if found.get(name) != digest:
                     problems.add(f"{name} {'has changed' if name in found else 'is gone'}")
-            for path in [*model_files(self.path), *(self.path / "sqft").glob("*.safetensors")]:
+            for path in model_files(self.path):
                 if str(path.relative_to(self.path)) not in files:
                     problems.add(f"{path.relative_to(self.path)} was added")
         return self

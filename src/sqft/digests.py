@@ -80,10 +80,12 @@ def model_files(folder: Path) -> list[Path]:
     """Return the files that make a folder the model or adapter it is.
 
     Documents (*.md), hidden files, and folders inside it do not count: a model is the same with a README mended or an
-    adapter beside. The folder of named chat templates does count, since prompts depend on it.
+    adapter beside. The folder of named chat templates does count, since prompts depend on it, and so do the masks and
+    starting weights in `sqft/`.
     """
     places = [folder, folder / TEMPLATES]
     found = [path for place in places if place.is_dir() for path in place.iterdir() if path.is_file()]
+    found += (folder / "sqft").glob("*.safetensors")
     return sorted(path for path in found if not path.name.startswith(".") and not is_document(path.name))
 
 
