@@ -60,6 +60,7 @@ def make(tiny_model: Callable[..., Path], folder: Path, kind: str) -> tuple[Path
     generator = torch.Generator().manual_seed(1)
     strong = {k: torch.randn(t.shape, generator=generator) if "lora_B" in k else t for k, t in tensors.items()}
     save_file(strong, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    (adapter / "sqft" / "manifest.json").unlink()  # it is another adapter now
     return base, adapter
 
 
@@ -271,7 +272,9 @@ def test_what_cannot_be_searched_is_refused(sparse: tuple[Path, Path], tmp_path:
     with pytest.raises(InputError, match="needs the base model and validation rows"):
         search.run(config, adapter, tmp_path / "a", base=base, rows=[(TASK, [])])
     search.run(SearchConfig(strategy="maximal"), adapter, tmp_path / "one")
-    (tmp_path / "one" / "sqft" / "rank_space.json").write_text(json.dumps({"choices": [8], "groups": {"g": ["m"]}}))
+    modules = list(SavedAdapter.open(tmp_path / "one").modules)
+    (tmp_path / "one" / "sqft" / "manifest.json").unlink()
+    (tmp_path / "one" / "sqft" / "rank_space.json").write_text(json.dumps({"choices": [8], "groups": {"g": modules}}))
     with pytest.raises(InputError, match="has the one rank 8, so there is nothing to search"):
         search.run(config, tmp_path / "one", tmp_path / "a", base=base, rows=ROWS)
 
