@@ -158,6 +158,8 @@ def opening_error(network: PreTrainedModel, quantization: dict[str, Any], layout
         quantization: what config.json is going to say of the quantisation.
         layout: {on-disk name: (dtype, shape)} of all the tensors.
     """
+    if torch.distributed.is_initialized():
+        return None  # the first process has tried; compressed-tensors would wait here for the others
     config = deepcopy(network.config)
     config.quantization_config = quantization
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
