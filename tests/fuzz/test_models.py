@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fuzz.damage import copied, edited, json_bytes, nested, outcome, put, share, tensor_files
+from fuzz.damage import copied, edited, json_bytes, nested, outcome, put, share, tensor_files, values
 from sqft.core.grid import Grid
 from sqft.errors import InputError
 from sqft.model.inspect import inspect_model
@@ -99,6 +99,17 @@ def test_a_damaged_tensor_file_is_read_or_refused(model: Path, data: st.DataObje
 def test_a_damaged_packed_model_is_read_or_refused(packed: Path, data: st.DataObject) -> None:
     with copied(packed) as place:
         put(place, WEIGHTS, data.draw(tensor_files((packed / WEIGHTS).read_bytes())))
+        use(place)
+
+
+@share(0.04)
+@given(st.data())
+def test_a_damaged_quantization_config_is_read_or_refused(packed: Path, data: st.DataObject) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    others = st.one_of(values(), st.sampled_from(["group", "channel", "int", "float", -1, 2, 3, 4, 8, 16, 32, "4"]))
+    config["quantization_config"] = data.draw(edited(config["quantization_config"], others))
+    with copied(packed) as place:
+        put(place, "config.json", json.dumps(config).encode())
         use(place)
 
 

@@ -39,11 +39,14 @@ def quantization_config(folder: str | Path) -> dict[str, Any] | None:
     """Return what a model folder says of its quantisation, None for a float model.
 
     Raises:
-        InputError: it says so in AutoGPTQ's first format, which transformers does not read.
+        InputError: it says so in AutoGPTQ's first format, which transformers does not read, or says nothing that can be
+            understood.
     """
     value = read_json(Path(folder) / "config.json").get("quantization_config")
     if value is None:
         _refuse_old_gptq(Path(folder))
+    elif not isinstance(value, dict):
+        raise InputError(f"model {folder}: its config.json has quantization_config {value!r}, which is no object")
     return cast("dict[str, Any] | None", value)
 
 
@@ -246,33 +249,50 @@ def parse_scheme(config: dict[str, Any], where: str) -> Scheme:
     """
     method = config.get("quant_method")
     if method == "gptq":
-        group = config.get("group_size", 128)
-        scheme = Scheme(
-            "gptq",
-            int(config.get("bits", 4)),
-            None if group in (-1, None) else int(group),
-            bool(config.get("sym", True)),
-            2 if config.get("checkpoint_format") == "gptq_v2" else 1,
-        )
-    elif method == "compressed-tensors":
-        scheme = _parse_compressed_tensors(config, where)
-    else:
+        version = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
+        stored = config.get("bits", 4), config.get("group_size", 128), config.get("sym", True)
+        return _scheme("gptq", *stored, where, version)
+    if method != "compressed-tensors":
         raise InputError(
             f"{where}: is quantised by {method!r}, which sqft does not read; it reads compressed-tensors "
             "pack-quantized and GPTQ. Quantise the float model with sqft quantize, or convert it"
         )
-    if scheme.bits not in BITS:
-        raise InputError(f"{where}: has {scheme.bits}-bit weights; sqft reads {', '.join(map(str, BITS))}")
-    return scheme
+    weights = _parse_compressed_tensors(config, where)
+    group_size = weights.get("group_size") if weights["strategy"] == "group" else None
+    return _scheme("compressed-tensors", weights.get("num_bits"), group_size, weights.get("symmetric", True), where)
 
 
-def _parse_compressed_tensors(config: dict[str, Any], where: str) -> Scheme:
-    groups = list(config.get("config_groups", {}).values())
-    weights = (groups[0].get("weights") or {}) if groups and isinstance(groups[0], dict) else {}
-    formats = {config.get("format"), *(group.get("format") for group in groups if isinstance(group, dict))} - {None}
+def _scheme(name: FormatName, bits: Any, group_size: Any, symmetric: Any, where: str, version: int = 1) -> Scheme:
+    """Return the scheme that a config's values are.
+
+    Raises:
+        InputError: they are none; every problem.
+    """
+    whole_row = group_size in (-1, None)
+    with Problems(where) as problems:
+        if type(bits) is not int or bits not in BITS:
+            problems.add(f"has {bits}-bit weights; sqft reads {', '.join(map(str, BITS))}")
+        if not whole_row and (type(group_size) is not int or group_size < 1):
+            problems.add(f"has groups of {group_size!r} weights; give a number above 0, or -1 for the whole row")
+        if not isinstance(symmetric, bool):
+            problems.add(f"says {symmetric!r} of whether its grid is symmetric, which is neither true nor false")
+    return Scheme(name, bits, None if whole_row else group_size, symmetric, version)
+
+
+def _parse_compressed_tensors(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return what a config says of the weights.
+
+    Raises:
+        InputError: they are stored as we do not read them; every problem.
+    """
+    given = config.get("config_groups")
+    groups = [group for group in given.values() if isinstance(group, dict)] if isinstance(given, dict) else []
+    found = groups[0].get("weights") if groups else None
+    weights = found if isinstance(found, dict) else {}
+    formats = {str(place.get("format")) for place in (config, *groups)} - {"None"}
     with Problems(f"{where}: its compressed-tensors weights cannot be read") as problems:
         if formats != {"pack-quantized"}:
-            problems.add(f"the format is {', '.join(sorted(map(str, formats)))}; sqft reads pack-quantized")
+            problems.add(f"the format is {', '.join(sorted(formats))}; sqft reads pack-quantized")
         if len(groups) != 1:
             problems.add(f"it has {len(groups)} config groups; sqft reads models with one")
         if weights.get("type", "int") != "int":
@@ -281,7 +301,7 @@ def _parse_compressed_tensors(config: dict[str, Any], where: str) -> Scheme:
             problems.add(f"the strategy is {weights.get('strategy')!r}; sqft reads group and channel")
         if weights.get("actorder") in ("group", "dynamic"):
             problems.add("columns are regrouped by activity (actorder group); sqft reads static or no order")
-        if any(group.get("input_activations") for group in groups if isinstance(group, dict)):
+        if any(group.get("input_activations") for group in groups):
             problems.add("activations are quantised too; sqft reads weight-only models")
         if config.get("sparsity_config"):
             problems.add("it has a sparsity_config, a format that was dropped; decompress it first")
@@ -289,8 +309,7 @@ def _parse_compressed_tensors(config: dict[str, Any], where: str) -> Scheme:
             problems.add("its weights are rotated (transform_config); sqft reads plain ones")
         if config.get("kv_cache_scheme"):
             problems.add("its key-value cache is quantised too (kv_cache_scheme); sqft reads weight-only models")
-    group_size = weights.get("group_size") if weights["strategy"] == "group" else None
-    return Scheme("compressed-tensors", int(weights["num_bits"]), group_size, bool(weights.get("symmetric", True)))
+    return weights
 
 
 class PackedCheckpoint:
@@ -324,18 +343,28 @@ class PackedCheckpoint:
         if missing:
             problems.add(f"{prefix} has no {', '.join(missing)}, which {scheme.format} needs")
             return
-        scales = entries[f"{prefix}.{scheme.suffixes[1]}"]
-        if scheme.format == "gptq":
-            rows, columns = scales.shape[1], entries[f"{prefix}.g_idx"].shape[0]
-        else:
-            rows, columns = (int(n) for n in self.checkpoint.read(f"{prefix}.weight_shape"))
+        stored = {suffix: entries[f"{prefix}.{suffix}"] for suffix in scheme.suffixes}
+        scales = stored[scheme.suffixes[1]]
+        for suffix, entry in stored.items():
+            if entry.dtype.is_floating_point != (entry is scales) or (entry is scales and entry.dtype.itemsize < 2):
+                problems.add(f"{prefix}.{suffix} is stored as {entry.dtype}; {scheme.format} has another there")
+                return
+        found = self._shape(prefix)
+        if found is None:
+            problems.add(f"{prefix}: what it holds says no shape of two axes; get the model again")
+            return
+        rows, columns = found
+        if columns % (scheme.group_size or columns):
+            problems.add(f"{prefix}: groups of {scheme.group_size} do not divide rows of {columns} weights")
+            return
         wanted = scheme.layout((rows, columns), scales.dtype)
-        for suffix, (_, shape) in wanted.items():
-            stored = entries[f"{prefix}.{suffix}"].shape
-            if stored != shape:
+        for suffix, (dtype, shape) in wanted.items():
+            entry = stored[suffix]
+            if entry.shape != shape or (dtype == torch.int32 and suffix != "g_idx" and entry.dtype != dtype):
                 problems.add(
-                    f"{prefix}.{suffix} has shape {list(stored)}; a weight [{rows}, {columns}] with {scheme.bits} bits "
-                    f"and groups of {scheme.group_size or columns} needs {list(shape)}"
+                    f"{prefix}.{suffix} has shape {list(entry.shape)} and is {entry.dtype}; a weight [{rows}, "
+                    f"{columns}] with {scheme.bits} bits and groups of {scheme.group_size or columns} needs "
+                    f"{list(shape)} and {dtype}"
                 )
                 return
         if scheme.format == "gptq":
@@ -344,6 +373,15 @@ class PackedCheckpoint:
                 problems.add(f"{prefix}: columns are regrouped by activity (desc_act); sqft reads contiguous groups")
                 return
         self.shapes[f"{prefix}.weight"] = (rows, columns)
+
+    def _shape(self, prefix: str) -> tuple[int, int] | None:
+        """Return (O, I) of a weight, None where what is stored of it says none."""
+        entries = self.checkpoint.entries
+        if self.scheme.format == "gptq":
+            axes = [*entries[f"{prefix}.scales"].shape[1:], *entries[f"{prefix}.g_idx"].shape]
+        else:
+            axes = [int(n) for n in self.checkpoint.read(f"{prefix}.weight_shape").flatten()[:3]]
+        return (axes[0], axes[1]) if len(axes) == 2 and min(axes) > 0 else None
 
     def read(self, weight: str) -> tuple[torch.Tensor, Grid]:
         """Return (codes uint8 [O, I], grid) of a weight."""
