@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from sqft import pipeline
+from sqft import artifact, pipeline
 from sqft.artifact import Artifact
+from sqft.disk import read_json, write_json
 from sqft.errors import InputError
 from sqft.evaluation import perplexity
 from sqft.model.opening import load_config
@@ -109,11 +110,11 @@ def test_a_search_is_drawn_on_to_all_configurations_and_rows(tmp_path: Path) -> 
     short = _short_search(config)
     assert (short.strategy, short.budget, short.samples) == ("hill_climbing", 3, config.batch)
     assert _short_search(config.model_copy(update={"strategy": "file"})).strategy == "heuristic"
-    folder = tmp_path / "run" / "sub_adapter" / "sqft"
-    folder.mkdir(parents=True)
-    manifest = {"seconds": 10.0, "size_bytes": 7, "peak_memory_bytes": 9}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "search.json").write_text(json.dumps({"trials": [{"seconds": 2.0}] * 3, "rows": {"a": 6, "b": 4}}))
+    description = artifact.describe("search", {}, {}, seed=0)
+    with artifact.writing(tmp_path / "run" / "sub_adapter", description) as draft:
+        write_json(draft.path / "sqft" / "search.json", {"trials": [{"seconds": 2.0}] * 3, "rows": {"a": 6, "b": 4}})
+    file = tmp_path / "run" / "sub_adapter" / "sqft" / "manifest.json"
+    write_json(file, read_json(file) | {"seconds": 10.0, "size_bytes": 7, "peak_memory_bytes": 9})
     found = _figures(recipe.model_copy(update={"search": config}), tmp_path / "run", {}, judged=100)
     # 4 s for the model, 41 configurations of 100 rows at 0.2 s a row.
     assert found == {"search": {"disk": 7, "memory": 9, "seconds": pytest.approx(4 + 41 * 100 * 0.2)}}

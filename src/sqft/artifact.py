@@ -84,7 +84,7 @@ class Artifact:
             if digest_names(files) != self.digest:
                 problems.add(f"{MANIFEST} contradicts itself")
             counted = {name: digest for name, digest in files.items() if not is_document(name)}
-            there = [self.path / name for name in counted if (self.path / name).is_file()]
+            there = [self.path / name for name in counted if os.path.isfile(self.path / name)]
             found = digest_files(self.path, there)
             for name, digest in counted.items():
                 if found.get(name) != digest:

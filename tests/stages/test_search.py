@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -212,17 +213,23 @@ def test_a_dead_worker_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.Mon
     assert _running(study) == []
 
 
-def test_a_lock_left_behind_is_released_also_of_a_relative_path(
+def test_what_a_killed_process_leaves_of_a_study_holds_nobody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    lock = open_study(Path("folder/s.study"), "s", pareto=False)._storage._backend._lock  # type: ignore[attr-defined]
-    assert lock.acquire()
-    # A link whose target is not found looks released just now, again and again.
-    assert (tmp_path / "folder" / "s.study.lock").exists()
-    lock.grace_period = 0.05
-    assert lock.acquire()  # of a process that died, as far as this one knows
+    file = Path("folder/s.study")  # a relative path: Optuna's own lock stood for ever there
+    file.parent.mkdir()
+    open_study(file, "s", pareto=False).ask({})
+    code = (
+        "import os, signal; from pathlib import Path; from sqft.stages.search.study import _JournalLock; "
+        "_JournalLock(Path('folder/s.study')).acquire(); print('holds it', flush=True); "
+        "open('folder/s.study', 'ab').write(b'{half a li'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, "holds it\n"), killed.stderr
+    study = open_study(file, "s", pareto=False)  # waits for a lock that is held
+    study.ask({})
+    assert [trial.number for trial in study.trials] == [0, 1]
 
 
 @pytest.mark.parametrize("strategy", ["random", "nsga2"])

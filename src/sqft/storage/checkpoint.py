@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import struct
 from collections.abc import Mapping
@@ -137,7 +138,8 @@ class Checkpoint:
             return []
         if outside:
             problems.add(f"{INDEX} names {', '.join(outside)}, outside the folder; download it again")
-        missing = [name for name in names if name not in outside and not (self.folder / name).is_file()]
+        # os.path's answer, because Path.is_file fails on a name that no file can have.
+        missing = [name for name in names if name not in outside and not os.path.isfile(self.folder / name)]
         for name in missing:
             problems.add(f"shard {name} is missing, though {INDEX} names it; download it again")
         self._named = named
