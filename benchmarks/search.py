@@ -22,7 +22,7 @@ import torch
 
 from common import save
 from sqft.adapters.attach import load_model
-from sqft.adapters.held import held_weights, switch_ranks
+from sqft.adapters.cached import cached_weights, switch_ranks
 from sqft.adapters.saved import SavedAdapter, write_sub_adapter
 from sqft.core.climb import as_configuration, sample_neighbours
 from sqft.data.load import load_tasks
@@ -76,7 +76,7 @@ def main() -> None:
     base_seconds: list[float] = []
     seconds: dict[str, list[float]] = {"reference": [], "sqft": []}
     alike = 0
-    with held_weights(live):
+    with cached_weights(live):
         for ranks in configurations:
             start = time.perf_counter()
             theirs = reference(ranks)

@@ -19,7 +19,7 @@ import torch
 
 from common import save
 from sqft.adapters.attach import load_model
-from sqft.adapters.held import held_weights
+from sqft.adapters.cached import cached_weights
 from sqft.adapters.saved import SavedAdapter
 from sqft.core.climb import as_configuration
 from sqft.data.load import load_tasks
@@ -54,7 +54,7 @@ def main() -> None:
         file = folder.with_suffix(".rows.json")
         if not file.is_file():
             model: Any = load_model(options.base, folder)
-            with held_weights(model):
+            with cached_weights(model):
                 right = [score_examples(model, tokenizer, task, rows[: options.test_rows], 64) for task, rows in tests]
             file.write_text(json.dumps([answer for part in right for answer in part]))
         answers: list[bool] = json.loads(file.read_text())

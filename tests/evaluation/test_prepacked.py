@@ -88,12 +88,12 @@ def test_another_processor_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_held_weights_are_reordered_and_their_bases_are_not(kind: str, tiny_model: Callable[..., Path]) -> None:
+def test_cached_weights_are_reordered_and_their_bases_are_not(kind: str, tiny_model: Callable[..., Path]) -> None:
     from peft import get_peft_model
 
     from sqft import SqftConfig
     from sqft.adapters.attach import load_model
-    from sqft.adapters.held import held_weights
+    from sqft.adapters.cached import cached_weights
     from sqft.adapters.layers import sqft_layers
 
     torch.manual_seed(0)
@@ -102,13 +102,13 @@ def test_held_weights_are_reordered_and_their_bases_are_not(kind: str, tiny_mode
     for layer in sqft_layers(model).values():
         nn.init.normal_(layer.lora_B["default"].weight)
     ids = torch.arange(3, 20)[None]
-    with torch.no_grad(), held_weights(model):
+    with torch.no_grad(), cached_weights(model):
         expected = model(input_ids=ids).logits
         with prepacked(model) as count:
             assert torch.equal(model(input_ids=ids).logits, expected)
             linears = [name for name, part in model.named_modules() if "forward" in vars(part)]
-        held = {name for name, layer in sqft_layers(model).items() if layer.held is not None}
-    assert len(held) == (4 if kind == "sparse" else 0)
+        cached = {name for name, layer in sqft_layers(model).items() if layer.cached is not None}
+    assert len(cached) == (4 if kind == "sparse" else 0)
     # Two blocks of seven linears and the head; LoRA's own factors are float32.
     assert count == len(linears) == 15
     assert not [name for name in linears if kind == "sparse" and ".base_layer" in name]

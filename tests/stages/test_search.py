@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sqft.adapters.attach import load_model
-from sqft.adapters.held import held_weights, switch_ranks
+from sqft.adapters.cached import cached_weights, switch_ranks
 from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import Artifact
 from sqft.core.climb import as_configuration, climb
@@ -121,7 +121,7 @@ def test_a_configuration_scores_as_the_sub_adapter_that_is_extracted_for_it(
     assert record["chosen"]["accuracy"] >= record["heuristic"]["accuracy"]
 
 
-def test_held_weights_answer_to_the_bit_and_follow_the_ranks(trained: tuple[Path, Path]) -> None:
+def test_cached_weights_answer_to_the_bit_and_follow_the_ranks(trained: tuple[Path, Path]) -> None:
     base, adapter = trained
     model = load_model(base, adapter, elastic=True)
     ids = torch.arange(3, 20)[None]
@@ -133,7 +133,7 @@ def test_held_weights_answer_to_the_bit_and_follow_the_ranks(trained: tuple[Path
             switch_ranks(model, ranks)
             live[name] = model(input_ids=ids).logits
         assert not torch.equal(live["max"], live["min"])
-        with held_weights(model):
+        with cached_weights(model):
             assert torch.equal(model(input_ids=ids).logits, live["min"])
             assert switch_ranks(model, largest) == len(largest)
             assert torch.equal(model(input_ids=ids).logits, live["max"])

@@ -50,12 +50,12 @@ class SqftLinear(LoraLinear):
         start: where quantisation-aware training starts; see :class:`sqft.core.grid.QuantizedWeight`.
         drawn_rank: what training uses when elastic; set for every optimiser step by a callback.
         fixed_rank: what evaluation and merging use; None is the maximal rank. Saving writes all ranks.
-        held: the effective weight while :func:`sqft.adapters.held.held_weights` is in force, else None.
+        cached: the effective weight while :func:`sqft.adapters.cached.cached_weights` is in force, else None.
     """
 
     mask_packed: torch.Tensor | None
     start: torch.Tensor | None
-    held: torch.Tensor | None = None
+    cached: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -221,9 +221,9 @@ class SqftLinear(LoraLinear):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not active:
             return cast("torch.Tensor", self.base_layer(x, *args, **kwargs))
-        if self.held is not None:
+        if self.cached is not None:
             bias = cast("torch.Tensor | None", self.get_base_layer().bias)
-            return project(x, self.held, bias, transposed=self.fan_in_fan_out)
+            return project(x, self.cached, bias, transposed=self.fan_in_fan_out)
         if self.kind == "dense":
             return self._forward_dense(x, active)
         if len(active) > 1:

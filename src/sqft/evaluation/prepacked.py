@@ -54,7 +54,7 @@ def stock_products() -> Iterator[None]:
 
 @contextmanager
 def prepacked(model: PreTrainedModel) -> Iterator[int]:
-    """Use reordered weights in the block, of plain linears and of held ones; yield how many linears have them.
+    """Use reordered weights in the block, of plain linears and of cached weights; yield how many linears have them.
 
     None have where it does not pay or cannot be: weights that are not on a CPU or not in bfloat16, linears of more than
     `MOST_BYTES`, a processor without bfloat16 products, a model that a library of quantised models has loaded: it makes
@@ -89,11 +89,11 @@ def _plain(model: nn.Module) -> Iterator[tuple[nn.Module, torch.Tensor, torch.Te
             continue
         if isinstance(module, SqftLinear):
             in_force = bool(module.active_adapters) and not module.disable_adapters and not module.merged
-            if in_force and module.held is not None and not module.fan_in_fan_out:
-                weight, bias = module.held, module.get_base_layer().bias
+            if in_force and module.cached is not None and not module.fan_in_fan_out:
+                weight, bias = module.cached, module.get_base_layer().bias
                 inside.update(module.modules())
         elif isinstance(module, PackedLinear):
-            weight = module.held
+            weight = module.cached
         elif type(module) is nn.Linear:
             weight = getattr(module, "weight", None)
         if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:

@@ -33,13 +33,13 @@ class PackedLinear(nn.Linear):
             another dtype they would be another grid.
         zero_point: uint8 [O, G].
         folder: the model folder that the weight was read from.
-        held: the dequantised weight while :func:`sqft.adapters.held.held_weights` is in force, else None.
+        cached: the dequantised weight while :func:`sqft.adapters.cached.cached_weights` is in force, else None.
     """
 
     packed: torch.Tensor
     scale_bits: torch.Tensor
     zero_point: torch.Tensor
-    held: torch.Tensor | None = None
+    cached: torch.Tensor | None = None
 
     def __init__(
         self, weight: QuantizedWeight, bias: torch.Tensor | None = None, folder: str | Path | None = None
@@ -69,8 +69,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias."""
-        if self.held is not None:
-            return functional.linear(x, self.held, self.bias)
+        if self.cached is not None:
+            return functional.linear(x, self.cached, self.bias)
         return cast("torch.Tensor", FrozenLinear.apply(x, self.quantized, self.bias))
 
 

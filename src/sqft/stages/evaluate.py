@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqft.adapters.attach import load_model
-from sqft.adapters.held import held_weights
+from sqft.adapters.cached import cached_weights
 from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import describe, finished_result, write_result
 from sqft.data.chat import as_chat
@@ -210,7 +210,7 @@ def _evaluate_all(
     model = to_device(load_model(model_dir, adapter, trust_remote_code=trust_remote_code))
     results, answering = {}, {}
     model.eval()
-    with held_weights(model):
+    with cached_weights(model):
         for name, (task, examples, shots) in rows.items():
             started = time.monotonic()
             if task is PERPLEXITY:

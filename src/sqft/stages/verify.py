@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sqft.adapters.attach import check_base, load_model
-from sqft.adapters.held import held_weights
+from sqft.adapters.cached import cached_weights
 from sqft.adapters.merged import BaseWeights
 from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import describe, finished_result, write_result
@@ -246,7 +246,7 @@ def _behaviour(
         logits.append(_logits(model, prompts))
         if task is not None:
             rows = list(examples[: config.accuracy_rows])
-            with held_weights(model), stock_products():
+            with cached_weights(model), stock_products():
                 answers.append(score_examples(model, tokenizer, task, rows, batch=8))
         if rounded:
             finer.append(_logits(model.double() if own == torch.float32 else model.float(), prompts))

@@ -31,7 +31,7 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from sqft.adapters.attach import load_model
-from sqft.adapters.held import held_weights, switch_ranks
+from sqft.adapters.cached import cached_weights, switch_ranks
 from sqft.artifact import key_of
 from sqft.core.climb import Climb, Configuration, as_configuration, climb
 from sqft.errors import InputError
@@ -369,7 +369,7 @@ def _evaluate_all(
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     model = to_device(load_model(base, adapter.path, elastic=True, trust_remote_code=trust_remote_code))
     bar = tqdm(total=config.budget, desc="searching", unit="configuration", disable=None, leave=False)
-    with held_weights(model), bar:
+    with cached_weights(model), bar:
         while (trial := searcher.ask()) is not None:
             bar.update(max(0, len(searcher.scores()) - bar.n))
             known = searcher.scores().get(as_configuration(searcher.space, trial.params))

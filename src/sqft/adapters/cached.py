@@ -1,8 +1,8 @@
-"""Weights held ready while a model only answers.
+"""Caching the effective and dequantised weights of a model during evaluation.
 
-A masked or quantised linear makes its weight anew in every forward, which is what lets training hold no second copy of
-it. Answering runs hundreds of forwards on the same weights: inside :func:`held_weights` each is made once and kept, in
-the memory of the float model, and every output is equal to the bit.
+A masked or quantised linear computes its weight in every forward, so training needs no second copy of it. Evaluation
+runs hundreds of forwards on the same weights: inside :func:`cached_weights` each is computed once and kept, which takes
+the memory of the float model. Every output is equal to the bit.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def held_weights(model: nn.Module) -> Iterator[None]:
-    """Hold the effective weights of a model's linears inside the block; inside it, set ranks with :func:`switch_ranks`.
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Cache the effective weights of a model's linears inside the block; change ranks there with :func:`switch_ranks`.
 
     Args:
         model: in evaluation mode, frozen or not; one without linears of ours is left as it is.
     """
     if model.training:
-        raise RuntimeError("weights are held for evaluation; call model.eval() first")
+        raise RuntimeError("weights are cached for evaluation alone; call model.eval() first")
     layers = [module for module in model.modules() if isinstance(module, SqftLinear | PackedLinear)]
     adapted = {id(layer.base_layer) for layer in layers if isinstance(layer, SqftLinear) and layer.kind != "dense"}
     try:
         with torch.no_grad():
             for layer in layers:
                 if isinstance(layer, PackedLinear):
-                    layer.held = None if id(layer) in adapted else layer.weight
+                    layer.cached = None if id(layer) in adapted else layer.weight
                 elif layer.kind != "dense":
-                    layer.held = layer.effective()
+                    layer.cached = layer.effective()
         yield
     finally:
         for layer in layers:
-            layer.held = None
+            layer.cached = None
 
 
 def switch_ranks(model: nn.Module, ranks: Mapping[str, int]) -> int:
-    """Set the rank of each module in place and hold the weights that this changes anew; return their number.
+    """Set each module's rank in place, recompute the cached weights that this changes, and return their number.
 
     Args:
         model: with adapters of ours.
@@ -58,6 +58,6 @@ def switch_ranks(model: nn.Module, ranks: Mapping[str, int]) -> int:
                 continue
             layer.fixed_rank = ranks[name]
             changed += 1
-            if layer.held is not None:
-                layer.held = layer.effective()
+            if layer.cached is not None:
+                layer.cached = layer.effective()
     return changed
