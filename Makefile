@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: help install quickstart serving test lint format types imports docs pytest fuzz crashes
+.PHONY: help install quickstart serving test lint format types imports docs picture pytest fuzz crashes
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,8 +51,12 @@ types: $(STAMP) ## mypy --strict over src
 imports: $(STAMP) ## imports point one way
 	@$(BIN)/lint-imports --no-cache
 
+# Not --quiet: it silences the warnings that --strict counts, broken links and anchors among them.
 docs: $(STAMP) ## the documentation site in site/, without warnings
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@printed=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict 2>&1) || { echo "$$printed"; exit 1; }
+
+picture: $(STAMP) ## the rooms of src/ and their imports, drawn from the code (docs/figures/structure.svg)
+	@$(BIN)/python docs/structure.py
 
 pytest: $(STAMP) ## the tests
 	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(TEST_WORKERS)

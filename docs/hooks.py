@@ -1,6 +1,6 @@
-"""Generates the reference of commands and recipe keys from the code when the site is built.
+"""Generates the reference of commands and recipe keys, and the list of rooms, from the code when the site is built.
 
-A page asks for it with a line `<!-- generated: cli -->` or `<!-- generated: recipe -->`. Roles such as :func:`name` in
+A page asks for it with a line such as `<!-- generated: cli -->`. Roles such as :func:`name` in
 docstrings become plain code.
 """
 
@@ -12,12 +12,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import structure
+
 _ROLE = re.compile(r":(?:func|class|mod|meth|attr):<code>~?([^<]+)</code>")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the generated sections where a page asks for them."""
-    for name, generate in (("cli", _commands), ("recipe", _recipe)):
+    for name, generate in (("cli", _commands), ("recipe", _recipe), ("rooms", _rooms)):
         marker = f"<!-- generated: {name} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, "\n".join(generate()))
@@ -27,6 +29,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Show Sphinx roles in docstrings as code."""
     return _ROLE.sub(r"<code>\1</code>", html)
+
+
+def _rooms() -> Iterator[str]:
+    yield structure.table()
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
