@@ -4,10 +4,11 @@
     Ŵ' = s · clamp(round((W_start + scaling · (B A) ⊙ M) / s), −z, 2ⁿ − 1 − z)     QA-SparsePEFT, equations 3 and 4
 
 Shapes: T tokens, O out features, I in features, R rank. Training's forward, evaluation, search and merge all call
-:func:`effective_weight`, and nothing else computes W' or Ŵ': that is what makes the merge exact. It works in float32
-with autocast off and rounds once, to the base's dtype. A base that is a tensor gives W'; a base that is a
-:class:`~sqft.core.grid.QuantizedWeight` gives Ŵ', with the base's own scales and zero points. The rounding's gradient
-is taken as the identity inside the grid and as zero where the sum is clamped (straight-through).
+:func:`effective_weight`, and nothing else computes W' or Ŵ': that is what makes the merge exact. It works in IEEE
+float32, with autocast and TF32 off (:mod:`sqft.core.precision`), and rounds once, to the base's dtype. A base that is a
+tensor gives W'; a base that is a :class:`~sqft.core.grid.QuantizedWeight` gives Ŵ', with the base's own scales and zero
+points. The rounding's gradient is taken as the identity inside the grid and as zero where the sum is clamped
+(straight-through).
 
 Cost, in matmuls of 2·T·O·I operations: plain LoRA 2 (its base forward and its input gradient), this 3 (the third is
 G = dYᵀX), the reference's form 5. Building W' takes another 2·O·I·R twice, so few tokens a step make it dear. The
@@ -23,6 +24,7 @@ import torch
 from torch.nn import functional
 
 from sqft.core.grid import QuantizedWeight
+from sqft.core.precision import ieee_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +88,7 @@ def effective_weight(
             result[chunk] = steps.mul_(scale).flatten(1)
         return result
     result = torch.empty_like(weight_OI)
-    with torch.no_grad(), torch.autocast(weight_OI.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(weight_OI.device.type, enabled=False), ieee_products(weight_OI.device):
         for chunk, delta, mask in _delta_chunks(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed):
             # A copy even of a float32 weight, which the update must not touch.
             effective = weight_OI[chunk].to(torch.float32, copy=True)
@@ -145,7 +147,7 @@ def _adapted_steps(
     inside_OI: torch.Tensor | None,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yield (rows, q − z of the adapted weight, scale), the last two float32 [rows, G, I / G] and [rows, G, 1]."""
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), ieee_products(weight.device):
         for chunk, delta, mask in _delta_chunks(weight, lora_A_RI, lora_B_OR, scaling, mask_packed):
             scale, low, high = weight.grid.steps(chunk)
             if mask is not None:
