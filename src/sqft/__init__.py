@@ -22,6 +22,7 @@ __all__ = [
     "inspect_model",
     "load_model",
     "load_recipe",
+    "packed_config",
     "rank_space",
     "register_pruner",
     "register_score",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sqft.adapters.elastic import ElasticRanks, rank_space, set_ranks
     from sqft.core.pruners import register_pruner, register_score
     from sqft.model.inspect import inspect_model
+    from sqft.model.quantizer import packed_config
     from sqft.pipeline import run
     from sqft.recipe import Recipe, load_recipe
 
@@ -47,6 +49,7 @@ _HOME = {
     "inspect_model": "sqft.model.inspect",
     "load_model": "sqft.adapters.attach",
     "load_recipe": "sqft.recipe",
+    "packed_config": "sqft.model.quantizer",
     "rank_space": "sqft.adapters.elastic",
     "register_pruner": "sqft.core.pruners",
     "register_score": "sqft.core.pruners",

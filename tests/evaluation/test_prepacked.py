@@ -62,10 +62,10 @@ def test_only_what_can_be_reordered_is(monkeypatch: pytest.MonkeyPatch) -> None:
         with prepacked(model) as again:  # what is reordered already stays so
             assert again == 0
         assert "forward" in vars(half)
-    model.hf_quantizer = object()
+    model.is_quantized = True
     with prepacked(model) as count:
         assert count == 0
-    model.hf_quantizer = None
+    model.is_quantized = False
     with stock_products(), prepacked(model) as count:
         assert count == 0
     monkeypatch.setattr(module, "MOST_BYTES", 31)

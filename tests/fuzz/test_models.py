@@ -19,8 +19,9 @@ from sqft.core.grid import Grid
 from sqft.errors import InputError
 from sqft.model.inspect import inspect_model
 from sqft.storage.checkpoint import INDEX, WEIGHTS, Checkpoint
-from sqft.storage.integers import PackedCheckpoint, Scheme
+from sqft.storage.integers import PackedCheckpoint
 from sqft.storage.masks import MASK_FILE, START_FILE, load_mask, load_start, read_masks, write_masks
+from sqft.storage.scheme import Scheme
 
 TINY = {
     "hidden_size": 16,

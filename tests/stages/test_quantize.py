@@ -473,8 +473,9 @@ def test_the_other_format_of_what_transformers_cannot_open_is_opened_here(tiny_m
 
 def test_names_that_transformers_does_not_find_are_refused(tiny_model: Any) -> None:
     from sqft.model.expressible import layouts, opening_error
-    from sqft.model.targets import DiskNames, find_targets, skeleton
-    from sqft.storage.integers import Scheme
+    from sqft.model.names import DiskNames
+    from sqft.model.targets import find_targets, skeleton
+    from sqft.storage.scheme import Scheme
 
     network, source = skeleton(tiny_model("llama")), Checkpoint(tiny_model("llama"))
     scheme = Scheme("compressed-tensors", 4, 16, symmetric=False)

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from sqft.core.grid import BITS, Grid
 from sqft.errors import InputError
-from sqft.storage import integers as formats
-from sqft.storage.integers import FormatName, Scheme, parse_scheme, quantization_config
+from sqft.storage import scheme as formats
+from sqft.storage.integers import parse_scheme, quantization_config
+from sqft.storage.scheme import FormatName, Scheme
 
 
 def quantised(bits: int, rows: int = 96, columns: int = 64) -> tuple[torch.Tensor, Grid]:

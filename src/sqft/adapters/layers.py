@@ -114,7 +114,7 @@ class SqftLinear(LoraLinear):
             start = load_start(base, f"{name}.weight", config.start)
         if start is not None and start.shape != self.weight_shape:
             raise InputError(f"{name}: its starting weight has shape {list(start.shape)}, not {self.weight_shape}")
-        device = next(base_layer.buffers(), torch.empty(0)).device
+        device = next(base_layer.parameters()).device
         self.register_buffer("start", None if start is None else start.to(device), persistent=False)
         mask = None if self.kind == "dense" else self._find_mask(config, base, name)
         self.register_buffer("mask_packed", mask, persistent=False)
@@ -295,15 +295,15 @@ class SqftLinear(LoraLinear):
         weight = cast(QuantizedWeight, self.weight_OI)
         codes = effective_codes(weight, lora_A, lora_B, scaling, self.mask_packed)
         if self._base_weight is None:
-            self._base_weight = base.packed
-        base.packed = pack_codes(codes, base.bits)
+            self._base_weight = base.packed.data
+        base.packed.data = pack_codes(codes, base.bits)
 
     def unmerge(self) -> None:
         """Put the base's own tensor back, bit for bit."""
         if self._base_weight is not None:
             base = self.get_base_layer()
             if isinstance(base, PackedLinear):
-                base.packed = self._base_weight
+                base.packed.data = self._base_weight
             else:
                 base.weight.data = self._base_weight
             self._base_weight = None

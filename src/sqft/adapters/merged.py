@@ -14,7 +14,8 @@ from sqft.core.delta import effective_codes, effective_weight
 from sqft.core.grid import QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.errors import Problems
-from sqft.model.targets import DiskNames, skeleton
+from sqft.model.names import DiskNames
+from sqft.model.targets import skeleton
 from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import PackedCheckpoint, quantization_config
 from sqft.storage.masks import SPARSE_FROM, load_mask, load_start

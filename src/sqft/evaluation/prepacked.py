@@ -61,7 +61,7 @@ def prepacked(model: PreTrainedModel) -> Iterator[int]:
     weights and forwards of its own, at the first forward. Weights must not change inside the block.
     """
     found = list(_plain(model)) if _ALLOWED.get() else []
-    quantised = getattr(model, "hf_quantizer", None) is not None
+    quantised = getattr(model, "is_quantized", False)
     if quantised or sum(weight.nbytes for _, weight, _ in found) > MOST_BYTES or not _has_kernels():
         found = []
     try:

@@ -29,9 +29,10 @@ from sqft.core.statistics import Statistics
 from sqft.errors import NumericalError
 from sqft.memory import release_memory
 from sqft.model.load import embedding_rows
+from sqft.model.names import DiskNames
 from sqft.model.opening import check_complete
 from sqft.model.products import products
-from sqft.model.targets import DiskNames, Target, decoder_blocks, skeleton
+from sqft.model.targets import Target, decoder_blocks, skeleton
 from sqft.model.uses import StandIn, text_model
 from sqft.progress import progress
 from sqft.storage.checkpoint import Checkpoint

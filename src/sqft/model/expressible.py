@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sqft.model.names import DiskNames
 from sqft.model.opening import hide_bars_of_compressed_tensors, quiet_transformers
-from sqft.model.targets import DiskNames, every_matrix
+from sqft.model.targets import every_matrix
 from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from sqft.model.targets import Target
     from sqft.storage.checkpoint import Layout
-    from sqft.storage.integers import Scheme
+    from sqft.storage.scheme import Scheme
 
 
 def inexpressible(scheme: Scheme, folder: Path, network: PreTrainedModel, targets: list[Target]) -> list[str]:

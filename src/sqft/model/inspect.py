@@ -8,7 +8,8 @@ from typing import Any
 
 from sqft.core.mask import conforms
 from sqft.errors import InputError
-from sqft.model.targets import DiskNames, every_matrix, skeleton
+from sqft.model.names import DiskNames
+from sqft.model.targets import every_matrix, skeleton
 from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import PackedCheckpoint, quantization_config
 

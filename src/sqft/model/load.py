@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from sqft.model.opening import check_complete, hide_bars_of_compressed_tensors, reading
-from sqft.model.packed import load_packed_model
 from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import quantization_config
 
@@ -22,7 +21,7 @@ def open_model(
     """Return a model folder's causal language model in evaluation mode, in the dtype it is stored in.
 
     A quantised folder is opened by transformers, which decompresses it: what any user of the folder gets. With `packed`
-    its weights stay packed in memory; so do those of GPTQ folders, which transformers cannot open on its own.
+    its weights stay packed in memory, frozen; so do those of GPTQ folders, which transformers cannot open on its own.
 
     Args:
         folder: model folder.
@@ -35,18 +34,19 @@ def open_model(
     """
     from transformers import AutoModelForCausalLM
 
-    config = quantization_config(folder)
-    if config is not None and (packed or config.get("quant_method") == "gptq"):
-        return load_packed_model(folder, attention=attention, trust_remote_code=trust_remote_code)
-    options = {} if attention is None else {"attn_implementation": attention}
-    if config is not None:
-        hide_bars_of_compressed_tensors()
+    stored = quantization_config(folder)
     # Not "auto", which takes the dtype that config.json names: merging adds to the weights as they are stored.
-    dtype = Checkpoint(folder).dtype
+    options: dict[str, Any] = {"dtype": Checkpoint(folder).dtype, "trust_remote_code": trust_remote_code}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if stored is not None and (packed or stored.get("quant_method") == "gptq"):
+        from sqft.model.quantizer import packed_config
+
+        options["config"] = packed_config(folder, trust_remote_code=trust_remote_code)
+    elif stored is not None:
+        hide_bars_of_compressed_tensors()
     with reading(f"model {folder}: does not load"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     # transformers fills them with random values and goes on.
     model: PreTrainedModel = loaded[0]
     found = loaded[1]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from sqft.core.statistics import Statistics
     from sqft.model.calibrate import Block
-    from sqft.model.targets import DiskNames, Target
+    from sqft.model.names import DiskNames
+    from sqft.model.targets import Target
     from sqft.recipe import SparsifyConfig
 
 logger = logging.getLogger(__name__)

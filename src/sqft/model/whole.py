@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sqft.errors import Problems
-from sqft.model.targets import DiskNames, decoder_blocks
+from sqft.model.names import DiskNames
+from sqft.model.targets import decoder_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

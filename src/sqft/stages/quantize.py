@@ -31,13 +31,15 @@ from sqft.errors import InputError, NumericalError, Problems
 from sqft.memory import release_memory
 from sqft.model.calibrate import Block, check_tokens, overflow_remedy, visit_blocks
 from sqft.model.expressible import inexpressible, layouts, left_float
+from sqft.model.names import DiskNames
 from sqft.model.prune import BlockPruner, make_pruner, mask_view, masked_of, packed_disk_masks
-from sqft.model.targets import DiskNames, Target, coverage_of, find_targets, skeleton
+from sqft.model.targets import Target, coverage_of, find_targets, skeleton
 from sqft.model.whole import check_whole
 from sqft.recipe import CalibrationConfig
 from sqft.storage.checkpoint import Checkpoint, allocate, allocate_file, copy_side_files
-from sqft.storage.integers import Scheme, quantization_config
+from sqft.storage.integers import quantization_config
 from sqft.storage.masks import SPARSE_FROM, START_FILE, load_mask, write_masks
+from sqft.storage.scheme import Scheme
 
 if TYPE_CHECKING:
     from sqft.recipe import QuantizeConfig, SparsifyConfig

@@ -17,8 +17,9 @@ from sqft.digests import digest_text
 from sqft.disk import check_space
 from sqft.errors import InputError, Problems
 from sqft.model.calibrate import Block, check_tokens, visit_blocks
+from sqft.model.names import DiskNames
 from sqft.model.prune import BlockPruner, make_pruner, mask_view, masked_of, packed_disk_masks
-from sqft.model.targets import DiskNames, Target, coverage_of, find_targets, skeleton
+from sqft.model.targets import Target, coverage_of, find_targets, skeleton
 from sqft.model.whole import check_whole
 from sqft.recipe import SparsifyConfig, parse_pattern
 from sqft.storage.checkpoint import Checkpoint, copy_model
