@@ -26,6 +26,7 @@ from sqft.adapters.attach import load_model
 from sqft.data.load import load_examples
 from sqft.data.tasks import BUILTIN
 from sqft.evaluation import harness
+from sqft.evaluation.lm_model import cut_at
 from sqft.model.opening import load_tokenizer
 from sqft.recipe import DataConfig
 
@@ -67,7 +68,7 @@ def main() -> None:
                 batch = self.tokenizer([prompt for prompt, _ in asked], return_tensors="pt", padding=True)
                 found = self.model.generate(**batch, max_new_tokens=asked[0][1]["max_gen_toks"], do_sample=False)
                 answers = self.tokenizer.batch_decode(found[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-                texts += [harness._cut(answer, asked[0][1]["until"]) for answer in answers]
+                texts += [cut_at(answer, asked[0][1]["until"]) for answer in answers]
             return texts
 
     rows = []

@@ -16,7 +16,7 @@ from sqft.disk import read_json, write_json
 from sqft.errors import InputError
 from sqft.evaluation import perplexity
 from sqft.model.opening import load_config
-from sqft.plan import _asked, _figures, _on_copy, _short_search, as_json, plan
+from sqft.plan import _asked, _figures, _on_copy, _short_search, as_json, blocks_differ, plan
 from sqft.recipe import EvaluateConfig, Recipe
 
 
@@ -158,3 +158,11 @@ def test_patterns_of_layers_that_the_copy_lacks_are_left_out(tiny_model: Callabl
     only = recipe.sparsify.model_copy(update={"targets": ["*.layers.3.*"]})
     with pytest.raises(InputError, match=r"sparsify.targets .* name late layers alone"):
         _on_copy(recipe.model_copy(update={"sparsify": only}), model, copy)
+
+
+def test_blocks_that_differ_are_told_from_those_that_do_not(tiny_model):
+    from sqft.model.targets import skeleton
+
+    for family, differ in (("llama", False), ("mixtral", False), ("deepseek_v3", True)):
+        model = skeleton(tiny_model(family))
+        assert blocks_differ(model, model.config.num_hidden_layers) == differ, family

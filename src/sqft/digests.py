@@ -1,7 +1,7 @@
-"""What files hold, told by their bytes: SHA-256 of a file, of a folder, and of an input.
+"""SHA-256 of files, folders and inputs.
 
-A digest is never taken from a record: what a manifest says of a folder is compared with the folder's bytes first.
-Within a process a file is read once, as long as device, inode, size and both times stay the same.
+A digest is always computed from bytes, never taken from a manifest. Within a process a file is hashed once, as long as
+device, inode, size and both times stay the same.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return the files that make a folder the model or adapter it is.
+    """Return the files that define a model or adapter folder.
 
-    Documents (*.md), hidden files, and folders inside it do not count: a model is the same with a README mended or an
-    adapter beside. The folder of named chat templates does count, since prompts depend on it, and so do the masks and
-    starting weights in `sqft/`.
+    Documents (*.md), hidden files, and subfolders do not count: an edited README or an adapter inside
+    does not change the model. The folder of named chat templates counts, since prompts depend on it, and so do the
+    masks and starting weights in `sqft/`.
     """
     places = [folder, folder / TEMPLATES]
     found = [path for place in places if place.is_dir() for path in place.iterdir() if path.is_file()]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent whatever ends the process: JSON in and out, deleting, forcing to disk."""
+"""Atomic file operations: reading and writing JSON, deleting, syncing to disk."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_depth(value: Any) -> None:
-    """Refuse what was read from a file and cannot be walked: too deep, or larger than any settings are.
+    """Refuse data that cannot be traversed: nested too deeply, or larger than any settings.
 
-    In YAML a few lines can refer to each other so that what they stand for has billions of parts, or no end.
+    A few lines of YAML with references can expand to billions of parts, or be recursive.
 
     Raises:
         ValueError: says which.
@@ -81,7 +81,7 @@ def check_space(folder: Path, needed_bytes: int, what: str) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file or folder, under another name first: half deleted it must not pass for what it was."""
+    """Delete a file or folder, renamed first: half deleted, it must not look complete."""
     if path.is_dir() and not path.is_symlink():
         trash = path if path.name.endswith(".trash") else path.with_name(f"{path.name}.trash")
         if trash != path:
@@ -93,7 +93,7 @@ def discard(path: Path) -> None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Tell whether an error means that; safetensors and torch report it in their own exceptions' text alone."""
+    """Return whether an error means a full disk; safetensors and torch say it only in their message."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 

@@ -1,7 +1,7 @@
-"""What can go wrong, said once and completely.
+"""The errors of sqft, and a collector that raises all problems of an input at once.
 
 Policy: a message says what, where (the module or file), the numbers, and the remedy. Bad input is collected with
-:class:`Problems` and raised once, before the expensive step, so that a user mends everything in one go. The command
+:class:`Problems` and raised once, before the expensive step, so that a user can fix everything in one go. The command
 line prints the message without a traceback and exits with :attr:`SqftError.exit_code`.
 """
 
@@ -25,7 +25,7 @@ class SplitAbsentError(InputError):
 
 
 class NumericalError(SqftError):
-    """A computation met NaN or Inf or a singular matrix where only good data gives none."""
+    """A computation produced NaN, Inf or a singular matrix."""
 
 
 class Problems:
@@ -45,7 +45,7 @@ class Problems:
         self._messages: list[str] = []
 
     def add(self, message: str) -> None:
-        """Note one problem; it is raised with the others at the end of the block. Said twice, it is listed once."""
+        """Note one problem, to be raised with the others at the end of the block. Duplicates are listed once."""
         if message not in self._messages:
             self._messages.append(message)
 

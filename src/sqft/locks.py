@@ -1,7 +1,6 @@
-"""Which process works where: locks that the kernel releases however a process ends.
+"""File locks that the kernel releases however a process ends.
 
-A file system without locks (some network and user-space ones) is no other process: work goes on there without one, and
-a warning says that nothing keeps a second process out.
+On a file system without locks (some network and user-space ones) work continues unlocked, with a warning.
 """
 
 from __future__ import annotations

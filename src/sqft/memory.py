@@ -1,4 +1,4 @@
-"""Memory of this process: what a stage reports as its peak, and giving back what earlier work has freed."""
+"""Memory of this process: its peak, and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system.
+    """Return freed memory to the system.
 
-    glibc keeps what is freed in pieces under 32 MB, which most weights and activations are, for later allocations of
-    the same kind. Between loading, running and pruning the kinds differ, and the holes grew to twice what was in use.
+    glibc keeps freed pieces under 32 MB, which most weights and activations are, for later allocations of the same
+    size. Loading, running and pruning allocate other sizes, and the unused memory grew to twice what was in use.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
@@ -25,7 +25,7 @@ def release_memory() -> None:
 
 
 def begin_peak() -> None:
-    """Start the kernel's high-water mark anew, with nothing in it that earlier work left behind.
+    """Reset the kernel's peak memory, after freeing what earlier work left.
 
     Linux only, else a no-op: there the peak is that of the process.
     """

@@ -6,6 +6,8 @@ is what stages are linear in. Training runs a few steps, a search a few configur
 times of these, and not that of loading a model, are scaled to the recipe's. Patterns that name layers which the copies
 lack are left out. A random model never ends its answers, so the time of a generated task is an upper bound.
 
+The line assumes that blocks are alike. Where they differ (dense-first mixtures of experts, hybrids), `plan` says so.
+
 Holds on a CPU. On a GPU the peak of the host's memory is predicted, and not the device's.
 """
 
@@ -101,6 +103,8 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     whole = skeleton(model, trust_remote_code=recipe.trust_remote_code)
     linears = [module.weight for module in whole.modules() if isinstance(module, nn.Linear)]
     laid_out = 2 * sum(weight.numel() for weight in linears) <= MOST_BYTES
+    if blocks_differ(whole, blocks):
+        announce("its blocks are not all alike, so figures extrapolated from its first blocks may be far off")
     with tempfile.TemporaryDirectory(dir=workspace, prefix=".plan-") as temporary:
 
         def probe(count: int) -> dict[str, dict[str, float]]:
@@ -138,6 +142,16 @@ def as_json(forecasts: list[Forecast]) -> dict[str, Any]:
         "peak_memory_bytes": max(forecast.memory_bytes for forecast in forecasts),
         "seconds": round(sum(forecast.seconds for forecast in forecasts), 1),
     }
+
+
+def blocks_differ(model: nn.Module, count: int) -> bool:
+    """Tell whether any of a model's `count` decoder blocks has parameters of other names or shapes than the others."""
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList) and len(stack) == count:
+            kinds = {tuple((name, weight.shape) for name, weight in block.named_parameters()) for block in stack}
+            if len(kinds) > 1:
+                return True
+    return False
 
 
 def available_memory() -> int:

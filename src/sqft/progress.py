@@ -1,4 +1,4 @@
-"""How far long work is: a bar in a terminal, and a line now and then where the output goes to a file."""
+"""Progress of long work: a bar in a terminal, an occasional log line otherwise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECONDS_A_LINE = 30.0
 
 @contextmanager
 def progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], Any]]:
-    """Yield a function that is told how many more units are done.
+    """Yield a function to call with the number of further units done.
 
     Args:
         total: units there are.

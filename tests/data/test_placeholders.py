@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sqft.data.load import load_examples
+from sqft.data.numbers import final_number
 from sqft.data.placeholders import fill, parse
-from sqft.data.tasks import final_number
 from sqft.errors import InputError
 from sqft.recipe import DataConfig, Template
 

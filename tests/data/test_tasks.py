@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sqft.data.tasks import BUILTIN, Example, final_number, normalise, same_number
+from sqft.data.numbers import final_number, same_number
+from sqft.data.tasks import BUILTIN, Example, normalise
 
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"

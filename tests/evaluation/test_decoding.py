@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sqft.evaluation import attention, decoding
-from sqft.evaluation.decoding import _common_length, generate, likelihoods
+from sqft.evaluation import attention, decoding, reader
+from sqft.evaluation.decoding import generate, likelihoods
+from sqft.evaluation.reader import common_length
 
 SHAPE = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
@@ -79,7 +80,7 @@ def naive_generate(model: Any, prompt: list[int], count: int, end: int) -> list[
 @pytest.mark.parametrize("room", [2048, 40])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_likelihoods_equal_those_of_single_forwards(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_TOKENS", room)
+    monkeypatch.setattr(reader, "_TOKENS", room)
     model, groups = tiny(name), sequences(1)
     # One answer that is greedy, so that the flag is seen true as well.
     prompt = groups[0][0][0]
@@ -98,7 +99,7 @@ def test_likelihoods_equal_those_of_single_forwards(name: str, room: int, monkey
 @pytest.mark.parametrize("room", [2048, 40])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generation_equals_a_loop_without_cache(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_TOKENS", room)  # prompts are read in parts, whose caches are joined
+    monkeypatch.setattr(reader, "_TOKENS", room)  # prompts are read in parts, whose caches are joined
     model = tiny(name)
     prompts = [prompt for group in sequences(2) for prompt, _ in group]
     whole = [naive_generate(model, prompt, 12, -1) for prompt in prompts]
@@ -158,7 +159,7 @@ def test_the_next_prompts_take_the_places_of_ended_rows() -> None:
     replaced = len(steps)
     # Four places are busy nearly all the time, and padding that nobody needs is dropped.
     assert sum(rows for rows, _ in steps) < 1.3 * sum(len(tokens) for tokens in expected)
-    assert max(width for _, width in steps) <= max(map(len, prompts)) + 24 + 2 * decoding._UNUSED
+    assert max(width for _, width in steps) <= max(map(len, prompts)) + 24 + 2 * reader._UNUSED
     steps.clear()
     for start in range(0, len(prompts), 4):
         generate(model, prompts[start : start + 4], 24, 4, lambda tokens: tokens[-1] == end)
@@ -208,9 +209,9 @@ def test_of_equal_logits_the_first_wins_as_with_argmax(dtype: torch.dtype) -> No
 
 
 def test_the_common_part_ends_before_the_token_that_predicts_an_answer() -> None:
-    assert _common_length([([5, 6, 7], [8]), ([5, 6, 7], [9, 9])]) == 2
-    assert _common_length([([5, 6, 7], [8]), ([5, 9, 7], [8])]) == 1
-    assert _common_length([([5], [8]), ([5], [9])]) == 0
+    assert common_length([([5, 6, 7], [8]), ([5, 6, 7], [9, 9])]) == 2
+    assert common_length([([5, 6, 7], [8]), ([5, 9, 7], [8])]) == 1
+    assert common_length([([5], [8]), ([5], [9])]) == 0
 
 
 def test_a_shared_prompt_is_read_once() -> None:

@@ -15,7 +15,7 @@ from evaluation.oracle import answering_model
 from sqft.data.encode import encode
 from sqft.data.tasks import BUILTIN, Example, Task
 from sqft.errors import InputError
-from sqft.evaluation import harness
+from sqft.evaluation import lm_model
 from sqft.evaluation.harness import _language_model, evaluate_examples, score_examples
 
 EXACT = Task("own", "exact")
@@ -288,8 +288,8 @@ def test_generation_reads_the_tokens_of_training(
     model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    original = harness.generate
-    monkeypatch.setattr(harness, "generate", lambda *options: seen.append(options) or original(*options))
+    original = lm_model.generate
+    monkeypatch.setattr(lm_model, "generate", lambda *options: seen.append(options) or original(*options))
     score_examples(model, tiny_tokenizer, dataclasses.replace(BUILTIN["mawps"], max_new_tokens=3), MAWPS[:1], 1)
     assert seen[0][1] == [encode(tiny_tokenizer, MAWPS[0].prompt, "")[0]]
 
@@ -314,8 +314,8 @@ def test_tokens_that_a_tokenizer_appends_do_not_end_a_prompt(name: str, tiny_mod
 
     seen: list[list[int]] = []
     if lm.ours:
-        generate = harness.generate
-        monkeypatch.setattr(harness, "generate", lambda *options: seen.extend(options[1]) or generate(*options))
+        generate = lm_model.generate
+        monkeypatch.setattr(lm_model, "generate", lambda *options: seen.extend(options[1]) or generate(*options))
     else:
         generate = lm._model_generate
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fuzz.damage import TEXTS, copied, damaged, edited, json_bytes, outcome, put, share, values
 from sqft.data.load import load_examples
-from sqft.data.tasks import final_number
+from sqft.data.numbers import final_number
 from sqft.recipe import DataConfig, Template
 
 ROWS = [

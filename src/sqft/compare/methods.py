@@ -27,8 +27,8 @@ Start = Literal["compensated", "dequantized", "float"]
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row.
+class Choices:
+    """The choices that make a row of the table.
 
     Attributes:
         label: as the paper calls it.
@@ -54,24 +54,24 @@ class Method:
         return "merged" if self.merged else "tuned"
 
 
-METHODS: dict[str, Method] = {
-    "dense": Method("dense, untuned", "dense"),
-    "dense_lora": Method("dense + LoRA", "dense", "dense", merged=True),
-    "sparse": Method("sparse, untuned", "sparse"),
-    "lora": Method("LoRA", "sparse", "dense"),
-    "shears": Method("Shears", "sparse", "dense", elastic=True),
-    "sparsepeft": Method("SQFT + SparsePEFT", "sparse", "sparse", elastic=True, merged=True),
-    "int4": Method("sparse INT4, untuned", "int4"),
-    "gptq_lora": Method("GPTQ + LoRA", "int4", "dense"),
-    "sqft": Method("SQFT", "int4", "dense", elastic=True),
-    "qa_sparsepeft": Method("SQFT + QA-SparsePEFT", "int4", "quantized", elastic=True, merged=True),
+METHODS: dict[str, Choices] = {
+    "dense": Choices("dense, untuned", "dense"),
+    "dense_lora": Choices("dense + LoRA", "dense", "dense", merged=True),
+    "sparse": Choices("sparse, untuned", "sparse"),
+    "lora": Choices("LoRA", "sparse", "dense"),
+    "shears": Choices("Shears", "sparse", "dense", elastic=True),
+    "sparsepeft": Choices("SQFT + SparsePEFT", "sparse", "sparse", elastic=True, merged=True),
+    "int4": Choices("sparse INT4, untuned", "int4"),
+    "gptq_lora": Choices("GPTQ + LoRA", "int4", "dense"),
+    "sqft": Choices("SQFT", "int4", "dense", elastic=True),
+    "qa_sparsepeft": Choices("SQFT + QA-SparsePEFT", "int4", "quantized", elastic=True, merged=True),
     # Not in the paper's tables: the same with one rank (Tables 5, 9, 10), and from the other starting weights.
-    "sparsepeft_lora": Method("SparsePEFT, one rank", "sparse", "sparse", merged=True),
-    "qa_lora": Method("QA-SparsePEFT, one rank", "int4", "quantized", merged=True),
-    "qa_dequantized": Method(
+    "sparsepeft_lora": Choices("SparsePEFT, one rank", "sparse", "sparse", merged=True),
+    "qa_lora": Choices("QA-SparsePEFT, one rank", "int4", "quantized", merged=True),
+    "qa_dequantized": Choices(
         "QA-SparsePEFT from GPTQ's weight", "int4", "quantized", elastic=True, merged=True, start="dequantized"
     ),
-    "qa_float": Method(
+    "qa_float": Choices(
         "QA-SparsePEFT from the float weight", "int4", "quantized", elastic=True, merged=True, start="float"
     ),
 }
@@ -95,7 +95,7 @@ def base_recipe(recipe: Recipe, base: Base, model: Path | None = None) -> Recipe
     )
 
 
-def method_recipe(recipe: Recipe, method: Method, seed: int, model: Path | None = None) -> Recipe:
+def method_recipe(recipe: Recipe, method: Choices, seed: int, model: Path | None = None) -> Recipe:
     """Return the recipe of one row with one training seed, on the bases that `base_recipe` makes."""
     made = base_recipe(recipe, method.base, model)
     assert recipe.evaluate is not None

@@ -37,7 +37,7 @@ from sqft.stages import evaluate
 from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from sqft.compare.methods import Base, Method
+    from sqft.compare.methods import Base, Choices
     from sqft.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _data_digest(recipe: Recipe, model: Path) -> str:
     return digest_text(json.dumps([[(e.prompt, e.answer, e.choices) for e in part] for part in parts]))
 
 
-def _key(recipe: Recipe, method: Method, seed: int, data: str) -> str:
+def _key(recipe: Recipe, method: Choices, seed: int, data: str) -> str:
     unset = set() if recipe.revision else {"revision"}
     text = method_recipe(recipe, method, seed).model_dump_json(exclude={"note", "threads", "name"} | unset)
     return digest_text(text + data)
@@ -206,14 +206,14 @@ def _checks(folder: Path) -> dict[str, bool]:
     return {check["name"]: check["passed"] for check in read_json(folder / "verify.json")["checks"]}
 
 
-def _stored(method: Method, folder: Path, dense: Path) -> int:
+def _stored(method: Choices, folder: Path, dense: Path) -> int:
     """Return the bytes of the weight files that the row's model needs."""
     base = {"dense": dense, "sparse": folder / "sparse", "int4": folder / "quantized"}[method.base]
     parts = [folder / "merged"] if method.merged else [base, *([folder / "sub_adapter"] if method.kind else [])]
     return sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
 
 
-def _precision(method: Method, recipe: Recipe, dense: Path) -> str:
+def _precision(method: Choices, recipe: Recipe, dense: Path) -> str:
     """Return what the row's weights are stored in: '16 bit', 'INT4', 'INT4 + adapter'."""
     bits = (recipe.quantize or QuantizeConfig()).bits
     base = f"INT{bits}" if method.base == "int4" else f"{8 * Checkpoint(dense).dtype.itemsize} bit"

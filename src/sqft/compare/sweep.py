@@ -1,8 +1,8 @@
 """Accuracy over sparsity levels (the paper's Figure 5), LoRA against NLS at each (Tables 5 and 9), none (Table 10).
 
-A level is an ordinary comparison in `OUT/sparsity-S`, with all that it brings: shared bases, recorded rows, failures
-that stop nobody, processes that share the work. Level 0 prunes nothing: methods on a sparse float base have no place
-there, those on a quantised base start from the dense model. A pattern such as 2:4 is a level of its own.
+A level is an ordinary comparison in `OUT/sparsity-S`: shared bases, recorded rows, failures that stop no other row,
+processes that share the work. Level 0 prunes nothing: methods on a sparse float base are left out, those on a quantised
+base start from the dense model. A pattern such as 2:4 is also a level.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(
         levels: sparsities such as '0.3', '0' for none, and patterns such as '2:4'.
         methods: keys of METHODS.
         seeds: training seeds.
-        announce: told each level and row as it begins.
+        announce: called with each level and row as it starts.
         command: what the user typed, recorded in each row.
 
     Raises:

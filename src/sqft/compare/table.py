@@ -136,9 +136,9 @@ def _rows_per_second(done: Sequence[Mapping[str, Any]]) -> float | None:
     speeds = []
     for row in done:
         seconds = (row.get("evaluation") or {}).get("answering", {})
-        asked = [name for name in seconds if row["tasks"][name]["metric"] != "perplexity"]
-        if took := sum(seconds[name] for name in asked):
-            speeds.append(sum(row["tasks"][name]["n"] for name in asked) / took)
+        scored = [name for name in seconds if row["tasks"][name]["metric"] != "perplexity"]
+        if took := sum(seconds[name] for name in scored):
+            speeds.append(sum(row["tasks"][name]["n"] for name in scored) / took)
     return round(statistics.median(speeds), 2) if speeds else None
 
 

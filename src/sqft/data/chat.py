@@ -1,13 +1,13 @@
-"""Chats: rows of `messages`, and plain questions that are asked through the tokenizer's chat template.
+"""Chats: rows of `messages`, and plain prompts put into the tokenizer's chat template.
 
-A chat's answer is its last turn, the prompt all before it; training appends the end token itself, so the template's own
-is cut off. A template is shown what the row has: `tools` and `documents`, the entries of `chat_template_kwargs`, and
-every other column that one of its variables is called by. What it cannot show is refused and not dropped: a prompt
-without its tools teaches calls of tools that nobody offered. Whether it shows them is seen by rendering without them.
-The same is asked of calls of tools in a turn, of an answer's reasoning, of texts in parts, and of no text at all.
+A chat's answer is its last turn; the prompt is everything before it. Training appends the end token itself, so the
+template's own is removed. A template receives the row's `tools` and `documents`, the entries of `chat_template_kwargs`,
+and every column named like one of its variables. A field that it does not render is an error, not dropped: a prompt
+without its tools would teach calls of tools that were never offered. Rendering without the field shows whether it is
+rendered. The same check covers tool calls in a turn, an answer's reasoning, text in parts, and empty text.
 
-Some templates ask for the date. They are told the one of `data.date` or, without it, the moment at which this process
-first asked, and never the clock: two calls of one run must give one prompt.
+Some templates insert the date. They get `data.date` or, without it, the time of this process's first call, never the
+clock: two renderings in one run must give the same prompt.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sqft.recipe import DataConfig
 
 _CLOCK = "strftime_now"
-# What a row gives a template besides the chat, whatever the template's variables are called.
+# Fields that a row gives a template besides the chat, whatever the template's variables are.
 _INPUTS = ("tools", "documents", "functions", "system", "chat_template_kwargs")
 _CALLS = ("tool_calls", "function_call")
 _PART = re.compile(r"""(['"])type\1\s*:\s*(['"])text\2""")
@@ -49,14 +49,14 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def uses_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether a chat template of the tokenizer asks for the date."""
+    """Return whether a chat template of the tokenizer inserts the date."""
     found = getattr(tokenizer, "chat_template", None) or {}
     templates = found.values() if isinstance(found, Mapping) else [found]
     return any(_CLOCK in _variables(template) for template in templates)
 
 
 def with_date(data: DataConfig, tokenizer: PreTrainedTokenizerBase, moment: datetime) -> DataConfig:
-    """Return the data with the date that chats are told, where they may be and none is set."""
+    """Return the data with a date for chat templates, if its rows may be chats and none is set."""
     if data.date is not None or not (data.chat_template or _may_be_chats(data)) or not uses_clock(tokenizer):
         return data
     return data.model_copy(update={"date": moment.isoformat(timespec="seconds")})
@@ -73,9 +73,9 @@ def chat_example(row: Row, tokenizer: PreTrainedTokenizerBase, date: str | None)
     """Return the example that a row of messages is.
 
     Args:
-        row: `messages`, and what the template is shown besides.
+        row: `messages`, and further inputs of the template.
         tokenizer: its chat template renders.
-        date: what the template is told, as ISO text.
+        date: for the template, as ISO text.
 
     Raises:
         ValueError: the messages are malformed, or the template refuses or does not show something of the row.
@@ -100,7 +100,7 @@ def chat_example(row: Row, tokenizer: PreTrainedTokenizerBase, date: str | None)
 def as_chat(
     example: Example, tokenizer: PreTrainedTokenizerBase | None, task: Task, date: str | None = None
 ) -> Example:
-    """Return an example that asks through the tokenizer's chat template; answers lose the space before them.
+    """Return an example whose prompt is in the tokenizer's chat template; answers lose their leading space.
 
     Raises:
         InputError: there is no template, or it refuses a single question, or the choices are contexts, which a chat
@@ -130,7 +130,7 @@ def as_chat(
 
 
 def refuse_inputs(row: Row) -> None:
-    """Refuse what a row has for a chat template where its prompt alone is asked.
+    """Refuse inputs for a chat template in a row whose prompt alone is used.
 
     Raises:
         ValueError: it has some.
@@ -208,7 +208,7 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
 
 
 def _inputs(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what the template is shown besides the chat.
+    """Return the template's inputs besides the chat.
 
     Raises:
         ValueError: an input is malformed, or no variable of the template is called by it.
@@ -224,7 +224,7 @@ def _inputs(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         ):
             raise ValueError(f"its {name} are not a list of objects")
     variables = _variables(tokenizer.get_chat_template(tools=given["tools"]))
-    # Names that are the renderer's own: a column that happens to be called so is none of the template's inputs.
+    # Names of the renderer itself: a column of that name is not an input of the template.
     taken = {"messages", _CLOCK, "raise_exception", *DEFAULT_NAMESPACE, *tokenizer.special_tokens_map}
     taken |= set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
     shown = variables - taken
@@ -239,7 +239,7 @@ def _inputs(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _refuse_unseen(chat: _Chat, turns: list[dict[str, Any]], whole: str) -> None:
-    """Refuse a row of which the rendered chat does not show something.
+    """Refuse a row with a field that the rendered chat does not contain.
 
     Raises:
         ValueError: what, and in which turn.
@@ -256,7 +256,7 @@ def _refuse_unseen(chat: _Chat, turns: list[dict[str, Any]], whole: str) -> None
             raise ValueError(f"has {name}, which the tokenizer's chat template does not show in this chat")
     for place, turn in enumerate(turns):
         who = f"turn {place + 1} ({turn['role']})"
-        # A template may well leave out earlier turns' reasoning, as the model will find them when it answers.
+        # A template may omit earlier turns' reasoning, as it will when the model answers.
         for name in (*_CALLS, *(_REASONING if place == len(turns) - 1 else ())):
             if turn.get(name) and same(chat.inputs, _changed(turns, place, name, None)):
                 raise ValueError(f"{who} has {name}, which the tokenizer's chat template does not show")
@@ -265,7 +265,7 @@ def _refuse_unseen(chat: _Chat, turns: list[dict[str, Any]], whole: str) -> None
             raise ValueError(
                 f"{who} has its text in parts, which the tokenizer's chat template does not show as text; join them"
             )
-        # Not every template shows a text to the letter; one that shows nothing of it renders another one the same.
+        # A template may alter a text; one that ignores it renders another text the same.
         if isinstance(content, str) and content.strip() not in whole:
             if same(chat.inputs, _changed(turns, place, "content", f"{content} ?")):
                 raise ValueError(

@@ -1,6 +1,6 @@
 r"""Prompt and answer as tokens: the one rule of training, calibration and evaluation.
 
-The prompt is tokenised as generation meets it: what the tokenizer puts before any text, as a beginning token, and the
+The prompt is tokenised as in generation: what the tokenizer puts before any text, such as a beginning token, and the
 text's own tokens. What a tokenizer appends (an end token, as a post-processor `<s> $A </s>` does) is left out
 everywhere: it would end the prompt before its answer, and the answer before the end token that training adds.
 
@@ -48,12 +48,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tupl
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the token ids of a prompt alone, as generation meets it."""
+    """Return the token ids of a prompt alone, as in generation."""
     return _begun(beginning(tokenizer), plain_tokens(tokenizer, prompt))
 
 
 def _begun(first: list[int], ids: list[int]) -> list[int]:
-    """Return a text's tokens after the beginning, which is not doubled where the text has it."""
+    """Return a text's tokens after the beginning tokens, which are not doubled if the text has them."""
     return ids if ids[: len(first)] == first else first + ids
 
 
@@ -110,7 +110,7 @@ def check_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exampl
 
     Args:
         tokenizer: the model's; where all of its tokens have an embedding, nothing is encoded.
-        examples: what is to be asked and answered.
+        examples: prompts and answers.
         rows: rows of the model's input embedding.
         where: names the examples.
     """

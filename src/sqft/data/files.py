@@ -1,14 +1,12 @@
 r"""Rows from files of the user's own: JSON lines, a JSON array, CSV, parquet, each plain or compressed.
 
-What a file is, its content says first and its name second: a parquet file called x.jsonl is read as parquet. A text of
-JSON lines begins with a brace, an array with a bracket; CSV says so by its name, because any text could be one. Text is
-UTF-8, or UTF-16 and UTF-32 by their marks. Whatever else is known by its first bytes is refused by name, with the way
-to convert it.
+Content decides the format, then the name: a parquet file named x.jsonl is read as parquet. JSON lines begin with a
+brace, an array with a bracket; CSV is recognised by its name, because any text could be CSV. Text is UTF-8, or UTF-16
+and UTF-32 with a byte order mark. Other formats that the first bytes identify raise an error that says how to convert.
 
-Values arrive as they stand. CSV cells are text, whatever they look like: 007, 1e5 and 2024-02-29 are not numbers or
-dates. This is why `datasets` does not read here: its JSON reader makes dates of such texts, its CSV reader numbers.
-Parquet cannot tell a field that is null from one that is not there; inside a row's lists and structures both are taken
-for absent, as the same rows are in JSON.
+Values are not converted. CSV cells are text: 007, 1e5 and 2024-02-29 stay as they are. `datasets` is not used because
+its JSON reader turns such texts into dates, and its CSV reader into numbers. Parquet cannot tell a null field from an
+absent one; inside a row's lists and structures both count as absent, as in the same rows in JSON.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Folders of your own rows: one file a split, `train.jsonl` or `train.parquet` or any other that is read.
+"""Folders of your own rows: one file per split, such as `train.jsonl` or `train.parquet`.
 
-A file whose name is none of the three is not read, and may have been meant to be: `val.jsonl` is the validation split
-of half the world. It is named, with what it would have to be called, where its split is missing.
+A file of another name is not read. Where a split is missing, the error names a file that may be meant, such as
+`val.jsonl`, and its expected name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def split_file(folder: Path, name: str) -> Path | None:
 
 
 def misnamed(folder: Path, named: Mapping[Split, str], split: Split) -> str:
-    """Say which file of a folder may be meant as a split that it lacks; nothing where none may.
+    """Return a hint at a file of the folder that may be meant as a missing split; empty if there is none.
 
     Args:
         folder: of rows.
@@ -65,7 +65,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _split_of(stem: str) -> Split | None:
-    """Return the split that a file's name speaks of: one of its words, or a word near to one."""
+    """Return the split that a word of a file's name means, or is close to."""
     words = [word for word in re.split(r"[\W_\d]+", stem.lower()) if word]
     for word in words:
         if word in _MEANT:

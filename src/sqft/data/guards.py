@@ -1,8 +1,7 @@
-"""What keeps the splits of one data set apart: rows that ask the same are dropped, and splits are cut from train.
+"""Overlap between splits: rows with the same question are dropped, and splits are cut from train.
 
-Both are functions of the rows alone, so that all stages and all seeds agree. A cut draws rows, and not questions: a
-question that stands in the rows several times may be drawn with one of them, and :func:`drop` then takes the others out
-of what remains.
+Both depend on the rows alone, so all stages and seeds agree. A cut draws rows, not questions: if a question occurs
+several times and one copy is drawn, :func:`drop` removes the other copies from the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _SEED = 42
 
 
 def questions(task: Task, examples: Sequence[Example]) -> set[str]:
-    """Return what some rows ask, in the form in which questions are compared."""
+    """Return the questions of some rows, normalised for comparison."""
     return {question_key(example, punctuation=task.fold_punctuation) for example in examples}
 
 

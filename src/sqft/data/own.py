@@ -2,8 +2,8 @@ r"""Your own rows: files, a folder of them (:mod:`sqft.data.files`), or any Hub 
 
 A row is read by the first of these that applies: `data.template` (:mod:`sqft.data.placeholders`), chat `messages`
 (:mod:`sqft.data.chat`), `prompt` and `completion`. Every bad line is reported with its file and number before anything
-is computed; none is skipped. Only white lines are. Bad is a text, too, that no UTF-8 can hold: half a character, which
-JSON can write (`\ud83d`) and no tokenizer reads.
+is computed; only blank lines are skipped. Text that UTF-8 cannot encode is bad too: half a character, which JSON can
+contain (`\ud83d`) and no tokenizer reads.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def read_each(rows: Iterable[tuple[str, Any]], read: Callable[[Row], T], where: 
 
 
 def check_text(name: str, text: str) -> None:
-    """Refuse a text that UTF-8 cannot hold.
+    """Refuse a text that UTF-8 cannot encode.
 
     Raises:
         ValueError: it has half a character, which and where.
@@ -120,7 +120,7 @@ def own_builder(
         template: how a row reads, if the recipe says so.
         tokenizer: needed for chat rows.
         where: names the data in messages.
-        date: what a chat template that asks for the date is told.
+        date: the date for chat templates that ask for one.
         chat_template: whether prompts are put into the chat template afterwards; chat rows are in it already.
 
     Raises:
@@ -144,16 +144,26 @@ def own_builder(
                     "use an instruction-tuned model, or give prompt and completion columns"
                 )
             return chat_example(row, tokenizer, date)
-        if "prompt" not in row and "completion" not in row:
-            raise ValueError(
-                f"has neither prompt and completion nor messages; its columns are {names(row)}: "
-                "say in data.template how they read"
-            )
-        for column in ("prompt", "completion"):
-            if not isinstance(row[column], str):
-                raise ValueError(f"its {column} is {type(row[column]).__name__}, not text")
+        example = _prompt_and_completion(row)
         if chat_template:
             refuse_inputs(row)
-        return Example(row["prompt"], row["completion"])
+        return example
 
     return build
+
+
+def _prompt_and_completion(row: Row) -> Example:
+    """Return the example of a row with these columns.
+
+    Raises:
+        ValueError: one is absent or no text.
+    """
+    if "prompt" not in row and "completion" not in row:
+        raise ValueError(
+            f"has neither prompt and completion nor messages; its columns are {names(row)}: "
+            "say in data.template how they read"
+        )
+    for column in ("prompt", "completion"):
+        if not isinstance(row[column], str):
+            raise ValueError(f"its {column} is {type(row[column]).__name__}, not text")
+    return Example(row["prompt"], row["completion"])

@@ -1,10 +1,10 @@
-r"""Texts with `{column}` in them, which a row's values replace: `data.template` and task files.
+r"""Texts with `{column}` placeholders, filled from a row: `data.template` and task files.
 
-Whatever stands between braces is a column's name, in any script, to the letter: `{question}`, `{вопрос}`. A name that
-the row does not have is an error that lists its columns, and so are `{ question }`, `{question:>5}`, `{0}` and `{}`: a
-placeholder that is not understood would stand in every prompt as it is. Braces of the text itself are doubled, as in
-Python: `\boxed{{{answer}}}` reads \boxed{5}. One exception needs no doubling: JSON, a brace before a quotation mark
-(white space may stand between them), with the brace that closes it. `{"answer": "{answer}"}` reads {"answer": "5"}.
+The text between braces is the exact name of a column, in any script: `{question}`, `{вопрос}`. A name that the row does
+not have is an error that lists its columns; so are `{ question }`, `{question:>5}`, `{0}` and `{}`, because a
+placeholder that is not understood would appear in every prompt. Literal braces are doubled, as in Python:
+`\boxed{{{answer}}}` gives \boxed{5}. JSON needs no doubling: a brace before a quotation mark (white space may come
+between) and its closing brace are literal. `{"answer": "{answer}"}` gives {"answer": "5"}.
 """
 
 from __future__ import annotations

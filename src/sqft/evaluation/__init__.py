@@ -1,1 +1,1 @@
-"""How good a model is: tasks judged by lm-eval, answers decoded by us, perplexity of a text."""
+"""Evaluation: tasks judged by lm-eval, our own batched decoding, perplexity."""

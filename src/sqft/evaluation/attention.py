@@ -1,8 +1,8 @@
-"""Attention and cache for evaluation on a CPU, where the stock ones copy more than they compute.
+"""Attention and KV cache for evaluation on a CPU, where the stock ones spend more time copying than computing.
 
-The stock ones copy each key-value head for its query heads, and the whole cache to append one token. Here the query
-heads of a key-value head share it in one attention call (the same kernel, with the same precision), and the cache has
-room to grow. `benchmarks/evaluation.py` measures the whole.
+The stock ones copy each key-value head for its query heads, and the whole cache to append one token. Here grouped query
+heads share their key-value head in one attention call (the same kernel, the same precision), and the cache is allocated
+with spare capacity. `benchmarks/evaluation.py` measures both.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 NAME = "sqft_grouped"
 _ROOM = 64
-# Cells of a cache (a row's column) that a call of its own must leave out to be worth it.
+# Cache cells (row × column) that a separate call must skip to be worth it.
 _WORTH_A_CALL = 2048
 
 
 @dataclass(frozen=True)
 class _Spans:
-    """The rows of a decoding step, parted by the first column of the cache that any of them uses.
+    """The rows of a decoding step, grouped by the first cache column that any of them uses.
 
     Attributes:
-        columns: of the whole cache. A layer that holds fewer, those of a sliding window, is left alone.
+        columns: of the whole cache. Layers with fewer (sliding windows) are not split.
         parts: (rows, first column).
     """
 
@@ -50,7 +50,7 @@ _SPANS: ContextVar[_Spans | None] = ContextVar("spans", default=None)
 
 @contextmanager
 def skipping_padding(mask_BL: torch.Tensor) -> Iterator[None]:
-    """Let :func:`grouped_attention` read no column of the cache that is padding in a row and in all rows after it.
+    """Let :func:`grouped_attention` skip cache columns that are padding in a row and in all rows after it.
 
     Args:
         mask_BL: of a decoding step, which has one query a row; padded on the left, best with the longest rows first.
@@ -81,8 +81,8 @@ def grouped_attention(
 ) -> tuple[torch.Tensor, None]:
     """Return transformers' sdpa attention, without copies of keys and values for the query heads that share them.
 
-    In a decoding step inside :func:`skipping_padding`, rows that begin later are attended to apart, without the columns
-    that are padding in them.
+    In a decoding step inside :func:`skipping_padding`, shorter rows attend in separate calls, without their padding
+    columns.
 
     Args:
         module: the attention layer.
@@ -149,10 +149,10 @@ def inner_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def pads_freely(model: PreTrainedModel) -> bool:
-    """Tell whether padding between the tokens of a row, and rows that come and go, leave a model's answers as they are.
+    """Return whether padding inside a row, and rows that join or leave a batch, do not change a model's answers.
 
-    They do where a cache holds a key and a value a token, and positions are given or, as in BLOOM, counted from the
-    attention mask. A recurrent state cannot be taken apart, and MPT counts the cache's columns, padding included.
+    That holds if the cache has a key and a value per token, and positions are passed in or, as in BLOOM, counted from
+    the attention mask. A recurrent state cannot be split by row, and MPT counts cache columns, padding included.
     """
     inner = inner_model(model)
     placed = takes(inner, "position_ids") or inner.config.model_type == "bloom"
@@ -169,7 +169,7 @@ def takes(inner: PreTrainedModel, name: str) -> bool:
 def evaluation_attention(model: PreTrainedModel) -> Iterator[None]:
     """Use :func:`grouped_attention` inside the block, on a CPU and in place of sdpa alone.
 
-    Not in models that ask for sdpa by name, as Falcon does: they take any other for an eager one of theirs.
+    Not in models that check for the name sdpa, as Falcon does: they treat any other as their eager implementation.
     """
     config = model.config
     stock = getattr(config, "_attn_implementation", None)
@@ -184,7 +184,7 @@ def evaluation_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer with room for the next tokens: it appends in place, and is copied once where rows come or go."""
+    """A cache layer with spare capacity: it appends in place, and is copied when rows join or leave."""
 
     keys_room: torch.Tensor | None = None
     values_room: torch.Tensor | None = None
@@ -199,12 +199,12 @@ class RoomyLayer(DynamicLayer):
         return self._append("keys", length, key_states), self._append("values", length, value_states)
 
     def _append(self, name: str, length: int, new: torch.Tensor) -> torch.Tensor:
-        held, room = getattr(self, name), getattr(self, f"{name}_room")
+        filled, room = getattr(self, name), getattr(self, f"{name}_room")
         whole = length + new.shape[2]
         if room is None or room.shape[0] != new.shape[0] or room.shape[2] < whole:
             room = self.make_room(name, new, new.shape[0], whole)
             if length:
-                room[:, :, :length] = held
+                room[:, :, :length] = filled
         room[:, :, length:whole] = new
         setattr(self, name, room[:, :, :whole])
         return cast("torch.Tensor", getattr(self, name))
@@ -226,14 +226,14 @@ class RoomyLayer(DynamicLayer):
     def select(self, dimension: int, indices: torch.Tensor) -> None:
         """Keep those rows (dimension 0) or tokens (dimension 2)."""
         for name in ("keys", "values"):
-            held = getattr(self, name)
-            rows, _, length, _ = held.shape
+            filled = getattr(self, name)
+            rows, _, length, _ = filled.shape
             if dimension == 0:
                 rows = len(indices)
             else:
                 length = len(indices)
-            room = self.make_room(name, held, rows, length)
-            torch.index_select(held, dimension, indices, out=room[:, :, :length])
+            room = self.make_room(name, filled, rows, length)
+            torch.index_select(filled, dimension, indices, out=room[:, :, :length])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep those rows of the batch."""

@@ -1,4 +1,4 @@
-"""What a page consists of, without its form: sections of blocks, and the cells of tables.
+"""The content of a page, without its layout: sections of blocks, and the cells of tables.
 
 Each template has a branch for each class, found by its name: a new kind of block is a class here and a branch in each
 template. Text is plain, code stands between backticks, and templates escape both.

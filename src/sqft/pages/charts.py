@@ -56,7 +56,7 @@ class Dot(NamedTuple):
     style: str
 
 
-class Cell(NamedTuple):
+class GridCell(NamedTuple):
     """A cell of a grid: 0 (background) to 1 (full colour), text where there is room, and what a pointer on it shows."""
 
     shade: float
@@ -129,7 +129,7 @@ def line_chart(series: list[tuple[str, str, list[Point]]], label: str, x_title: 
     return _draw(paint, 205, label)
 
 
-def grid_chart(cells: dict[tuple[str, int], Cell], label: str, stops: list[tuple[str, float]]) -> str:
+def grid_chart(cells: dict[tuple[str, int], GridCell], label: str, stops: list[tuple[str, float]]) -> str:
     """Draw a grid with a row per kind of module and a column per layer; what is absent stays empty.
 
     Args:

@@ -1,4 +1,4 @@
-"""Stage `report`: what a run did, on one page for people and one for version control.
+"""Stage `report`: what a run did, as HTML for reading and as Markdown for version control.
 
 Reads the manifests and results in a run's folder and writes `report.html` (one file that asks for no other, readable
 in light, dark, on a phone and by a screen reader) and `report.md`. It measures nothing itself: every number shown
@@ -51,7 +51,7 @@ def run(out: Path, recipe: Recipe) -> Path:
 
 
 def write_card(merged: Artifact) -> None:
-    """Write the model card of a folder that was merged outside a run; a person's own README.md is left alone."""
+    """Write the model card of a folder that was merged outside a run; a README.md of the user is left alone."""
     if (base := base_card(merged.path, merged.manifest)) is not None:
         write_text(merged.path / CARD, merge_card(merged.path, merged.manifest, base))
 

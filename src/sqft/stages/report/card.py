@@ -2,7 +2,7 @@
 
 The card is written after the folder was finished and is no part of what the folder's manifest records, so writing it
 changes no digest and no key. A card that the base model brought along is kept below ours. The manifest tells the base's
-card (it has its digest), a mark tells ours; a README.md that is neither is a person's own and is left alone.
+card (it has its digest), a mark tells ours; any other README.md is the user's and is left alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def base_card(folder: Path, manifest: Mapping[str, Any]) -> BaseCard | None:
         manifest: its manifest.
 
     Returns:
-        An empty card if the base brought none; None if the folder's README.md is a person's own, to be left alone.
+        An empty card if the base brought none; None if the folder's README.md is the user's, to be left alone.
     """
     path = folder / CARD
     if not path.is_file():

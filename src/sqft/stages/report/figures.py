@@ -8,7 +8,7 @@ from itertools import accumulate
 from statistics import mean
 from typing import Any
 
-from sqft.pages.charts import Cell, Point, grid_chart, line_chart
+from sqft.pages.charts import GridCell, Point, grid_chart, line_chart
 from sqft.pages.text import percent_text
 
 Series = list[tuple[str, str, list[Point]]]
@@ -82,11 +82,11 @@ def sparsity(layers: list[dict[str, Any]]) -> tuple[str, list[tuple[str, list[fl
         share = float(layer["sparsity"]), int(layer["weights"])
         members[places[layer["name"]]].append(share)
         kinds[places[layer["name"]][0]].append(share)
-    cells: dict[tuple[str, int], Cell] = {}
+    cells: dict[tuple[str, int], GridCell] = {}
     for (name, index), shares in members.items():
         several = f", mean of {len(shares)}" if len(shares) > 1 else ""
         zeros = _mean(shares)
-        cells[name, index] = Cell(zeros, "", f"layer {index} {name}: {percent_text(zeros)} zero{several}")
+        cells[name, index] = GridCell(zeros, "", f"layer {index} {name}: {percent_text(zeros)} zero{several}")
     ends = [percent_text(end(float(layer["sparsity"]) for layer in layers)) for end in (min, max)]
     label = f"Sparsity of {len(layers)} linears by layer, from {ends[0]} to {ends[1]}"
     chart = grid_chart(cells, label, [(f"{percent} %", percent / 100) for percent in (0, 25, 50, 75, 100)])
@@ -105,12 +105,12 @@ def ranks(value: dict[str, Any]) -> tuple[str, list[tuple[str, Counter[int]]]]:
     chosen: dict[str, int] = value["ranks"]
     shown = sorted({*value.get("choices", []), *chosen.values()}, reverse=True)
     places = place(list(chosen))
-    cells: dict[tuple[str, int], Cell] = {}
+    cells: dict[tuple[str, int], GridCell] = {}
     counts: dict[str, Counter[int]] = defaultdict(Counter)
     for group, rank in chosen.items():
         members = ", ".join(value.get("groups", {}).get(group, []))
         title = f"{group}: rank {rank}" + (f" ({members})" if members else "")
-        cells[places[group]] = Cell(rank / shown[0], str(rank), title)
+        cells[places[group]] = GridCell(rank / shown[0], str(rank), title)
         counts[places[group][0]][rank] += 1
     stops = [(f"rank {rank}", rank / shown[0]) for rank in shown]
     return grid_chart(cells, f"Ranks of {len(chosen)} groups by layer", stops), list(counts.items())
