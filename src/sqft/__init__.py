@@ -1,14 +1,12 @@
 """sqft: fine-tune compressed language models so that one compressed model comes out.
 
-`run` takes a recipe through all its stages; each stage is `sqft.stages.NAME.run`. Importing this package also makes
-PEFT load masked adapters (peft_type SQFT).
+`run` takes a recipe through all its stages; each stage is `sqft.stages.NAME.run`. With this package imported, before
+PEFT or after it, PEFT loads masked adapters (peft_type SQFT).
 """
 
 from __future__ import annotations
 
-import itertools
-import sys
-from pathlib import Path
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -31,6 +29,7 @@ __all__ = [
 ]
 
 from sqft.errors import InputError, SqftError
+from sqft.post_import import when_imported
 
 if TYPE_CHECKING:
     from sqft.adapters.attach import load_model
@@ -61,13 +60,9 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `sqft --help` must not wait for torch and transformers."""
     if name in _HOME:
-        import importlib
-
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'sqft' has no attribute {name!r}")
 
 
-# PEFT learns the peft_type SQFT here. It takes seconds to import, which `sqft --help` need not wait for; the commands
-# import it themselves.
-if Path(sys.argv[0]).name != "sqft" and ("-m", "sqft") not in itertools.pairwise(sys.orig_argv):
-    import sqft.adapters.config  # noqa: F401
+# The room registers the peft_type SQFT. It needs PEFT, which takes seconds to import: it is loaded once PEFT is.
+when_imported("peft", lambda: importlib.import_module("sqft.adapters"))

@@ -136,10 +136,36 @@ def test_adapters_of_two_kinds_do_not_share_a_model(tiny_model: Callable[..., Pa
     adapted(folder).save_pretrained(tmp_path / "masked")
     stock = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS["llama"])
     plain = get_peft_model(sparse_model(folder), stock)
-    with pytest.raises(InputError, match="has a plain LoRA already"):
-        plain.load_adapter(tmp_path / "masked", "second")
+    for kind in ("sparse", "quantized"):
+        masked = SqftConfig(task_type="CAUSAL_LM", kind=kind, r=4, target_modules=TARGETS["llama"])
+        with pytest.raises(ValueError, match=r"unsupported variant combination: .'needs_sqft_layers'"):
+            plain.add_adapter("second", masked)
+    with pytest.raises(ValueError, match=r"unsupported variant combination: .'needs_sqft_layers'"):
+        plain.load_adapter(tmp_path / "masked", "third")
+    assert list(plain.peft_config) == ["default"]
     with pytest.raises(InputError, match="has kind 'dense', not 'sparse'"):
         adapted(folder).add_adapter("second", stock)
+    # A dense one is a plain LoRA, and joins those of either layer.
+    dense = SqftConfig(task_type="CAUSAL_LM", kind="dense", r=4, target_modules=TARGETS["llama"])
+    plain.add_adapter("dense", dense)
+    adapted(folder, kind="dense").add_adapter("second", stock)
+    with pytest.raises(ValueError, match=r"unsupported variant combination: .'use_dora'"):
+        adapted(folder, kind="dense").add_adapter("second", LoraConfig(use_dora=True, target_modules=["q_proj"]))
+
+
+def test_a_masked_adapter_is_for_linears_alone(tiny_model: Callable[..., Path]) -> None:
+    both = ["q_proj", "embed_tokens"]
+    with pytest.raises(InputError, match=r"kind sparse, .* for model.embed_tokens, a Embedding, which is no linear"):
+        get_peft_model(sparse_model(tiny_model("llama")), SqftConfig(kind="sparse", r=4, target_modules=both))
+    dense = get_peft_model(sparse_model(tiny_model("llama")), SqftConfig(kind="dense", r=4, target_modules=both))
+    assert len(sqft_layers(dense)) == 2  # the embedding has PEFT's own layer
+
+
+def test_what_is_not_saved_of_a_configuration(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    adapted(tiny_model("llama")).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "SQFT"
+    assert "needs_sqft_layers" not in saved
 
 
 def test_bias_and_fused_targets_train(tiny_model: Callable[..., Path]) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sqft.adapters.layers import SqftLinear, sqft_layers
+from sqft.adapters.layers import sqft_layers
+from sqft.adapters.masked import SqftMaskedLinear
 from sqft.model.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -29,18 +30,20 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     """
     if model.training:
         raise RuntimeError("weights are cached for evaluation alone; call model.eval() first")
-    layers = [module for module in model.modules() if isinstance(module, SqftLinear | PackedLinear)]
-    adapted = {id(layer.base_layer) for layer in layers if isinstance(layer, SqftLinear) and layer.kind != "dense"}
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    masked = [module for module in model.modules() if isinstance(module, SqftMaskedLinear)]
+    adapted = {id(layer.base_layer) for layer in masked}
     try:
         with torch.no_grad():
-            for layer in layers:
-                if isinstance(layer, PackedLinear):
-                    layer.cached = None if id(layer) in adapted else layer.weight
-                elif layer.kind != "dense":
-                    layer.cached = layer.effective()
+            for linear in packed:
+                linear.cached = None if id(linear) in adapted else linear.weight
+            for layer in masked:
+                layer.cached = layer.effective()
         yield
     finally:
-        for layer in layers:
+        for linear in packed:
+            linear.cached = None
+        for layer in masked:
             layer.cached = None
 
 
@@ -58,6 +61,6 @@ def switch_ranks(model: nn.Module, ranks: Mapping[str, int]) -> int:
                 continue
             layer.fixed_rank = ranks[name]
             changed += 1
-            if layer.cached is not None:
+            if isinstance(layer, SqftMaskedLinear) and layer.cached is not None:
                 layer.cached = layer.effective()
     return changed

@@ -1,32 +1,38 @@
-"""The configuration of adapters: a LoraConfig that registers layers of ours, and how it is saved.
+"""The configuration of adapters: a LoraConfig that has layers of ours built, and how it is saved.
 
 A masked or quantisation-aware adapter is saved with the peft_type `SQFT`, which stock PEFT does not know: loaded as
 plain LoRA it would be another model, silently. `import sqft` makes it load. A dense adapter is saved as plain LORA.
+
+In memory it is a LORA configuration that asks for a variant of LoRA which stock layers do not have, so that PEFT itself
+refuses to add it to them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import LoraConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sqft.adapters.layers import SqftLinear
 from sqft.adapters.plain import beyond_plain
 from sqft.disk import write_json
 from sqft.errors import InputError
 from sqft.storage.identity import identity
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 PEFT_TYPE = "SQFT"
-KINDS = ("dense", "sparse", "quantized")
+LAYER_OF_KIND: dict[str, Callable[..., nn.Module]] = {}
+"""The class of each kind's layers, entered by :mod:`sqft.adapters`: configurations know no layers."""
 STARTS = ("compensated", "dequantized", "float")
 RANK_SPACE = Path("sqft") / "rank_space.json"
 """In an adapter's folder: {choices, groups} of a finished training, or {ranks, rank_groups} as a trainer saved them."""
 _OWN_FIELDS = ("kind", "ranks", "rank_groups", "start", "derive_mask", "base_identity")
+_UNSAVED = "needs_sqft_layers"
 
 
 @dataclass
@@ -59,12 +65,15 @@ class SqftConfig(LoraConfig):
     base_identity: dict[str, str] | None = field(
         default=None, metadata={"help": "digests of the base; written when the adapter is saved"}
     )
+    needs_sqft_layers: bool = field(
+        init=False, default=False, metadata={"is_lora_variant": True, "help": "so for every kind but dense; not saved"}
+    )
 
     def __post_init__(self) -> None:
         """Check what the masks cannot follow, and register the layers."""
         super().__post_init__()
-        if self.kind not in KINDS:
-            raise InputError(f"SqftConfig: kind is {self.kind!r}; use {', '.join(KINDS)}")
+        if self.kind not in LAYER_OF_KIND:
+            raise InputError(f"SqftConfig: kind is {self.kind!r}; use {', '.join(LAYER_OF_KIND)}")
         if self.start not in STARTS:
             raise InputError(f"SqftConfig: start is {self.start!r}; use {', '.join(STARTS)}")
         if self.ranks is not None:
@@ -80,14 +89,15 @@ class SqftConfig(LoraConfig):
             raise InputError(
                 f"SqftConfig: {', '.join(unsupported)} cannot be merged exactly into a sparse base; leave off"
             )
-        self._register_custom_module({nn.Linear: SqftLinear, Conv1D: SqftLinear})
+        self.needs_sqft_layers = self.kind != "dense"
+        self._register_custom_module({nn.Module: cast("Any", adapt)})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as plain LORA when dense, as SQFT with its base's digests otherwise."""
         base = Path(self.base_model_name_or_path or "")
-        if self.kind != "dense" and self.base_identity is None and (base / "config.json").is_file():
+        if self.needs_sqft_layers and self.base_identity is None and (base / "config.json").is_file():
             self.base_identity = identity(base, self.start if self.kind == "quantized" else None)
-        if self.kind == "dense" and self.ranks is not None:
+        if not self.needs_sqft_layers and self.ranks is not None:
             # Plain LORA has no field for them, and a super-adapter without its ranks is one of a single rank.
             write_json(Path(save_directory) / RANK_SPACE, {"ranks": self.ranks, "rank_groups": self.rank_groups})
         saved = _SavedConfig(self)
@@ -102,9 +112,27 @@ class _SavedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = self._config.to_dict()
-        if self._config.kind == "dense":
+        if not values.pop(_UNSAVED):
             return {name: value for name, value in values.items() if name not in _OWN_FIELDS}
         return {**values, "peft_type": PEFT_TYPE}
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # type: ignore[index]
+def adapt(target: nn.Module, adapter_name: str, config: SqftConfig, **kwargs: Any) -> nn.Module | None:
+    """Return a target with an adapter; PEFT asks for each target that has none yet.
+
+    Returns:
+        The layer of the configuration's kind. None for what is no linear leaves a dense adapter to PEFT.
+
+    Raises:
+        InputError: the target is no linear and the adapter masked, or is a parameter, as of fused experts.
+    """
+    parameter = kwargs.get("parameter_name")
+    if parameter is None and isinstance(target, nn.Linear | Conv1D):
+        return LAYER_OF_KIND[config.kind](target, adapter_name, config=config, **kwargs)
+    if parameter is None and not config.needs_sqft_layers:
+        return None
+    what = "" if parameter is None else f"the parameter {parameter} of "
+    raise InputError(
+        f"adapter {adapter_name} is of kind {config.kind}, and PEFT takes one of its target_modules for {what}"
+        f"{kwargs.get('target_name', '')}, a {type(target).__name__}, which is no linear; take it out"
+    )

@@ -49,8 +49,10 @@ def _observed(config: LoraConfig) -> list[str]:
     ]
     torch.manual_seed(0)
     base = nn.Linear(_WIDTH, _WIDTH)
+    config = copy.deepcopy(config)
+    vars(config)["needs_sqft_layers"] = False  # what a masked adapter does beyond its mask is asked of a stock layer
     try:
-        layer = LoraLinear(base, "asked", copy.deepcopy(config), r=_RANK, lora_alpha=2 * _RANK)
+        layer = LoraLinear(base, "asked", config, r=_RANK, lora_alpha=2 * _RANK)
     except Exception as error:  # PEFT's checks raise whatever fits them
         return [f"{', '.join(variants) or 'its settings'} (PEFT: {error})"]
     if layer.lora_variant:
