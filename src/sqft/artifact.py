@@ -145,7 +145,10 @@ def digest_input(path: str | Path) -> str:
     if path.is_file():
         return digest_file(path)
     if (path / MANIFEST).is_file():
-        return Artifact.open(path).check().digest
+        artifact = Artifact.open(path).check()
+        # An archive is another form of what it was made of, and takes its place.
+        packed = artifact.manifest["stage"] == "pack"
+        return str(artifact.manifest["inputs"]["model"]["digest"]) if packed else artifact.digest
     return digest_names(digest_files(path, hashed_files(path)))
 
 

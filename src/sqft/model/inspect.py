@@ -72,7 +72,7 @@ def inspect_model(folder: str | Path, *, trust_remote_code: bool = False) -> dic
         "total_sparsity": round(zeros / total, 6) if total else 0.0,
         "layers": layers,
         "precision": {dtype: round(count / total, 6) for dtype, count in precision.most_common()},
-        "size_bytes": sum((folder / file).stat().st_size for file in {e.file for e in checkpoint.entries.values()}),
+        "size_bytes": checkpoint.file_bytes,
     }
     if packed is not None:
         scheme = packed.scheme

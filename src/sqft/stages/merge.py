@@ -9,7 +9,6 @@ unless it is allowed, and then recorded.
 from __future__ import annotations
 
 import logging
-import shutil
 from typing import TYPE_CHECKING
 
 from sqft.adapters.attach import check_base
@@ -21,7 +20,7 @@ from sqft.errors import Problems
 from sqft.memory import release_memory
 from sqft.progress import progress
 from sqft.storage.checkpoint import copy_model
-from sqft.storage.masks import MASK_FILE, SPARSE_FROM, load_mask
+from sqft.storage.masks import SPARSE_FROM, copy_masks, load_mask
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,9 +69,8 @@ def run(
                 del merged
                 release_memory()  # else heap that training has freed fills again, piece by piece, and stays
                 advance(1)
-        if saved.kind != "dense" and (base / MASK_FILE).is_file():
-            (draft.path / MASK_FILE).parent.mkdir(exist_ok=True)
-            shutil.copyfile(base / MASK_FILE, draft.path / MASK_FILE)
+        if saved.kind != "dense":
+            copy_masks(base, draft.path)
         total = sum(layer["weights"] for layer in layers)
         filled, pruned = (sum(layer[name] for layer in layers) for name in ("filled_zeros", "pruned"))
         draft.result = {

@@ -5,7 +5,8 @@ whose changed tensors are overwritten at their own offsets: memory stays at one 
 names, metadata, tokenizer, config) is the original's to the byte.
 
 Which files are the model's is transformers' rule, in every stage: `model.safetensors`, else the shards that
-`model.safetensors.index.json` names. Nothing else is read, pruned or carried into an output.
+`model.safetensors.index.json` names. Nothing else is read, pruned or carried into an output. A file that is not there
+may be in an archive (:mod:`sqft.storage.archive`), which is read as it is.
 
 Layout of a safetensors file: 8 bytes little-endian header length, JSON header {name: {dtype, shape, data_offsets}},
 then the data.
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Mapping
@@ -30,6 +30,8 @@ from sqft.core.mask import finite
 from sqft.digests import model_files
 from sqft.disk import read_json
 from sqft.errors import InputError, NumericalError, Problems
+from sqft.storage.archive import ArchiveFile, open_archive, stored, unpack_file
+from sqft.storage.dtypes import DTYPE_NAMES, DTYPES
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -50,20 +52,6 @@ _WEIGHT_SUFFIXES = (
     ),
     *(".npy", ".pkl", ".pickle", ".ot", ".tflite", ".distcp", ".index.json"),
 )
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 Layout = tuple[torch.dtype, tuple[int, ...]]
@@ -94,6 +82,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
         self._named: dict[str, str] = {}
+        self._archives: dict[str, ArchiveFile] = {}
         with Problems(f"model {self.folder}") as problems:
             for file in self._files(problems) if files is None else files:
                 self._read_header(file, problems)
@@ -107,7 +96,7 @@ class Checkpoint:
                 "holds an adapter too (adapter_config.json), with which transformers would open the model; move the "
                 "adapter's files to a folder of their own, and merge it first if it is part of the model (sqft merge)"
             )
-        if (self.folder / WEIGHTS).is_file():
+        if stored(self.folder / WEIGHTS) is not None:
             return [WEIGHTS]
         if (self.folder / INDEX).is_file():
             return self._shards(problems)
@@ -138,8 +127,7 @@ class Checkpoint:
             return []
         if outside:
             problems.add(f"{INDEX} names {', '.join(outside)}, outside the folder; download it again")
-        # os.path's answer, because Path.is_file fails on a name that no file can have.
-        missing = [name for name in names if name not in outside and not os.path.isfile(self.folder / name)]
+        missing = [name for name in names if name not in outside and stored(self.folder / name) is None]
         for name in missing:
             problems.add(f"shard {name} is missing, though {INDEX} names it; download it again")
         self._named = named
@@ -156,6 +144,11 @@ class Checkpoint:
 
     def _read_header(self, file: str, problems: Problems) -> None:
         path = self.folder / file
+        archive = stored(path)
+        if archive is not None and archive != path:
+            self._archives[file] = open_archive(archive)
+            self._add(file, self._archives[file].tensors, 0, problems)
+            return
         size = path.stat().st_size
         with open(path, "rb") as stream:
             prefix = stream.read(8)
@@ -185,16 +178,20 @@ class Checkpoint:
             problems.add(f"{file} is no valid safetensors file ({error}); download it again")
             return
         header.pop("__metadata__", None)
+        self._add(file, header, 8 + length, problems)
+
+    def _add(self, file: str, header: Mapping[str, Any], begin: int, problems: Problems) -> None:
+        """Take the tensors of one file's header, whose data begins at a byte of it."""
         for name, value in header.items():
-            if value["dtype"] not in _DTYPES:
+            if value["dtype"] not in DTYPES:
                 problems.add(
                     f"{file}: {name} has dtype {value['dtype']}, which is not read; give a float or INT4 model"
                 )
                 continue
             if name in self.entries:
                 problems.add(f"{name} lies in two files, {self.entries[name].file} and {file}; download it again")
-            start, stop = (8 + length + offset for offset in value["data_offsets"])
-            self.entries[name] = Entry(file, _DTYPES[value["dtype"]], tuple(value["shape"]), start, stop)
+            start, stop = (begin + offset for offset in value["data_offsets"])
+            self.entries[name] = Entry(file, DTYPES[value["dtype"]], tuple(value["shape"]), start, stop)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -219,15 +216,38 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.stop - entry.start for entry in self.entries.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of its files on disk, of archives as they are."""
+        places = (stored(self.folder / file) for file in {entry.file for entry in self.entries.values()})
+        return sum(place.stat().st_size for place in places if place is not None)
+
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor as a copy of its own: a memory-mapped view would keep the file's pages resident."""
         entry = self.entries[name]
+        if entry.file in self._archives:
+            return self._archives[entry.file].read(name, self)
         try:
             with safe_open(str(self.folder / entry.file), framework="pt") as shard:
                 tensor: torch.Tensor = shard.get_tensor(name).clone()
         except SafetensorError as error:
             raise InputError(f"model {self.folder}: {entry.file} cannot be read: {error}; download it again") from error
         return tensor
+
+    def kept(self, name: str) -> torch.Tensor:
+        """Return the mask that an archive holds of a weight, bool [O, I].
+
+        Raises:
+            KeyError: it lies in no archive.
+        """
+        return self._archives[self.entries[name].file].kept(name)
+
+    def copy_file(self, file: str, target: Path) -> None:
+        """Write one of the model's files elsewhere; out of an archive as it was before."""
+        if file in self._archives:
+            unpack_file(self._archives[file], target, self)
+        else:
+            shutil.copyfile(self.folder / file, target)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Overwrite a tensor in place, in its own dtype and shape.
@@ -267,10 +287,11 @@ class Checkpoint:
 
 def copy_model(source: Path, target: Path) -> Checkpoint:
     """Copy a model folder's own files (not `sqft/`, not other formats' weights) and open the copy for writing."""
-    files = sorted({entry.file for entry in Checkpoint(source).entries.values()})
+    checkpoint = Checkpoint(source)
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / file, target / file)
+        checkpoint.copy_file(file, target / file)
     if files != [WEIGHTS]:
         shutil.copyfile(source / INDEX, target / INDEX)
     copy_side_files(source, target)
@@ -344,13 +365,12 @@ def allocate_file(path: Path, layout: Mapping[str, Layout], metadata: Mapping[st
         layout: {name: (dtype, shape)}.
         metadata: text beside the tensors.
     """
-    codes = {dtype: code for code, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     # Wide dtypes first keeps every tensor aligned to its own width, as safetensors' own writer does.
     for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
         stop = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

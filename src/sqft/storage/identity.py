@@ -11,6 +11,7 @@ import torch
 from sqft.artifact import digest_input
 from sqft.digests import digest_file
 from sqft.errors import InputError
+from sqft.storage.archive import open_archive, stored
 from sqft.storage.integers import PackedCheckpoint, quantization_config
 from sqft.storage.masks import MASK_FILE, START_FILE, float_source
 
@@ -29,8 +30,9 @@ def identity(base: str | Path, start: str | None = None) -> dict[str, str]:
     # By the digest just made, so that another content is never taken for what was hashed before.
     digests |= _grid_digests(base.resolve(), digests["base"])
     for what, file in (("mask", MASK_FILE), ("start", START_FILE)):
-        if (base / file).is_file() and (what == "mask" or start == "compensated"):
-            digests[what] = digest_file(base / file)
+        place = stored(base / file)
+        if place is not None and (what == "mask" or start == "compensated"):
+            digests[what] = digest_file(place) if place == base / file else open_archive(place).sha256
     if start == "float":
         digests["start"] = digest_input(float_source(base))
     return digests

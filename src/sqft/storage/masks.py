@@ -6,8 +6,11 @@ quantised weight inside its code's bin (the float weight just before rounding). 
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,7 @@ from safetensors.torch import load_file
 from sqft.artifact import MANIFEST, Artifact, digest_input
 from sqft.core.mask import unpack_mask
 from sqft.errors import InputError, Problems
+from sqft.storage.archive import ArchiveFile, open_archive, stored, unpack_file
 from sqft.storage.checkpoint import Checkpoint, allocate_file
 
 if TYPE_CHECKING:
@@ -39,11 +43,36 @@ def _opened(file: Path) -> Iterator[Any]:
     Raises:
         InputError: it is damaged; names it.
     """
+    archive = stored(file)
     try:
-        with safe_open(str(file), framework="pt") as stream:
-            yield stream
+        if archive is not None and archive != file:
+            yield _Archived(open_archive(archive), Checkpoint(file.parent.parent))
+        else:
+            with safe_open(str(file), framework="pt") as stream:
+                yield stream
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: cannot be read ({error}); make the folder again, or bring the file back") from error
+
+
+@dataclass(frozen=True)
+class _Archived:
+    """A file in an archive, with the functions of safetensors' open file that are used here."""
+
+    file: ArchiveFile
+    model: Checkpoint
+
+    def keys(self) -> list[str]:
+        return list(self.file.tensors)
+
+    def metadata(self) -> dict[str, str] | None:
+        metadata: dict[str, str] | None = json.loads(self.file.header).get("__metadata__")
+        return metadata
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.file.tensors[name]["shape"])
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.file.read(name, self.model)
 
 
 @lru_cache(maxsize=4)
@@ -55,9 +84,9 @@ def _open_masks(file: Path, mtime_ns: int) -> dict[str, tuple[int, ...]]:
         except (KeyError, ValueError) as error:
             raise InputError(f"{file}: has no shape for {error}; it is no file of masks that sqft wrote") from error
         for name, shape in shapes.items():
-            stored = tuple(masks.get_slice(name).get_shape())
-            if not shape or stored != (*shape[:-1], math.ceil(shape[-1] / 8)):
-                raise InputError(f"{file}: the mask of {name} has {list(stored)} bytes, its shape {list(shape)} others")
+            found = masks.shape(name) if isinstance(masks, _Archived) else tuple(masks.get_slice(name).get_shape())
+            if not shape or found != (*shape[:-1], math.ceil(shape[-1] / 8)):
+                raise InputError(f"{file}: the mask of {name} has {list(found)} bytes, its shape {list(shape)} others")
         return shapes
 
 
@@ -74,9 +103,10 @@ def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
         name: the weight's name; a prefix that the checkpoint lacks ('model.', 'transformer.') is tolerated.
     """
     file = Path(base or "") / MASK_FILE
-    if not base or not file.is_file():
+    place = stored(file) if base else None
+    if place is None:
         return None
-    shapes = _open_masks(file, file.stat().st_mtime_ns)
+    shapes = _open_masks(file, place.stat().st_mtime_ns)
     found = _matching(name, shapes)
     if found is None:
         return None
@@ -96,6 +126,18 @@ def write_masks(folder: Path, packed: dict[str, torch.Tensor], shapes: dict[str,
     written = Checkpoint(folder, [str(MASK_FILE)])
     for name, mask in packed.items():
         written.write(name, mask)
+
+
+def copy_masks(source: Path, target: Path) -> None:
+    """Copy the masks of a model folder, if it has some."""
+    place = stored(source / MASK_FILE)
+    if place is None:
+        return
+    (target / MASK_FILE).parent.mkdir(exist_ok=True)
+    if place == source / MASK_FILE:
+        shutil.copyfile(place, target / MASK_FILE)
+    else:
+        unpack_file(open_archive(place), target / MASK_FILE, Checkpoint(source))
 
 
 def read_masks(file: Path, source: Checkpoint, targeted: Collection[str]) -> dict[str, torch.Tensor]:
@@ -161,7 +203,7 @@ def load_start(base: str | Path | None, name: str, start: str) -> torch.Tensor |
     if start == "float":
         return _float_start(Path(base or ""), name)
     file = Path(base or "") / START_FILE
-    if not base or not file.is_file():
+    if not base or stored(file) is None:
         raise InputError(
             f"base {base}: has no {START_FILE}, the weights before rounding; quantise with sqft quantize, or use "
             "finetune.start: dequantized"

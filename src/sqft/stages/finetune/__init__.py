@@ -32,6 +32,7 @@ from sqft.errors import InputError, NumericalError, Problems, SqftError
 from sqft.model.load import embedding_rows, to_device
 from sqft.model.opening import load_tokenizer
 from sqft.stages.finetune import loop
+from sqft.storage.archive import stored
 from sqft.storage.identity import identity
 from sqft.storage.integers import quantization_config
 from sqft.storage.masks import START_FILE, float_source
@@ -224,7 +225,7 @@ def check_base(config: FinetuneConfig, base: Path, *, quantised_first: bool) -> 
         if config.kind == "sparse" and quantised:
             problems.add("kind sparse needs a float base, and this one is quantised; use kind quantized, or dense")
         if config.kind == "quantized" and quantised and not quantised_first:
-            if config.start == "compensated" and not (base / START_FILE).is_file():
+            if config.start == "compensated" and stored(base / START_FILE) is None:
                 problems.add(
                     f"base {base} has no {START_FILE}, the weights before rounding; use start: dequantized, or "
                     "quantise the float model with sqft quantize"
