@@ -35,7 +35,8 @@ def zstd(folder: Path, level: int) -> int:
     """Return the bytes of a folder's safetensors files after zstd."""
     total = 0
     for path in folder.rglob("*.safetensors"):
-        total += len(subprocess.run(["zstd", f"-{level}", "-c", "-q", str(path)], capture_output=True, check=True).stdout)
+        command = ["zstd", f"-{level}", "-c", "-q", str(path)]
+        total += len(subprocess.run(command, capture_output=True, check=True).stdout)
     return total
 
 
