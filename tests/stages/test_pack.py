@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, safe_open
 
-from sqft.digests import file_digests
+from sqft.adapters.attach import load_model
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.layers import sqft_layers
+from sqft.digests import digest_names, file_digests
 from sqft.errors import InputError
 from sqft.model.inspect import inspect_model
-from sqft.recipe import QuantizeConfig, SparsifyConfig
+from sqft.recipe import MergeConfig, QuantizeConfig, SparsifyConfig, VerifyConfig
+from sqft.stages import merge, quantize, sparsify, verify
 from sqft.stages import pack as pack_module
-from sqft.stages import quantize, sparsify
 from sqft.stages.pack import pack, unpack
 from sqft.storage.archive import ArchiveFile
 from sqft.storage.checkpoint import Checkpoint
@@ -128,6 +132,36 @@ def test_an_archive_stands_for_the_model(tiny_model: Any, tmp_path: Path) -> Non
     assert facts.pop("size_bytes") == (tmp_path / "archive" / "model.packed.safetensors").stat().st_size
     before.pop("size_bytes")
     assert facts == before
+
+
+@pytest.mark.parametrize("precision", ["float", "int4"])
+def test_an_archive_is_a_base_to_merge_into_and_verify_against(precision: str, tiny_model: Any, tmp_path: Path) -> None:
+    model = tiny_model("llama", "bfloat16", **WIDE)
+    base = sparse(model, tmp_path / "base") if precision == "float" else quantized(model, tmp_path / "base")
+    archive = pack(base, tmp_path / "archive").path
+    adapted = get_peft_model(
+        load_model(base, packed=True),
+        SqftConfig(
+            kind="sparse" if precision == "float" else "quantized", r=4, lora_alpha=8, target_modules=["q_proj"],
+            task_type="CAUSAL_LM",
+        ),
+    )  # fmt: skip
+    for layer in sqft_layers(adapted).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    prompt = torch.arange(40).view(2, 20)
+    live = load_model(archive, tmp_path / "adapter")(prompt).logits
+    assert torch.equal(live, load_model(base, tmp_path / "adapter")(prompt).logits)
+    for place, out in ((base, "merged"), (archive, "from_archive")):
+        merge.run(MergeConfig(), place, tmp_path / "adapter", tmp_path / out)
+    for name in ("model.safetensors", "sqft/mask.safetensors"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "from_archive" / name).read_bytes()
+    pack(tmp_path / "merged", tmp_path / "merged_archive")
+    for merged in ("from_archive", "merged_archive"):
+        result = verify.run(
+            VerifyConfig(prompts=2), tmp_path / merged, archive, tmp_path / "adapter", tmp_path / f"{merged}.json"
+        )
+        assert result["passed"], result["checks"]
 
 
 def test_what_does_not_shrink_is_refused(tiny_model: Any, tmp_path: Path) -> None:
@@ -262,8 +296,6 @@ def test_changed_values_are_found_when_unpacking(tiny_model: Any, tmp_path: Path
     with pytest.raises(InputError, match=r"model.packed.safetensors has changed"):
         unpack(archive, tmp_path / "back")
     manifest = json.loads((archive / "sqft" / "manifest.json").read_text())
-    from sqft.digests import digest_names
-
     manifest["files"]["model.packed.safetensors"] = file_digests(archive)["model.packed.safetensors"]
     manifest["digest"] = digest_names(manifest["files"])
     (archive / "sqft" / "manifest.json").write_text(json.dumps(manifest))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from sqft.model.opening import check_complete, hide_bars_of_compressed_tensors, reading
-from sqft.storage.checkpoint import Checkpoint
+from sqft.model.packed import PackedLinear
+from sqft.storage.checkpoint import Checkpoint, plain_files
 from sqft.storage.integers import quantization_config
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ def open_model(
 
     A quantised folder is opened by transformers, which decompresses it: what any user of the folder gets. With `packed`
     its weights stay packed in memory, frozen; so do those of GPTQ folders, which transformers cannot open on its own.
+    transformers reads plain files alone: for it, an archive is unpacked into a temporary folder.
 
     Args:
-        folder: model folder.
+        folder: model folder, or an archive.
         packed: keep quantised weights packed.
         attention: attention implementation; None leaves transformers' choice.
         trust_remote_code: passed to transformers.
@@ -45,12 +47,16 @@ def open_model(
         options["config"] = packed_config(folder, trust_remote_code=trust_remote_code)
     elif stored is not None:
         hide_bars_of_compressed_tensors()
-    with reading(f"model {folder}: does not load"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    with plain_files(folder) as place, reading(f"model {folder}: does not load"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
     # transformers fills them with random values and goes on.
     model: PreTrainedModel = loaded[0]
     found = loaded[1]
     check_complete(folder, [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.folder = folder  # of an archive, transformers has read a copy
+    model.name_or_path = str(folder)
     model.eval()
     return model
 

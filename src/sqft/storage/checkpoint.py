@@ -18,9 +18,11 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -217,6 +219,11 @@ class Checkpoint:
         return sum(entry.stop - entry.start for entry in self.entries.values())
 
     @property
+    def archived(self) -> bool:
+        """Whether some of its files lie in archives, which only sqft reads."""
+        return bool(self._archives)
+
+    @property
     def file_bytes(self) -> int:
         """Bytes of its files on disk, of archives as they are."""
         places = (stored(self.folder / file) for file in {entry.file for entry in self.entries.values()})
@@ -296,6 +303,18 @@ def copy_model(source: Path, target: Path) -> Checkpoint:
         shutil.copyfile(source / INDEX, target / INDEX)
     copy_side_files(source, target)
     return Checkpoint(target)
+
+
+@contextmanager
+def plain_files(folder: str | Path) -> Iterator[Path]:
+    """Give a folder of plain files: this one, or of an archive an unpacked copy that goes afterwards."""
+    checkpoint = Checkpoint(folder)
+    if not checkpoint.archived:
+        yield Path(folder)
+        return
+    with TemporaryDirectory() as name:
+        copy_model(Path(folder), Path(name))
+        yield Path(name)
 
 
 def side_files(folder: Path) -> list[Path]:
