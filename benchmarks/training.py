@@ -66,8 +66,8 @@ def resident(model: torch.nn.Module) -> int:
 def packed_share(model: torch.nn.Module) -> float:
     """Return the bytes of the packed linears over what they would be in bfloat16."""
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    held = sum(b.numel() * b.element_size() for layer in layers for b in layer.buffers())
-    return round(held / sum(2 * layer.in_features * layer.out_features for layer in layers), 4)
+    packed = sum(p.nbytes for layer in layers for name, p in layer.named_parameters() if name != "bias")
+    return round(packed / sum(2 * layer.in_features * layer.out_features for layer in layers), 4)
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def attach_saved(
         InputError: the adapter names another base, cannot be read, or has other modules than the model gets.
     """
     saved = SavedAdapter.open(adapter)
-    check_base(base, saved)
+    check_trained_on(base, saved)
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         if config.peft_type == "LORA" and not isinstance(config, SqftConfig) and (elastic or _is_packed(model)):
@@ -118,7 +118,7 @@ def check_modules(adapter: SavedAdapter, base: str | Path, adapted: Collection[s
                 problems.add(f"and {len(without) - 5} more")
 
 
-def check_base(base: str | Path, adapter: SavedAdapter) -> None:
+def check_trained_on(base: str | Path, adapter: SavedAdapter) -> None:
     """Refuse an adapter on a base that it was not trained on; a float adapter made elsewhere names none and passes.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.integrations import skip_init_on_device
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -71,6 +72,7 @@ class SqftLinear(LoraLinear):
         self.drawn_rank: int | None = None
         self.fixed_rank: int | None = None
         self._base_tensor: torch.Tensor | None = None
+        self._frozen: list[str] = []
         self.read_base(config, kwargs.get("target_name", ""))
 
     def read_base(self, config: SqftConfig, name: str) -> None:
@@ -83,7 +85,28 @@ class SqftLinear(LoraLinear):
         Raises:
             InputError: the base has not what the kind needs, or has it for another weight.
         """
-        self.register_buffer("mask_packed", None)
+        self.freeze("mask_packed", None)
+
+    @skip_init_on_device  # with low_cpu_mem_usage PEFT registers parameters without data
+    def freeze(self, name: str, tensor: torch.Tensor | None) -> None:
+        """Register bytes that lie with the base as a parameter without gradient, or their absence.
+
+        DistributedDataParallel broadcasts parameters once and buffers in every forward; FSDP2 shards parameters alone.
+        PEFT saves whatever a layer has in its state beside the base layer, so these are no part of the state.
+        """
+        self._frozen.append(name)
+        self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._frozen:
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
+        missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in self._frozen]
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:

@@ -54,8 +54,7 @@ class SqftMaskedLinear(SqftLinear):
                 f"{name}: the mask of {folder} keeps weights at zero that this model has otherwise; it is another "
                 "base, load the one that the adapter was trained on"
             )
-        packed = None if mask is None else pack_mask(mask).to(self.base_device)
-        self.register_buffer("mask_packed", packed, persistent=False)
+        self.freeze("mask_packed", None if mask is None else pack_mask(mask).to(self.base_device))
 
     def check_precision(self, name: str) -> None:
         """Refuse a quantised base; see :meth:`read_base`."""

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
+
 from sqft.adapters.masked import SqftMaskedLinear
 from sqft.core.delta import effective_codes, effective_weight
 from sqft.core.grid import QuantizedWeight, pack_codes
@@ -24,8 +26,6 @@ from sqft.storage.masks import load_start
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
     from sqft.adapters.config import SqftConfig
 
 
@@ -33,11 +33,11 @@ class SqftQuantizedLinear(SqftMaskedLinear):
     """A linear of kind quantized, on a :class:`~sqft.model.packed.PackedLinear`.
 
     Attributes:
-        start: where training starts; see :class:`sqft.core.grid.QuantizedWeight`.
+        start_bytes: the bytes of :attr:`start`, uint8: `model.to(dtype)` would round a start of floats.
     """
 
     kind: ClassVar[str] = "quantized"
-    start: torch.Tensor | None
+    start_bytes: torch.Tensor | None
 
     def read_base(self, config: SqftConfig, name: str) -> None:
         """As in the base class, and the start."""
@@ -45,7 +45,13 @@ class SqftQuantizedLinear(SqftMaskedLinear):
         start = load_start(self.base_folder(config), f"{name}.weight", config.start)
         if start is not None and tuple(start.shape) != self.weight_shape:
             raise InputError(f"{name}: its starting weight has shape {list(start.shape)}, not {self.weight_shape}")
-        self.register_buffer("start", None if start is None else start.to(self.base_device), persistent=False)
+        self._start_dtype = torch.int8 if start is None else start.dtype
+        self.freeze("start_bytes", None if start is None else start.to(self.base_device).view(torch.uint8))
+
+    @property
+    def start(self) -> torch.Tensor | None:
+        """Where training starts; see :class:`sqft.core.grid.QuantizedWeight`."""
+        return None if self.start_bytes is None else self.start_bytes.view(self._start_dtype)
 
     def check_precision(self, name: str) -> None:
         """Refuse a base that is not packed."""

@@ -61,6 +61,11 @@ class PackedLinear(nn.Linear):
         """The dequantised weight [O, I], made anew."""
         return dequantized(self.quantized)
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, under the name that PEFT asks a quantised linear's device of instead of `weight`."""
+        return self.packed
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias."""
         if self.cached is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from sqft.adapters.attach import check_base
+from sqft.adapters.attach import check_trained_on
 from sqft.adapters.merged import BaseWeights
 from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import Artifact, describe, finished, writing
@@ -50,7 +50,7 @@ def run(
     if done := finished(out, description):
         return done
     saved = SavedAdapter.open(adapter)
-    check_base(base, saved)
+    check_trained_on(base, saved)
     weights = BaseWeights(base, saved, trust_remote_code=trust_remote_code)
     if saved.kind == "dense":
         _refuse_losses(config, weights, saved)

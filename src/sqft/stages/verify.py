@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sqft.adapters.attach import check_base, load_model
+from sqft.adapters.attach import check_trained_on, load_model
 from sqft.adapters.cached import cached_weights
 from sqft.adapters.merged import BaseWeights
 from sqft.adapters.saved import SavedAdapter
@@ -87,7 +87,7 @@ def run(
         InputError: a folder cannot be read, or the adapter is another base's.
     """
     saved = SavedAdapter.open(adapter)
-    check_base(base, saved)
+    check_trained_on(base, saved)
     inputs: dict[str, str | Path] = {"merged": merged, "base": base, "adapter": adapter}
     settings = {
         **config.model_dump(mode="json"),
