@@ -15,6 +15,12 @@ from sqft.evaluation.prepacked import prepacked, stock_products
 
 
 @pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits are the same on every processor that has the kernels, whether it uses them or not."""
+    monkeypatch.setattr(module, "_gains", lambda: True)
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """On several threads oneDNN may cut a sum otherwise, and bits differ."""
     before = torch.get_num_threads()
@@ -80,8 +86,9 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     assert "forward" not in vars(linear)
 
 
-def test_another_processor_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_has_kernels", lambda: False)
+@pytest.mark.parametrize("lacks", ["_has_kernels", "_gains"])
+def test_another_processor_runs_stock_linears(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, lacks, lambda: False)
     with prepacked(model_of(nn.Linear(4, 4, dtype=torch.bfloat16))) as count:
         assert count == 0
 

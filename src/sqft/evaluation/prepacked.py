@@ -1,10 +1,10 @@
-"""Linears for many forwards on a CPU: weights laid out once as its bfloat16 kernels want them, not in every call.
+"""Linears for many forwards on a CPU with AMX: weights reordered once for its bfloat16 kernels, not in every call.
 
-oneDNN reorders a plain weight each time it multiplies by it, a cost that the few rows of a decoding step do not spread.
-PyTorch's own compiler does what is done here, through the same two operators. On one thread the
-products are equal to the bit; on several oneDNN cuts the sums of some shapes otherwise, and they are equal to rounding.
-What compares two models to the bit asks for :func:`stock_products`. The reordered copy costs the linears' size once
-more, so larger models go without.
+oneDNN reorders a plain weight for its AMX kernels in every product, a cost that the few rows of a decoding step do not
+amortise. PyTorch's compiler calls the same two operators for this. On CPUs without AMX it gains nothing (docs/
+decisions.md), so they run stock linears. On one thread the products are equal to the bit; on several, oneDNN splits
+some sums differently, and they are equal to rounding. Bitwise comparisons of two models use :func:`stock_products`. The
+copy needs the linears' size once more, so larger models go without.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def stock_products() -> Iterator[None]:
 def prepacked(model: PreTrainedModel) -> Iterator[int]:
     """Use reordered weights in the block, of plain linears and of cached weights; yield how many linears have them.
 
-    None have where it does not pay or cannot be: weights that are not on a CPU or not in bfloat16, linears of more than
-    `MOST_BYTES`, a processor without bfloat16 products, a model that a library of quantised models has loaded: it makes
-    weights and forwards of its own, at the first forward. Weights must not change inside the block.
+    None have where it gains nothing or is impossible: weights that are not on a CPU or not in bfloat16, linears of more
+    than `MOST_BYTES`, a processor without AMX, a model loaded by a quantisation library, which makes weights and
+    forwards of its own at the first forward. Weights must not change inside the block.
     """
     found = list(_plain(model)) if _ALLOWED.get() else []
     quantised = getattr(model, "is_quantized", False)
-    if quantised or sum(weight.nbytes for _, weight, _ in found) > MOST_BYTES or not _has_kernels():
+    if quantised or sum(weight.nbytes for _, weight, _ in found) > MOST_BYTES or not (_gains() and _has_kernels()):
         found = []
     try:
         for module, weight, bias in found:
@@ -71,6 +71,11 @@ def prepacked(model: PreTrainedModel) -> Iterator[int]:
     finally:
         for module, _, _ in found:
             vars(module).pop("forward", None)
+
+
+def _gains() -> bool:
+    """Return whether the processor has AMX; elsewhere the reordered products were no faster."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def _has_kernels() -> bool:
