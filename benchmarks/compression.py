@@ -27,7 +27,7 @@ import torch
 import sqft.core.gptq as gptq_module
 from common import save
 from sqft.adapters.attach import load_model
-from sqft.core.gptq import Quantized, _ColumnLoop, gptq
+from sqft.core.gptq import Quantized, _QuantizingLoop, gptq
 from sqft.data.calibration import calibration_tokens, perplexity_tokens
 from sqft.model.opening import load_tokenizer
 from sqft.model.targets import find_targets
@@ -103,17 +103,13 @@ def mask_ignored(weight: torch.Tensor, hessian: torch.Tensor, mask: torch.Tensor
     return gptq(weight * mask, hessian, None, **options)
 
 
-class _Forgetful(_ColumnLoop):
+class _Forgetful(_QuantizingLoop):
     """Sets what a pruned weight had received to nothing before its error is taken."""
 
-    def _columns(self, start: int, stop: int) -> None:
-        for index in range(start, stop):
-            if self.kept_IO is not None:
-                self.work_IO[index].mul_(self.kept_IO[self.order[index]])
-            super()._columns(index, index + 1)
-            if index + 1 < stop:
-                factor = self.factor[index, index + 1 : stop]
-                self.work_IO[index + 1 : stop].addr_(factor, self.work_IO[index], alpha=-1)
+    def _settle(self, index: int) -> None:
+        if self.kept_IO is not None:
+            self.work_IO[index].mul_(self.kept_IO[self.order[index]])
+        super()._settle(index)
 
 
 def main() -> None:
@@ -148,9 +144,9 @@ def main() -> None:
             quantize.gptq = gptq
 
         def forgetful(out: Path) -> None:
-            gptq_module._ColumnLoop = _Forgetful  # type: ignore[misc]
+            gptq_module._QuantizingLoop = _Forgetful  # type: ignore[misc]
             joint(out)
-            gptq_module._ColumnLoop = _ColumnLoop  # type: ignore[misc]
+            gptq_module._QuantizingLoop = _QuantizingLoop  # type: ignore[misc]
 
         def peer(kind: str) -> Callable[[Path], None]:
             def run(out: Path) -> None:

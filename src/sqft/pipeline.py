@@ -227,7 +227,7 @@ def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
         network = attempt(lambda: skeleton(dense, trust_remote_code=recipe.trust_remote_code))
         if recipe.sparsify is not None:
             settings = recipe.sparsify
-            if settings.mask is None and settings.method != "magnitude":
+            if settings.needs_text:
                 tokens = attempt(lambda: calibration_tokens(settings.calibration, recipe.data, tokenizer, recipe.seed))
             if network is not None:
                 attempt(

@@ -138,6 +138,11 @@ class SparsifyConfig(Config):
     mask: PathText | None = Field(
         None, description="a safetensors file of masks made elsewhere, used instead of a score"
     )
+    update: bool | None = Field(
+        None,
+        description="whether the weights that stay make up for those that are pruned, on calibration text; sparsegpt "
+        "always does, and null is false for the others",
+    )
     targets: list[str] = Field(["*"], description="patterns over the names of the linears inside the decoder blocks")
     ignore: list[str] = Field([], description="patterns of linears to leave dense")
     unreached_experts: Literal["error", "magnitude"] = Field(
@@ -165,7 +170,33 @@ class SparsifyConfig(Config):
                 f"pattern {self.pattern} has sparsity {self.fraction:g}, but sparsity is {self.sparsity:g}; "
                 "leave sparsity out with an N:M pattern"
             )
+        if self.update is False and self.mask is None and self.method == "sparsegpt":
+            raise ValueError("method sparsegpt updates by itself; leave update out, or choose a score such as wanda")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an update that was not set: it would stand in the key of every folder that was made without it."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "update" or value is not None}
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What a folder's manifest records: `update` only where it changes what the method does by itself."""
+        update = {"update": True} if self.updates and (self.mask or self.method != "sparsegpt") else {}
+        return {**self.model_dump(mode="json", exclude={"update"}), **update}
+
+    @property
+    def updates(self) -> bool:
+        """Whether the weights that stay make up for those that are pruned."""
+        if self.update is not None:
+            return self.update
+        return self.mask is None and self.method == "sparsegpt"
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.updates or (self.mask is None and self.method != "magnitude")
 
     @property
     def fraction(self) -> float:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from sqft.core import columns
 from sqft.core.pruners import (
     Pattern,
     Statistics,
-    inverse_cholesky,
     magnitude,
     register_pruner,
     register_score,
@@ -14,6 +14,7 @@ from sqft.core.pruners import (
     sparsegpt,
     wanda,
 )
+from sqft.core.statistics import inverse_cholesky
 from sqft.errors import InputError, NumericalError
 
 
@@ -70,11 +71,12 @@ def textbook_sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, masked: list
 
 
 @pytest.mark.parametrize("block", [4, 128])
-def test_sparsegpt_equals_the_textbook_update(block: int) -> None:
+def test_sparsegpt_equals_the_textbook_update(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_BLOCK", block)
     generator = torch.Generator().manual_seed(1)
     x, weight = torch.randn(200, 12, generator=generator), torch.randn(5, 12, generator=generator)
     statistics = seen(x, hessian=True)
-    pruned, mask = sparsegpt(weight, statistics, Pattern(0.5), block=block)
+    pruned, mask = sparsegpt(weight, statistics, Pattern(0.5))
     assert (~mask).sum(dim=1).tolist() == [6] * 5
     hessian = 2 * x.T @ x / 200
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(12)
@@ -98,7 +100,7 @@ def test_sparsegpt_loses_less_than_magnitude() -> None:
 
 def test_sparsegpt_keeps_two_of_four() -> None:
     x = torch.randn(100, 16, generator=torch.Generator().manual_seed(3))
-    _, mask = sparsegpt(torch.randn(4, 16), seen(x, hessian=True), Pattern(0.5, (2, 4)), block=6)
+    _, mask = sparsegpt(torch.randn(4, 16), seen(x, hessian=True), Pattern(0.5, (2, 4)))
     assert (mask.view(4, 4, 4).sum(dim=-1) == 2).all()
 
 

@@ -17,11 +17,15 @@ from sqft.adapters.config import SqftConfig
 from sqft.adapters.layers import sqft_layers
 from sqft.core.delta import effective_codes
 from sqft.core.grid import QuantizedWeight
+from sqft.core.mask import conforms
 from sqft.errors import InputError, NumericalError
+from sqft.model.calibrate import visit_blocks
 from sqft.model.inspect import inspect_model
 from sqft.model.packed import PackedLinear
+from sqft.model.targets import find_targets, skeleton
 from sqft.recipe import MergeConfig, QuantizeConfig, SparsifyConfig, VerifyConfig
 from sqft.stages import merge, quantize, verify
+from sqft.stages import sparsify as stage_sparsify
 from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import PackedCheckpoint
 from sqft.storage.masks import load_mask
@@ -526,3 +530,103 @@ def test_a_mask_in_the_joint_pass_says_how_many_it_prunes(tiny_model: Any, tmp_p
     config = QuantizeConfig(group_size=16)
     made = quantize.run(config, tiny_model("llama"), tokens(), tmp_path / "out", seed=0, sparsify=given)
     assert "masked 1 of 14 targeted linears; the other 13 stay dense" in made.manifest["result"]["coverage"]
+
+
+def joint(base: Path, out: Path, sparsify: dict[str, Any], **settings: Any) -> Path:
+    config = QuantizeConfig(**{"group_size": 16, **settings})
+    quantize.run(config, base, tokens(), out, seed=0, sparsify=SparsifyConfig(**sparsify))
+    return out
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize(
+    "sparsify",
+    [{"update": True}, {"method": "magnitude", "update": True}, {"method": "sparsegpt"},
+     {"method": "sparsegpt", "pattern": "2:4"}, {"pattern": "2:4", "update": True}],
+    ids=["wanda", "magnitude", "sparsegpt", "sparsegpt 2:4", "wanda 2:4"],
+)  # fmt: skip
+def test_an_updated_joint_pass_keeps_every_zero(
+    sparsify: dict[str, Any], method: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    folder = joint(tiny_model("llama"), tmp_path / "out", sparsify, method=method)
+    assert json.loads((folder / "sqft" / "manifest.json").read_text())["result"]["sparsity"] == 0.5
+    packed = PackedCheckpoint(folder)
+    for name in packed.shapes:
+        codes, grid = packed.read(name)
+        mask = load_mask(folder, name)
+        assert mask is not None
+        assert ((~mask).sum(dim=1) == mask.shape[1] // 2).all()
+        assert torch.equal(codes[~mask], grid.zero_codes()[~mask])
+        assert "pattern" not in sparsify or conforms(mask, 2, 4)
+
+
+def test_the_update_prunes_the_same_weights_and_loses_less(tiny_model: Any, tmp_path: Path) -> None:
+    base = tiny_model("llama")
+    sources = Checkpoint(base)
+    plain, updated = joint(base, tmp_path / "plain", {}), joint(base, tmp_path / "updated", {"update": True})
+    hessian = {}
+
+    def see(block: Any) -> None:
+        hessian.update({t.name: block.statistics[t].hessian_II.clone() for t in block.targets if block.index == 0})
+
+    visit_blocks(base, find_targets(skeleton(base))[0], tokens(), see, batch=8, hessian=True)
+    for module, matrix in hessian.items():
+        name = f"{module}.weight"
+        same = [load_mask(folder, name) for folder in (plain, updated)]
+        assert same[0] is not None
+        assert same[1] is not None
+        assert (same[0] == same[1]).float().mean() > 0.99  # a hessian's diagonal is summed in another order
+        lost = []
+        for folder in (plain, updated):
+            codes, grid = PackedCheckpoint(folder).read(name)
+            difference = grid.dequantize(codes) - sources.read(name).float()
+            lost.append(float((difference @ matrix * difference).sum()))
+        assert lost[1] < lost[0], name
+
+
+def test_what_is_not_pruned_is_quantised_as_without_pruning(tiny_model: Any, tmp_path: Path) -> None:
+    base, left = tiny_model("llama"), "model.layers.0.self_attn.k_proj.weight"
+    dense = quantized(base, tmp_path / "dense", sparsity=None)
+    for sparsify in ({"update": True}, {"method": "sparsegpt"}):
+        some = joint(base, tmp_path / sparsify.get("method", "wanda"), {**sparsify, "ignore": ["*k_proj"]})
+        assert load_mask(some, left) is None
+        codes, grid = PackedCheckpoint(some).read(left)
+        expected, fitted = PackedCheckpoint(dense).read(left)
+        assert torch.equal(codes, expected)
+        assert torch.equal(grid.scale_OG, fitted.scale_OG)
+
+
+@pytest.mark.parametrize("sparsify", [{"update": True}, {"method": "sparsegpt"}], ids=["wanda", "sparsegpt"])
+def test_zeros_that_were_there_before_an_updated_joint_pass_stay(
+    sparsify: dict[str, Any], tiny_model: Any, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    stage_sparsify.run(SparsifyConfig(sparsity=0.4), tiny_model("llama"), tokens(), half, seed=0)
+    folder = joint(half, tmp_path / "out", {"sparsity": 0.5, **sparsify})
+    for name in PackedCheckpoint(folder).shapes:
+        mask = load_mask(folder, name)
+        assert mask is not None
+        assert not mask[Checkpoint(half).read(name) == 0].any()
+
+
+def test_a_given_mask_is_made_up_for_in_the_joint_pass(tiny_model: Any, tmp_path: Path) -> None:
+    base, name = tiny_model("llama"), "model.layers.0.mlp.up_proj.weight"
+    mask = torch.rand(64, 32, generator=torch.Generator().manual_seed(1)) > 0.5
+    save_file({name: mask}, tmp_path / "mask.safetensors")
+    given = {"mask": str(tmp_path / "mask.safetensors")}
+    found = [joint(base, tmp_path / str(update), {**given, "update": update}) for update in (False, True)]
+    codes = []
+    for folder in found:
+        stored = load_mask(folder, name)
+        assert stored is not None
+        assert torch.equal(stored, mask)
+        codes.append(PackedCheckpoint(folder).read(name)[0])
+    assert not torch.equal(codes[0], codes[1])
+
+
+def test_an_update_without_text_is_refused(tiny_model: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"sparsify\.update needs calibration tokens"):
+        quantize.run(
+            QuantizeConfig(group_size=16, method="rtn"), tiny_model("llama"), None, tmp_path / "out", seed=0,
+            sparsify=SparsifyConfig(method="magnitude", update=True),
+        )  # fmt: skip

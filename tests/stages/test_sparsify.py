@@ -442,3 +442,71 @@ def test_a_folder_that_contradicts_its_config_is_refused(tiny_model: Callable[..
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"k_proj\.weight \(int32\)"):
         sparsify.run(config(), tmp_path / "model", TOKENS, tmp_path / "out", seed=0)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "dbrx"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_an_update_prunes_as_many_and_changes_what_stays(
+    arch: str, pattern: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_model(arch)
+    sparsify.run(config(pattern=pattern), folder, TOKENS, tmp_path / "plain", seed=0)
+    done = sparsify.run(config(pattern=pattern, update=True), folder, TOKENS, tmp_path / "out", seed=0)
+    assert done.manifest["result"]["sparsity"] == 0.5
+    before, plain, after = load_model(folder), load_model(tmp_path / "plain"), load_model(tmp_path / "out")
+    changed = 0
+    for target in find_targets(after)[0]:
+        weight, first = target.view(after), target.view(plain)
+        assert ((weight == 0).sum(dim=1) == weight.shape[1] // 2).all()
+        stays = first != 0
+        assert torch.equal(first[stays], target.view(before)[stays])
+        changed += int((weight != first)[stays & (weight != 0)].count_nonzero())
+    assert changed
+
+
+def test_a_given_mask_is_made_up_for_where_that_is_set(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder, name = tiny_model("llama"), "model.layers.0.self_attn.q_proj.weight"
+    mask = torch.rand(32, 32, generator=torch.Generator().manual_seed(1)) > 0.3
+    save_file({name: mask}, tmp_path / "mask.safetensors")
+    given = config(mask=str(tmp_path / "mask.safetensors"), update=True)
+    with pytest.raises(InputError, match="update needs calibration tokens"):
+        sparsify.run(given, folder, None, tmp_path / "out", seed=0)
+    sparsify.run(given, folder, TOKENS, tmp_path / "out", seed=0)
+    before, after = Checkpoint(folder).read(name), Checkpoint(tmp_path / "out").read(name)
+    assert not after[~mask].any()
+    assert not torch.equal(after[mask], before[mask])
+    other = name.replace("q_proj", "k_proj")  # no mask, so nothing to make up for
+    assert torch.equal(Checkpoint(tmp_path / "out").read(other), Checkpoint(folder).read(other))
+
+
+def test_an_expert_without_tokens_is_pruned_by_magnitude_and_not_updated(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    few = torch.full((1, 2), 5)
+    settings = {"unreached_experts": "magnitude", "targets": ["*experts*"]}
+    plain = sparsify.run(config(**settings), tiny_model("mixtral"), few, tmp_path / "plain", seed=0)
+    updated = sparsify.run(config(**settings, update=True), tiny_model("mixtral"), few, tmp_path / "out", seed=0)
+    first, second = Checkpoint(plain.path), Checkpoint(updated.path)
+    same = [torch.equal(first.read(name), second.read(name)) for name in first.entries if ".experts." in name]
+    assert any(same)
+    assert not all(same)
+
+
+def test_a_pruner_of_its_own_takes_no_update(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqft.core import pruners
+
+    monkeypatch.setitem(pruners._PRUNERS, "own", lambda weight, statistics, pattern: (weight, weight != 0))
+    with pytest.raises(InputError, match=r"own is a pruner, .*leave sparsify\.update out"):
+        sparsify.run(config(method="own", update=True), tiny_model("llama"), TOKENS, tmp_path / "out", seed=0)
+
+
+def test_the_key_of_a_folder_holds_an_update_only_where_there_is_one() -> None:
+    assert "update" not in config().key
+    assert config(update=False).key == config().key
+    assert config(update=True).key == {**config().key, "update": True}
+    assert config(method="sparsegpt", update=True).key == config(method="sparsegpt").key
+    assert type(config())(**config(update=False).model_dump()).update is False
+    with pytest.raises(ValueError, match="sparsegpt updates by itself; leave update out"):
+        config(method="sparsegpt", update=False)

@@ -57,7 +57,7 @@ def sparsify(options: argparse.Namespace) -> int:
     config = read_config(options, SparsifyConfig)
     model = localize(options.model, options.out.parent, options.model_revision)
     tokens = source = None
-    if config.mask is None and config.method != "magnitude":
+    if config.needs_text:
         tokens, source = _calibrate(options, config.calibration, model)
     artifact = sparsify.run(
         config,
@@ -105,7 +105,7 @@ def quantize(options: argparse.Namespace) -> int:
         wanted = {"sparsity": options.sparsity, "method": options.pruner, "calibration": calibration}
         sparsify = parse_config(SparsifyConfig, wanted, "command line")
     tokens = source = None
-    if config.method == "gptq" or (sparsify is not None and sparsify.method != "magnitude"):
+    if config.method == "gptq" or (sparsify is not None and sparsify.needs_text):
         tokens, source = _calibrate(options, calibration, model)
     artifact = quantize.run(
         config,

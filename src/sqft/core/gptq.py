@@ -1,19 +1,16 @@
 """GPTQ under a mask: quantise column by column, let the columns to come make up for each one's error, keep every zero.
 
-    e_j = (w_j − ŵ_j) / U_jj,   w_k ← w_k − e_j · U_jk   for k > j,   U the upper Cholesky factor of H⁻¹
-                                                            (Frantar et al. 2022, algorithm 1; SQFT section 2.1)
-
 Shapes: O out features, I in features, G groups, B columns of a group.
 
-The error feedback moves pruned weights away from zero. Other tools quantise them where they land, which brings back a
-tenth of the pruned weights, or set them to zero and forget what they had received. Here ŵ_j = 0 is simply the value
-that a pruned weight must take: it gets the code z, and what it had received goes on, as an error, to the columns to
-come. That is the exact step of the method under the constraint "this weight is zero" (the step SparseGPT takes).
+The error feedback (:mod:`sqft.core.columns`) moves pruned weights away from zero. Other tools quantise them where they
+land, which brings back a tenth of the pruned weights, or set them to zero and forget what they had received. Here
+ŵ_j = 0 is simply the value that a pruned weight must take: it gets the code z, and what it had received goes on, as an
+error, to the columns to come. That is the exact step of the method under the constraint "this weight is zero" (the step
+SparseGPT takes).
 
-Columns are taken in recursive halves: when the first half is done, its errors go to the second half in one matrix
-product. Rows are independent, so linears that share an input are quantised as one tall weight: the column loop, whose
-cost is its number of small operations, runs once for them. For the same reason a very tall weight goes in stretches of
-rows, so that the float32 copies that the loop needs stay small.
+With `update` the loop is given the weight as it was before pruning, so the whole of a pruned weight goes on as an error
+too: pruning is made up for by the same step as rounding. A very tall weight goes in stretches of rows, so that the
+float32 copies that the loop needs stay small.
 """
 
 from __future__ import annotations
@@ -24,10 +21,9 @@ from functools import partial
 
 import torch
 
+from sqft.core.columns import Choice, ColumnLoop, Pattern
 from sqft.core.grid import Grid, stretches
 from sqft.core.statistics import inverse_cholesky
-
-_LEAF = 8  # columns updated one by one; so few that an update stays in cache and on one thread
 
 
 @dataclass(frozen=True)
@@ -39,18 +35,21 @@ class Quantized:
         grid: scales and zero points.
         offset_OI: int8, where in its bin the compensated float weight was, just before rounding; see
             :meth:`sqft.core.grid.Grid.offsets`.
+        mask_OI: bool, True = kept; None is unmasked.
     """
 
     codes_OI: torch.Tensor
     grid: Grid
     offset_OI: torch.Tensor
+    mask_OI: torch.Tensor | None = None
 
     def split(self, sizes: list[int]) -> list[Quantized]:
         """Return the parts of a tall weight, by their rows."""
         parts, start = [], 0
         for size in sizes:
             rows = slice(start, start + size)
-            parts.append(Quantized(self.codes_OI[rows], self.grid.rows(rows), self.offset_OI[rows]))
+            mask = None if self.mask_OI is None else self.mask_OI[rows]
+            parts.append(Quantized(self.codes_OI[rows], self.grid.rows(rows), self.offset_OI[rows], mask))
             start += size
         return parts
 
@@ -60,7 +59,13 @@ class Quantized:
         first = parts[0].grid
         scale, zero = (torch.cat([getattr(part.grid, name) for part in parts]) for name in ("scale_OG", "zero_OG"))
         grid = Grid(scale, zero, first.bits, first.columns, first.symmetric)
-        return cls(torch.cat([p.codes_OI for p in parts]), grid, torch.cat([p.offset_OI for p in parts]))
+        masks = [part.mask_OI for part in parts if part.mask_OI is not None]
+        return cls(
+            torch.cat([p.codes_OI for p in parts]),
+            grid,
+            torch.cat([p.offset_OI for p in parts]),
+            torch.cat(masks) if masks else None,
+        )
 
 
 def round_to_nearest(
@@ -104,6 +109,8 @@ def gptq(
     least_zero: int = 0,
     act_order: bool = True,
     damping: float = 0.01,
+    update: bool = False,
+    pattern: Pattern | None = None,
 ) -> Quantized:
     """Quantise a weight with error feedback; see the module.
 
@@ -120,9 +127,12 @@ def gptq(
             weight, so groups stay contiguous columns and no index of columns is stored. Without it a group's grid is
             made when the loop reaches the group, from the weights as compensated so far.
         damping: added to the hessian's diagonal, as a fraction of its mean.
+        update: the weight comes unpruned, and the weights that stay make up for what is pruned. Columns then keep
+            their order whatever `act_order` says: that loses a seventh less (docs/decisions.md).
+        pattern: choose the mask in the loop, by SparseGPT's criterion, among what `mask_OI` keeps; implies `update`.
 
     Returns:
-        Codes, grid and offsets; every masked weight has exactly the zero point's code.
+        Codes, grid, offsets and mask; every masked weight has exactly the zero point's code.
 
     Raises:
         NumericalError: the damped hessian is not positive definite, or it or the weight is not finite.
@@ -130,34 +140,35 @@ def gptq(
     """
     fit = partial(Grid.fit, bits=bits, symmetric=symmetric, dtype=dtype, least_zero=least_zero)
     columns = weight_OI.shape[1]
+    update = update or pattern is not None
     order = torch.arange(columns, device=weight_OI.device)
+    act_order = act_order and not update
     if act_order:
         order = hessian_II.diagonal().argsort(descending=True, stable=True)
     factor_II = inverse_cholesky(hessian_II, damping, order if act_order else None)
     parts = []
     for rows in stretches(weight_OI):
         weight, mask = weight_OI[rows].float(), None if mask_OI is None else mask_OI[rows]
-        if mask is not None:
-            weight = weight * mask
-        loop = _ColumnLoop(
-            factor_II=factor_II,
-            work_IO=weight.T[order].contiguous(),
-            kept_IO=None if mask is None else mask.T.contiguous(),
-            order=order.tolist(),
-            grid=fit(weight, group_size=group_size),
+        masked = weight if mask is None else weight * mask
+        loop = _QuantizingLoop(
+            factor_II,
+            (weight if update else masked).T[order].contiguous(),
+            None if mask is None else mask.T.contiguous(),
+            order.tolist(),
+            grid=fit(masked, group_size=group_size),
             refit=None if act_order else fit,
+            choice=None if pattern is None else Choice.of(pattern, columns, group_size or columns),
         )
         loop.run(0, columns)
         parts.append(loop.result())
     return Quantized.join(parts)
 
 
-class _ColumnLoop:
-    """The state of one run; columns of the weight are rows here, so that each is contiguous.
+class _QuantizingLoop(ColumnLoop):
+    """The column loop on a grid.
 
     Attributes:
-        work_IO: weights yet to come, compensated so far, in the loop's order; of columns that are done, their errors.
-        position_IO: each weight just before rounding, in steps of the grid, in the weight's own order of columns.
+        value_IO: each weight just before rounding, in steps of the grid, in the weight's own order of columns.
         rounded_IO: q − z.
     """
 
@@ -167,49 +178,34 @@ class _ColumnLoop:
         work_IO: torch.Tensor,
         kept_IO: torch.Tensor | None,
         order: list[int],
-        grid: Grid,
         *,
+        grid: Grid,
         refit: Callable[..., Grid] | None,
+        choice: Choice | None = None,
     ) -> None:
-        self.factor, self.work_IO, self.kept_IO, self.order = factor_II, work_IO, kept_IO, order
+        super().__init__(factor_II, work_IO, kept_IO, order, choice=choice, group=grid.group_size)
         self.grid, self.refit = grid, refit
         self.scale, self.low, self.high = (part.squeeze(-1).T.contiguous() for part in grid.steps())
-        self.position_IO, self.rounded_IO = torch.empty_like(work_IO), torch.empty_like(work_IO)
+        self.rounded_IO = torch.empty_like(work_IO)
 
-    def run(self, start: int, stop: int) -> None:
-        """Quantise columns start to stop, which have received all errors of the columns before them.
-
-        Halving turns all but the last updates into matrix products; a split falls between groups while it can, so
-        that a group is whole, and fully compensated, when its grid is made.
-        """
+    def _reach(self, start: int, stop: int) -> None:
+        super()._reach(start, stop)
         group = self.grid.group_size
         if self.refit is not None and start % group == 0 and stop - start == group:
             self._fit_group(start, self.refit)
-        if stop - start <= min(_LEAF, group):
-            self._columns(start, stop)
-            return
-        half = (stop - start) // 2
-        middle = start + (half if stop - start <= group else max(group, half // group * group))
-        self.run(start, middle)
-        self.work_IO[middle:stop].addmm_(self.factor[start:middle, middle:stop].T, self.work_IO[start:middle], alpha=-1)
-        self.run(middle, stop)
 
-    def _columns(self, start: int, stop: int) -> None:
-        for index in range(start, stop):
-            weight, column = self.work_IO[index], self.order[index]
-            g = column // self.grid.group_size
-            position = torch.div(weight, self.scale[g], out=self.position_IO[column])
-            rounded = torch.round(position, out=self.rounded_IO[column])
-            rounded.clamp_(self.low[g], self.high[g])
-            if self.kept_IO is not None:
-                rounded.mul_(self.kept_IO[column])
-            # From here on the row holds the error.
-            weight.addcmul_(rounded, self.scale[g], value=-1).div_(self.factor[index, index])
-            if index + 1 < stop:
-                self.work_IO[index + 1 : stop].addr_(self.factor[index, index + 1 : stop], weight, alpha=-1)
+    def _settle(self, index: int) -> None:
+        weight, column = self.work_IO[index], self.order[index]
+        g = column // self.grid.group_size
+        position = torch.div(weight, self.scale[g], out=self.value_IO[column])
+        rounded = torch.round(position, out=self.rounded_IO[column])
+        rounded.clamp_(self.low[g], self.high[g])
+        if self.kept_IO is not None:
+            rounded.mul_(self.kept_IO[column])
+        weight.addcmul_(rounded, self.scale[g], value=-1).div_(self.factor[index, index])
 
     def _fit_group(self, start: int, refit: Callable[..., Grid]) -> None:
-        """Replace a group's scale and bounds by those of its weights as compensated so far."""
+        """Replace a group's scale and bounds by those of its weights as updated so far."""
         group = self.grid.group_size
         weight_BO = self.work_IO[start : start + group]
         if self.kept_IO is not None:
@@ -219,14 +215,16 @@ class _ColumnLoop:
             target[start // group] = value.flatten()
 
     def result(self) -> Quantized:
+        """Return codes, grid and offsets."""
         grid = self.grid
         zero_IO = (-self.low).repeat_interleave(grid.group_size, dim=0)
         codes = (self.rounded_IO + zero_IO).to(torch.uint8).T.contiguous()
-        offset = self.position_IO.sub_(self.rounded_IO).mul_(256).round_().clamp_(-127, 127)
+        offset = self.value_IO.sub_(self.rounded_IO).mul_(256).round_().clamp_(-127, 127)
         if self.kept_IO is not None:
             offset.mul_(self.kept_IO)
         if self.refit is not None:
             scale = self.scale.T.contiguous().to(grid.scale_OG.dtype)
             zero = (-self.low).T.contiguous().to(torch.uint8)
             grid = Grid(scale, zero, grid.bits, grid.columns, grid.symmetric)
-        return Quantized(codes, grid, offset.to(torch.int8).T.contiguous())
+        mask = None if self.kept_IO is None else self.kept_IO.T.contiguous()
+        return Quantized(codes, grid, offset.to(torch.int8).T.contiguous(), mask)

@@ -17,18 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
+from sqft.core.columns import Pattern, prune_columns
 from sqft.core.mask import mask_from_score
-from sqft.core.statistics import Statistics, inverse_cholesky
+from sqft.core.statistics import Statistics
 from sqft.errors import InputError
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """How much is pruned, and where: per output row, or N of every M along it."""
-
-    sparsity: float
-    structure: tuple[int, int] | None = None
-
 
 Score = Callable[[torch.Tensor, Statistics], torch.Tensor]
 Pruner = Callable[[torch.Tensor, Statistics, Pattern], tuple[torch.Tensor, torch.Tensor]]
@@ -50,60 +42,31 @@ def wanda(weight_OI: torch.Tensor, statistics: Statistics) -> torch.Tensor:
 
 
 def sparsegpt(
-    weight_OI: torch.Tensor,
-    statistics: Statistics,
-    pattern: Pattern,
-    *,
-    block: int = 128,
-    damping: float = 0.01,
+    weight_OI: torch.Tensor, statistics: Statistics, pattern: Pattern, *, damping: float = 0.01
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune column by column and let the weights to the right make up for it (Frantar and Alistarh 2023, algorithm 1).
 
-    Differs from the reference: the lowest entries are chosen per output row of each column block, so every row ends
-    with the same number of zeros; the reference takes one threshold for a whole block of columns. An N:M pattern is
-    chosen for a whole block of columns too; the reference chooses each M when the loop reaches it.
+    Differs from the reference: the lowest entries are chosen per output row of each block of 128 columns, so every row
+    ends with the same number of zeros; the reference takes one threshold for a whole block. What is zero already stays
+    zero and is counted among the pruned.
 
     Args:
         weight_OI: [O, I], any float dtype.
         statistics: with a hessian.
         pattern: how much to prune.
-        block: columns whose mask is chosen together.
         damping: added to the hessian's diagonal, as a fraction of its mean.
 
     Returns:
         (weight [O, I] in its own dtype, mask [O, I]).
 
     Raises:
+        InputError: no hessian was collected, or an N:M pattern does not divide the row.
         NumericalError: the damped hessian is not positive definite.
     """
-    weight = weight_OI.float().clone()
-    columns = weight.shape[1]
-    if statistics.hessian_II is None:
+    hessian_II = statistics.hessian_II
+    if hessian_II is None:
         raise InputError("this pruner needs second-order statistics, and none were collected")
-    inverse = inverse_cholesky(statistics.hessian_II, damping)
-    if pattern.structure is not None:
-        block = max(block // pattern.structure[1], 1) * pattern.structure[1]
-    mask = torch.empty_like(weight, dtype=torch.bool)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        width = stop - start
-        factor_BB = inverse[start:stop, start:stop]
-        part = weight[:, start:stop]
-        # Whole counts per row add up over the blocks to int(I * sparsity), whatever the block's width.
-        count = int(stop * pattern.sparsity) - int(start * pattern.sparsity)
-        score = part.square() / factor_BB.diagonal().square()
-        kept = mask_from_score(score, (count + 0.5) / width, pattern.structure)
-        mask[:, start:stop] = kept
-        errors = torch.zeros_like(part)
-        for column in range(width):
-            current = part[:, column]
-            pruned = torch.where(kept[:, column], current, torch.zeros_like(current))
-            error = (current - pruned) / factor_BB[column, column]
-            part[:, column] = pruned
-            part[:, column + 1 :] -= error.unsqueeze(1) * factor_BB[column, column + 1 :]
-            errors[:, column] = error
-        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return weight.to(weight_OI.dtype) * mask, mask
+    return prune_columns(weight_OI, hessian_II, weight_OI != 0, pattern=pattern, damping=damping)
 
 
 _SCORES: dict[str, Score] = {"magnitude": magnitude, "wanda": wanda}
@@ -125,11 +88,24 @@ def register_pruner(name: str, pruner: Pruner, *, hessian: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """A resolved pruner, whether it needs the hessian, and whether it looks at inputs at all."""
+    """A resolved pruner.
+
+    Attributes:
+        prune: chooses the mask; a pruner of its own kind changes the weights that stay too.
+        needs_hessian: whether it looks at second-order statistics.
+        needs_inputs: whether it looks at inputs at all.
+        only_ranks: whether it is a score, which leaves the weights that stay as they are.
+    """
 
     prune: Pruner
     needs_hessian: bool
     needs_inputs: bool = True
+    only_ranks: bool = False
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether it is SparseGPT, whose choice the quantiser's column loop can take over."""
+        return self.prune is sparsegpt
 
 
 def _as_pruner(score: Score) -> Pruner:
@@ -150,7 +126,7 @@ def resolve_method(name: str) -> Method:
     if name in _PRUNERS:
         return Method(_PRUNERS[name], name in _NEEDS_HESSIAN)
     if name in _SCORES:
-        return Method(_as_pruner(_SCORES[name]), needs_hessian=False, needs_inputs=name != "magnitude")
+        return Method(_as_pruner(_SCORES[name]), needs_hessian=False, needs_inputs=name != "magnitude", only_ranks=True)
     module, colon, attribute = name.partition(":")
     if not colon:
         known = ", ".join(sorted([*_SCORES, *_PRUNERS]))
@@ -161,4 +137,4 @@ def resolve_method(name: str) -> Method:
         raise InputError(f"sparsify.method {name!r} cannot be imported: {error}") from error
     if len(inspect.signature(function).parameters) >= 3:
         return Method(function, needs_hessian=True)
-    return Method(_as_pruner(function), needs_hessian=False)
+    return Method(_as_pruner(function), needs_hessian=False, only_ranks=True)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sqft.core.columns import Pattern, prune_columns
 from sqft.core.mask import finite, mask_from_score, pack_mask
-from sqft.core.pruners import Method, Pattern, magnitude, resolve_method
+from sqft.core.pruners import Method, magnitude, resolve_method
 from sqft.errors import InputError, NumericalError
 from sqft.model.calibrate import overflow_remedy
 from sqft.recipe import parse_pattern
@@ -37,20 +38,35 @@ class BlockPruner:
         pattern: how many, and where.
         given: masks by on-disk weight name that are used instead, or None.
         unreached_by_magnitude: what to do with an expert that no calibration token reached; False is an error.
+        update: whether the weights that stay make up for those that a score or a given mask prunes.
     """
 
     method: Method
     pattern: Pattern
     given: dict[str, torch.Tensor] | None = None
     unreached_by_magnitude: bool = False
+    update: bool = False
 
     @property
     def needs_hessian(self) -> bool:
         """Whether calibration collects second-order statistics for it."""
-        return self.given is None and self.method.needs_hessian
+        return self.update or (self.given is None and self.method.needs_hessian)
 
-    def __call__(self, block: Block, targets: Collection[Target]) -> dict[str, torch.Tensor]:
+    @property
+    def in_loop(self) -> bool:
+        """Whether the mask is chosen while the loop walks over the columns."""
+        return self.given is None and self.method.in_loop
+
+    def __call__(
+        self, block: Block, targets: Collection[Target], left: Collection[Target] = ()
+    ) -> dict[str, torch.Tensor]:
         """Prune the targets in memory.
+
+        Args:
+            block: where they are.
+            targets: of the block.
+            left: those that the quantiser's column loop prunes: they keep their weights, and where the mask is chosen
+                in the loop, theirs says what may be kept.
 
         Returns:
             Bool masks of all the block's parameters, by parameter name, True = kept.
@@ -64,30 +80,34 @@ class BlockPruner:
         else:
             masks = block.names.in_memory(f"{block.prefix}.", self.given)
         for target in targets:
-            weight_OI = target.view(block.model)
-            mask_OI = mask_view(target, masks)
-            if self.given is None:
-                pruned, mask = self._chosen(target, weight_OI, block.statistics[target])
-                # What was zero before stays so: SparseGPT's compensation, or training, could fill it again otherwise.
-                mask &= weight_OI != 0
-                mask_OI.copy_(mask)
-                weight_OI.copy_(torch.where(mask, pruned, 0.0))
-            else:
-                weight_OI.masked_fill_(~mask_OI, 0)
+            weight_OI, mask_OI = target.view(block.model), mask_view(target, masks)
+            if self.in_loop and target in left:
+                mask_OI.copy_(weight_OI != 0)
+                continue
+            pruned, mask = self._chosen(target, weight_OI, mask_OI, block.statistics[target], target not in left)
+            mask_OI.copy_(mask)
+            if target not in left:
+                weight_OI.copy_(pruned)
         return masks
 
     def _chosen(
-        self, target: Target, weight_OI: torch.Tensor, statistics: Statistics
+        self, target: Target, weight_OI: torch.Tensor, given_OI: torch.Tensor, statistics: Statistics, settle: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weight as pruned, and its mask; without `settle` the weight is not made up for."""
         try:
-            pruned, mask = self._prune(target, weight_OI, statistics)
+            pruned, mask = (weight_OI, given_OI) if self.given else self._prune(target, weight_OI, statistics)
+            # What was zero before stays so: an update, or training, could fill it again otherwise.
+            mask = mask & (weight_OI != 0) if self.given is None else mask
+            if self.update and settle and statistics.tokens:
+                assert statistics.hessian_II is not None
+                pruned, _ = prune_columns(weight_OI, statistics.hessian_II, mask)
         except NumericalError as error:
             raise NumericalError(f"{target.name}: {error}") from error
         if not finite(pruned):
             raise NumericalError(
                 f"{target.name}: the weights that pruning leaves have NaN or Inf; {overflow_remedy(weight_OI.dtype)}"
             )
-        return pruned, mask
+        return torch.where(mask, pruned, 0.0), mask
 
     def _prune(
         self, target: Target, weight_OI: torch.Tensor, statistics: Statistics
@@ -116,13 +136,20 @@ def make_pruner(config: SparsifyConfig, names: DiskNames, targets: Collection[Ta
     Raises:
         InputError: the method, pattern or file of masks cannot be used.
     """
+    method = resolve_method(config.method)
+    if config.update and config.mask is None and not (method.only_ranks or method.in_loop):
+        raise InputError(
+            f"sparsify.method {config.method} is a pruner, which changes the weights that stay by itself; leave "
+            "sparsify.update out"
+        )
     touched = {f"{t.module}.{t.parameter}" for t in targets}
     targeted = {name for name, parameter in names.parameter_of.items() if parameter in touched}
     return BlockPruner(
-        resolve_method(config.method),
+        method,
         Pattern(config.sparsity, parse_pattern(config.pattern)),
         read_masks(Path(config.mask), names.checkpoint, targeted) if config.mask else None,
         unreached_by_magnitude=config.unreached_experts == "magnitude",
+        update=config.updates and (config.mask is not None or method.only_ranks),
     )
 
 

@@ -69,16 +69,17 @@ class _Quantizing:
         """Prune and quantise one block in memory, and write it."""
         disk_name = {parameter: name for name, parameter in block.names.parameter_of.items()}
         masks: dict[str, torch.Tensor] = {}
+        pruned = [t for t in block.targets if t in self.pruned]
         if self.pruner is not None:
-            pruned = [t for t in block.targets if t in self.pruned]
-            masks = self.pruner(block, pruned)
+            masks = self.pruner(block, pruned, [t for t in pruned if self._in_one_loop(t)])
+        for group in self._groups(block):
+            release_memory()
+            self._quantize(block, group, masks, disk_name)
+        if self.pruner is not None:
             self.masked += sum(not bool(mask_view(t, masks).all()) for t in pruned)
             packed, shapes = packed_disk_masks(block, masks, pruned)
             self.masks |= packed
             self.shapes |= shapes
-        for group in self._groups(block):
-            release_memory()
-            self._quantize(block, group, masks, disk_name)
         # Linears that were pruned and stay float; all else is copied from the source.
         floats = {f"{t.module}.{t.parameter}" for t in block.targets if t in self.pruned and t not in self.targets}
         for name, tensor in block.names.to_disk(block.parameters() if floats else {}).items():
@@ -96,11 +97,22 @@ class _Quantizing:
 
     def _groups(self, block: Block) -> list[list[Target]]:
         """Return the block's targets, those with the same input together: they have one hessian and one column loop."""
-        groups: dict[int, list[Target]] = {}
+        groups: dict[tuple[int, bool], list[Target]] = {}
         for target in block.targets:
             if target in self.targets:
-                groups.setdefault(id(block.statistics[target]), []).append(target)
+                shared = id(block.statistics[target]), self._in_one_loop(target)
+                groups.setdefault(shared, []).append(target)
         return list(groups.values())
+
+    def _in_one_loop(self, target: Target) -> bool:
+        """Whether one loop over a target's columns both prunes and quantises it, from its unpruned weight."""
+        return (
+            self.pruner is not None
+            and (self.pruner.in_loop or self.pruner.update)
+            and self.config.method == "gptq"
+            and target in self.pruned
+            and target in self.targets
+        )
 
     def _quantize(
         self, block: Block, group: list[Target], masks: dict[str, torch.Tensor], disk_name: dict[str, str]
@@ -108,7 +120,10 @@ class _Quantizing:
         """Quantise linears that share an input and write them; the model in memory gets the dequantised weights."""
         views = [target.view(block.model) for target in group]
         mask_OI = torch.cat([self._mask(t, v, masks, disk_name) for t, v in zip(group, views, strict=True)])
-        weight_OI = torch.cat(views).mul_(mask_OI)
+        weight_OI, one_loop = torch.cat(views), self._in_one_loop(group[0])
+        pattern = self.pruner.pattern if one_loop and self.pruner is not None and self.pruner.in_loop else None
+        if not one_loop:
+            weight_OI.mul_(mask_OI)
         names = ", ".join(target.name for target in group)
         hessian = block.statistics[group[0]].hessian_II
         options: dict[str, Any] = {
@@ -124,16 +139,16 @@ class _Quantizing:
             else:
                 if hessian is None or block.statistics[group[0]].tokens == 0:
                     raise NumericalError("no calibration token reached it; use more or other calibration samples")
-                tall = gptq(
-                    weight_OI, hessian, mask_OI, act_order=self.config.act_order, damping=self.config.damping, **options
-                )
+                options |= {"act_order": self.config.act_order, "damping": self.config.damping}
+                tall = gptq(weight_OI, hessian, mask_OI, update=one_loop, pattern=pattern, **options)
         except NumericalError as error:
             raise NumericalError(f"{names}: {error} (quantize.calibration, quantize.damping)") from error
         lost = _relative_error(tall, weight_OI, hessian)
-        parts = tall.split([view.shape[0] for view in views])
-        for target, view, part, kept in zip(
-            group, views, parts, mask_OI.split([v.shape[0] for v in views]), strict=True
-        ):
+        rows = [view.shape[0] for view in views]
+        kept_OI = mask_OI if tall.mask_OI is None else tall.mask_OI
+        for target, view, part, kept in zip(group, views, tall.split(rows), kept_OI.split(rows), strict=True):
+            if pattern is not None:
+                mask_view(target, masks).copy_(kept)
             view.copy_(part.grid.dequantize(part.codes_OI, view.dtype))
             if not finite(view):
                 raise NumericalError(
@@ -217,7 +232,7 @@ def run(
     """
     settings = {
         **config.model_dump(mode="json", exclude={"joint", "calibration"}),
-        "sparsify": sparsify and sparsify.model_dump(mode="json"),
+        "sparsify": sparsify and sparsify.key,
         "calibrated_on": calibration,
         "calibration_digest": None if tokens is None else digest_text(str(tokens.tolist())),
     }
@@ -318,7 +333,8 @@ def check(
             problems.add(problem)
         if config.method == "gptq" and tokens is None:
             problems.add("method gptq needs calibration tokens; use rtn without them")
-        if sparsify is not None and sparsify.mask is None and sparsify.method != "magnitude" and tokens is None:
-            problems.add(f"sparsify.method {sparsify.method} needs calibration tokens")
+        if sparsify is not None and sparsify.needs_text and tokens is None:
+            wants = "update" if sparsify.update else f"method {sparsify.method}"
+            problems.add(f"sparsify.{wants} needs calibration tokens")
         if tokens is not None:
             check_tokens(tokens, network, problems)

@@ -88,7 +88,7 @@ def run(
         NumericalError: NaN or Inf in the weights or activations; names the linear or the block.
     """
     settings = {
-        **config.model_dump(mode="json"),
+        **config.key,
         "calibrated_on": calibration,
         "calibration_digest": None if tokens is None else digest_text(str(tokens.tolist())),
     }
@@ -149,7 +149,7 @@ def check(config: SparsifyConfig, network: Any, targets: list[Target], tokens: t
                     f"and {len(wrong) - 5} more linears; add them to sparsify.ignore or choose another pattern"
                 )
         if tokens is None:
-            if config.mask is None and config.method != "magnitude":
-                problems.add(f"method {config.method} needs calibration tokens")
+            if config.needs_text:
+                problems.add(f"{'update' if config.update else f'method {config.method}'} needs calibration tokens")
         else:
             check_tokens(tokens, network, problems)
