@@ -233,7 +233,10 @@ class QuantizeConfig(Config):
     bits: Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole_number)] = Field(4, description="bits a weight")
     group_size: PositiveInt | None = Field(64, description="weights of a row that share a scale; null is the whole row")
     symmetric: bool = Field(False, description="the code for zero is the middle one and is not stored")
-    act_order: bool = Field(True, description="gptq takes columns by falling activity; groups stay contiguous")
+    act_order: bool = Field(
+        True,
+        description="gptq takes columns by falling activity; groups stay contiguous; not where the same loop prunes",
+    )
     damping: float = Field(0.01, gt=0, description="added to the hessian's diagonal, as a fraction of its mean")
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors", description="how the model is stored; vLLM opens both, transformers alone the first"
