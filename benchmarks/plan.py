@@ -20,7 +20,7 @@ import yaml
 
 from common import RESULTS, save
 from memory import write_llama
-from sqft.model.sources import localize
+from sqft.model.sources import local_folder
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 FOLDERS = {"quantize": "quantized", "finetune": "adapter", "search": "sub_adapter", "merge": "merged"}
@@ -30,7 +30,7 @@ def write_recipes(at: Path) -> dict[str, Path]:
     """Write both recipes, without the figures of earlier runs that they show beside."""
     small = yaml.safe_load(QUICKSTART.read_text())
     del small["evaluate"]["baselines"]
-    write_llama(at / "llama", localize(small["model"], at))
+    write_llama(at / "llama", local_folder(small["model"], at))
     large = json.loads(json.dumps(small)) | {"name": "large", "model": str(at / "llama")}
     large["data"]["options"] |= {"train_size": 200, "test_size": 8}
     large["sparsify"]["calibration"]["samples"] = 16

@@ -26,7 +26,7 @@ from sqft.disk import read_json, write_json
 from sqft.errors import InputError, Problems, SqftError
 from sqft.locks import run_lock
 from sqft.model.opening import load_tokenizer
-from sqft.model.sources import localize
+from sqft.model.sources import local_folder
 from sqft.model.targets import find_targets, skeleton
 from sqft.recipe import SparsifyConfig
 from sqft.stages import evaluate, finetune, merge, quantize, report, search, sparsify, verify
@@ -85,7 +85,7 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         if not processes.first():
             processes.meet()
         announce("reading model and data")
-        dense = localize(recipe.model, out, recipe.revision)
+        dense = local_folder(recipe.model, out, recipe.revision)
         recipe = dated(recipe, dense, out)
         inputs = _prepare(recipe, dense)
         base = dense

@@ -88,10 +88,10 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     """
     from transformers import AutoConfig
 
-    from sqft.model.sources import localize
+    from sqft.model.sources import local_folder
 
     workspace.mkdir(parents=True, exist_ok=True)
-    model = localize(recipe.model, workspace, recipe.revision)
+    model = local_folder(recipe.model, workspace, recipe.revision)
     config = AutoConfig.from_pretrained(model, trust_remote_code=recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"model {recipe.model}: is quantised; a forecast needs a float model, whose copy it shortens")

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sqft.errors import InputError
+from sqft.model.load import open_model
 from sqft.model.targets import decoder_blocks, skeleton
 from sqft.model.whole import check_whole
 from sqft.storage.checkpoint import Checkpoint
@@ -60,6 +62,22 @@ def test_blocks_that_transformers_leaves_on_purpose_pass(
 def test_fewer_blocks_than_the_config_names_are_refused(damaged: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=r"lacks model\.layers\.2\.\S+, .* and 13 more"):
         check(damaged(num_hidden_layers=4))
+
+
+@pytest.mark.parametrize("opener", [skeleton, open_model])
+def test_more_blocks_than_tensors_are_refused_before_they_are_built(
+    opener: Callable[[Path], Any], damaged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", lambda self, config, index: built.append(index))
+    with pytest.raises(InputError, match=r"says num_hidden_layers 1000000000, and the folder has 21 tensors in all"):
+        opener(damaged(num_hidden_layers=10**9))
+    assert not built
+
+
+def test_blocks_of_an_inner_config_are_counted_too(damaged: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=r"says text_config\.num_hidden_layers 22, and the folder has 21 tensors"):
+        skeleton(damaged(text_config={"num_hidden_layers": 22}))
 
 
 def test_no_blocks_are_refused(damaged: Callable[..., Path]) -> None:

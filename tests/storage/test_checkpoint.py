@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sqft.adapters.attach import load_model
 from sqft.errors import InputError
-from sqft.model.sources import localize
+from sqft.model.sources import local_folder
 from sqft.storage.checkpoint import INDEX, Checkpoint, copy_model
 
 
@@ -82,12 +82,12 @@ def test_a_pickle_or_nothing_is_refused(tmp_path: Path) -> None:
 )
 def test_an_unknown_model_is_refused(model: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        localize(model, tmp_path)
+        local_folder(model, tmp_path)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no config\.json"):
-        localize(str(tmp_path), tmp_path)
+        local_folder(str(tmp_path), tmp_path)
 
 
 def test_a_hub_name_that_cannot_be_reached_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,12 +96,12 @@ def test_a_hub_name_that_cannot_be_reached_is_refused(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="neither a folder here nor reachable on the Hub"):
-        localize("nobody/no-such-model-at-all", tmp_path)
+        local_folder("nobody/no-such-model-at-all", tmp_path)
 
 
 def test_a_folder_is_itself(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model("llama")
-    assert localize(str(folder), tmp_path) == folder
+    assert local_folder(str(folder), tmp_path) == folder
     shutil.copytree(folder, tmp_path / "x")
     assert Checkpoint(tmp_path / "x").size_bytes == Checkpoint(folder).size_bytes
 
@@ -186,7 +186,7 @@ def test_a_revision_is_of_the_hub(
     from sqft.artifact import describe
 
     with pytest.raises(InputError, match="revision is v1, which only a model of the Hub has"):
-        localize(str(tiny_model("llama")), tmp_path, "v1")
+        local_folder(str(tiny_model("llama")), tmp_path, "v1")
     commit = "0123456789abcdef" * 2 + "01234567"
     snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
     shutil.copytree(tiny_model("llama"), snapshot)
@@ -194,7 +194,7 @@ def test_a_revision_is_of_the_hub(
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *a, **o: asked.append(o["revision"]) or str(snapshot)
     )
-    assert localize("owner/name", tmp_path, "v1") == snapshot
+    assert local_folder("owner/name", tmp_path, "v1") == snapshot
     assert asked == ["v1"]
     assert describe("stage", {}, {"model": snapshot}, 0)["inputs"]["model"]["revision"] == commit
 

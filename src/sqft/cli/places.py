@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 def localize(model: str, beside: Path, revision: str | None = None) -> Path:
     """Return a model's local folder; what must be unpacked goes beside the result, each file in a folder of its own."""
-    from sqft.model.sources import localize as as_folder
+    from sqft.model.sources import local_folder
 
     reference = model if model.startswith("package:") else str(Path(model).expanduser().absolute())
-    return as_folder(model, beside / f"{Path(model).stem}-{digest_text(reference)[:8]}", revision)
+    return local_folder(model, beside / f"{Path(model).stem}-{digest_text(reference)[:8]}", revision)
 
 
 def result_file(options: argparse.Namespace, command: str, *inputs: Path) -> Path:

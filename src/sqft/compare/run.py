@@ -31,7 +31,7 @@ from sqft.disk import read_json, write_json
 from sqft.errors import InputError, Problems, SqftError
 from sqft.locks import exclusive, run_lock
 from sqft.model.opening import load_tokenizer
-from sqft.model.sources import localize
+from sqft.model.sources import local_folder
 from sqft.recipe import QuantizeConfig
 from sqft.stages import evaluate
 from sqft.storage.checkpoint import Checkpoint
@@ -123,7 +123,7 @@ def _make_bases(recipe: Recipe, out: Path, bases: set[Base], announce: Callable[
         announce("the bases that rows share")
         needed: Base = "int4" if "int4" in bases else "sparse" if "sparse" in bases else "dense"
         pipeline.run(base_recipe(recipe, needed), shared, announce)
-        return localize(recipe.model, shared, recipe.revision)
+        return local_folder(recipe.model, shared, recipe.revision)
 
 
 def _data_digest(recipe: Recipe, model: Path) -> str:

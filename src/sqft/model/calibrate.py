@@ -139,7 +139,7 @@ def _identity(weight: torch.Tensor) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder block in memory, as the visitor meets it.
+    """A decoder block in memory, as the visitor gets it.
 
     Attributes:
         index: position among the blocks.
@@ -279,7 +279,7 @@ def visit_blocks(
     Args:
         folder: the model folder; tensors are read from it block by block.
         targets: from :func:`sqft.model.targets.find_targets`.
-        tokens: calibration tokens, int64 [samples, length]; None where nobody needs what the inputs look like.
+        tokens: calibration tokens, int64 [samples, length]; None where no statistics of inputs are needed.
         visit: called once a block.
         batch: sequences run at a time.
         hessian: whether the statistics hold second-order information.

@@ -1,4 +1,4 @@
-"""Which models a quantised format can hold, and which folders of it stock transformers opens; asked before any work.
+"""Which models a quantised format can hold, and which folders of it stock transformers opens; checked before any work.
 
 What a format cannot hold is found from the targets. What transformers cannot open is found by trying: the model is
 opened as a user would open it, by `from_pretrained` with its quantiser, over tensors of the right names, dtypes and

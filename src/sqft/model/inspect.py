@@ -23,7 +23,7 @@ def inspect_model(folder: str | Path, *, trust_remote_code: bool = False) -> dic
         {sparsity: fraction of zeros of the linears in the decoder blocks, total_sparsity: of all tensors, layers:
         [{name, shape, sparsity, weights, patterns}], precision: {dtype: share of values}, size_bytes}. `patterns` lists
         the N:M patterns that every group of the layer's rows keeps to. A quantised model's zeros are the codes that
-        equal the zero point; its precision is told as int4 and the like, and `quantization` has its scheme.
+        equal the zero point; its precision is int4 and the like, and `quantization` has its scheme.
 
     Raises:
         InputError: the folder is no model folder.

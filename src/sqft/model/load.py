@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from sqft.model.opening import check_complete, hide_bars_of_compressed_tensors, reading
+from sqft.model.opening import check_blocks, check_complete, hide_bars_of_compressed_tensors, reading
 from sqft.model.packed import PackedLinear
 from sqft.storage.checkpoint import Checkpoint, plain_files
 from sqft.storage.integers import quantization_config
@@ -37,8 +37,10 @@ def open_model(
     from transformers import AutoModelForCausalLM
 
     stored = quantization_config(folder)
+    checkpoint = Checkpoint(folder)
+    check_blocks(folder, len(checkpoint.entries))
     # Not "auto", which takes the dtype that config.json names: merging adds to the weights as they are stored.
-    options: dict[str, Any] = {"dtype": Checkpoint(folder).dtype, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": checkpoint.dtype, "trust_remote_code": trust_remote_code}
     if attention is not None:
         options["attn_implementation"] = attention
     if stored is not None and (packed or stored.get("quant_method") == "gptq"):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+_BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -71,6 +73,28 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_blocks(folder: str | Path, tensors: int) -> None:
+    """Refuse a config that names more blocks than the folder has tensors: building them alone would take all memory.
+
+    Args:
+        folder: model folder.
+        tensors: how many tensors it has.
+
+    Raises:
+        InputError: names the key and both numbers.
+    """
+    places = [("", read_json(Path(folder) / "config.json"))]
+    for where, values in places:  # grows by what lies inside
+        for key, value in values.items():
+            if isinstance(value, dict):
+                places.append((f"{where}{key}.", value))
+            elif key in _BLOCK_COUNTS and isinstance(value, int) and value > tensors:
+                raise InputError(
+                    f"model {folder}: its config.json says {where}{key} {value}, and the folder has {tensors} tensors "
+                    "in all; set it to what the weights have, or get the checkpoint again"
+                )
 
 
 def check_complete(folder: str | Path, missing: Iterable[str]) -> None:

@@ -1,11 +1,11 @@
-"""Packed weights through transformers' own door: a quantiser that `from_pretrained` uses where it is asked to.
+"""Packed weights through `from_pretrained`: a quantiser registered with transformers.
 
     AutoModelForCausalLM.from_pretrained(folder, config=sqft.packed_config(folder))
 
 opens a compressed-tensors or GPTQ folder with its integers packed in memory (:class:`sqft.model.packed.PackedLinear`);
 device maps, shards, tied weights, generation config and the report of missing weights are transformers'. Without the
-config the folder opens as it always did: nothing is patched. The config is how to ask, because transformers refuses a
-`quantization_config` argument of another class than the folder's own.
+config the folder opens as it always did: nothing is patched. The config selects it, because transformers
+refuses a `quantization_config` argument of another class than the folder's own.
 """
 
 from __future__ import annotations

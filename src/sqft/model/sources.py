@@ -2,7 +2,7 @@
 
 A reference is a Hub id, a folder, a `.gguf` file, or `package:NAME/FILE.gguf` for a file in a Python package. Every
 stage works on a local folder of safetensors, because stages stream tensors from disk; a GGUF file is therefore unpacked
-once into a folder (:func:`localize`). Pickle checkpoints are refused.
+once into a folder (:func:`local_folder`). Pickle checkpoints are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def localize(model: str, workspace: Path, revision: str | None = None) -> Path:
+def local_folder(model: str, workspace: Path, revision: str | None = None) -> Path:
     """Return a local folder with the model's config, tokenizer and safetensors.
 
     Args:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sqft.errors import InputError, Problems
-from sqft.model.opening import load_config
+from sqft.model.opening import check_blocks, load_config
 from sqft.model.uses import Matrices, Use, parameter_uses
 from sqft.storage.checkpoint import Checkpoint
 
@@ -70,33 +70,31 @@ class Target:
 
 
 def skeleton(
-    folder: str | Path,
-    *,
-    attention: str | None = None,
-    experts_one_by_one: bool = False,
-    trust_remote_code: bool = False,
+    folder: str | Path, *, experts_one_by_one: bool = False, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Return the model of a folder with its parameters on the meta device and its buffers real (rotary tables).
 
     Args:
         folder: the model folder; of a quantised one, the float model that it stands for is returned.
-        attention: attention implementation; None leaves transformers' choice.
         experts_one_by_one: one product per expert, so that each can be seen, in place of transformers' grouped one.
         trust_remote_code: passed to transformers.
+
+    Raises:
+        InputError: the config makes no model, or one of more blocks than there are tensors.
     """
     from accelerate import init_empty_weights
 
+    checkpoint = Checkpoint(folder)
+    check_blocks(folder, len(checkpoint.entries))
     config = load_config(folder, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    dtype = Checkpoint(folder).dtype
-    options = {} if attention is None else {"attn_implementation": attention}
     if experts_one_by_one:
         config._experts_implementation = "eager"
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+                config, dtype=checkpoint.dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # a damaged config may make a model's constructor raise anything
         said = (str(error).splitlines() or [type(error).__name__])[0]
@@ -228,7 +226,7 @@ def find_targets(
 
 
 def _refuse_unclear(model: PreTrainedModel, unclear: Mapping[Target, str]) -> None:
-    """Refuse parameters by name, those of the same name in other blocks together."""
+    """Raise an error that names the parameters, those of the same name in other blocks together."""
     alike: dict[str, list[Target]] = {}
     for target in unclear:
         alike.setdefault(target.name.rpartition(".")[2], []).append(target)

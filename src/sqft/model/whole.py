@@ -1,4 +1,4 @@
-"""Whether a folder's tensors are those of the model that its config describes; asked before any work on them.
+"""Whether a folder's tensors are those of the model that its config describes; checked before any work on them.
 
 transformers opens a folder that lacks tensors, or has too many, and fills or leaves them with a warning. A compressed
 model made of it would be another one than was trained, so what transformers only warns of is refused here.

@@ -36,7 +36,8 @@ from sqft.model.prune import BlockPruner, make_pruner, mask_view, masked_of, pac
 from sqft.model.targets import Target, coverage_of, find_targets, skeleton
 from sqft.model.whole import check_whole
 from sqft.recipe import CalibrationConfig
-from sqft.storage.checkpoint import Checkpoint, allocate, allocate_file, copy_side_files
+from sqft.storage.allocate import allocate, allocate_file
+from sqft.storage.checkpoint import Checkpoint, copy_side_files
 from sqft.storage.integers import quantization_config
 from sqft.storage.masks import SPARSE_FROM, START_FILE, load_mask, write_masks
 from sqft.storage.scheme import Scheme

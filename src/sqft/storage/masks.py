@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from sqft.artifact import MANIFEST, Artifact, digest_input
 from sqft.core.mask import unpack_mask
 from sqft.errors import InputError, Problems
+from sqft.storage.allocate import allocate_file
 from sqft.storage.archive import ArchiveFile, open_archive, stored, unpack_file
-from sqft.storage.checkpoint import Checkpoint, allocate_file
+from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
