@@ -27,6 +27,7 @@ import torch
 import sqft.core.gptq as gptq_module
 from common import save
 from sqft.adapters.attach import load_model
+from sqft.context import Context
 from sqft.core.gptq import Quantized, _QuantizingLoop, gptq
 from sqft.data.calibration import calibration_tokens, perplexity_tokens
 from sqft.model.opening import load_tokenizer
@@ -136,7 +137,7 @@ def main() -> None:
         (folder / "peer.py").write_text(PEER)
 
         def joint(out: Path) -> None:
-            quantize.run(QuantizeConfig(), options.model, tokens, out, seed=0, sparsify=sparse)
+            quantize.run(QuantizeConfig(), options.model, tokens, out, Context(), sparsify=sparse)
 
         def without_mask(out: Path) -> None:
             quantize.gptq = mask_ignored
@@ -157,7 +158,7 @@ def main() -> None:
             return run
 
         work: dict[str, Callable[[Path], Any]] = {
-            "sqft wanda": lambda out: sparsify.run(sparse, options.model, tokens, out, seed=0),
+            "sqft wanda": lambda out: sparsify.run(sparse, options.model, tokens, out, Context()),
             "sqft wanda + gptq": joint,
             "sqft, mask ignored": without_mask,
             "sqft, feedback forgotten": forgetful,

@@ -30,6 +30,7 @@ import torch
 from common import peak_memory, save
 from sqft.adapters.attach import load_model
 from sqft.adapters.layers import sqft_layers
+from sqft.context import Context
 from sqft.data.calibration import calibration_tokens
 from sqft.model.opening import load_tokenizer
 from sqft.recipe import CalibrationConfig, FinetuneConfig, MergeConfig, QuantizeConfig, SparsifyConfig
@@ -105,9 +106,9 @@ def main() -> None:
     tokens = calibration_tokens(calibration, None, load_tokenizer(options.model), 0)
     with tempfile.TemporaryDirectory() as temporary:
         at = Path(temporary)
-        sparsify.run(SparsifyConfig(), options.model, tokens, at / "sparse", seed=0)
-        quantize.run(QuantizeConfig(), at / "sparse", tokens, at / "sparse-int4", seed=0)
-        quantize.run(QuantizeConfig(), options.model, tokens, at / "dense-int4", seed=0)
+        sparsify.run(SparsifyConfig(), options.model, tokens, at / "sparse", Context())
+        quantize.run(QuantizeConfig(), at / "sparse", tokens, at / "sparse-int4", Context())
+        quantize.run(QuantizeConfig(), options.model, tokens, at / "dense-int4", Context())
         training = {
             "dense": adapter(options.model, "dense", at / "dense-lora"),
             "LoRA, Shears": adapter(at / "sparse", "dense", at / "lora"),
@@ -115,8 +116,8 @@ def main() -> None:
             "GPTQ + LoRA, SQFT": adapter(at / "sparse-int4", "dense", at / "int4-lora"),
             "QA-SparsePEFT": adapter(at / "sparse-int4", "quantized", at / "qa"),
         }
-        merge.run(MergeConfig(), at / "sparse", at / "masked", at / "merged")
-        merge.run(MergeConfig(), at / "sparse-int4", at / "qa", at / "merged-int4")
+        merge.run(MergeConfig(), at / "sparse", at / "masked", at / "merged", Context())
+        merge.run(MergeConfig(), at / "sparse-int4", at / "qa", at / "merged-int4", Context())
         # (name, precision, mergeable, folder, adapter, training memory's row)
         models: list[tuple[str, str, str, Path, Path | None, str | None]] = [
             ("dense", "BF16", "", options.model, None, None),

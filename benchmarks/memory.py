@@ -34,6 +34,7 @@ def one(base: str, kind: str, out: str, steps: int, threads: int) -> None:
     import torch
 
     from sqft.adapters.attach import load_model
+    from sqft.context import Context
     from sqft.memory import begin_peak, peak_memory_bytes
     from sqft.recipe import FinetuneConfig
     from sqft.stages import finetune, merge  # noqa: F401
@@ -46,7 +47,7 @@ def one(base: str, kind: str, out: str, steps: int, threads: int) -> None:
     config = FinetuneConfig.model_validate(
         {"kind": kind, "ranks": [32], "max_steps": steps, "length": 256, "batch": 2, "attention": "eager"}
     )
-    artifact = finetune.run(config, Path(base), pairs, [], Path(out), seed=0, data={})
+    artifact = finetune.run(config, Path(base), pairs, [], Path(out), Context(), data={})
     found = {"peak": artifact.manifest["peak_memory_bytes"], "libraries": libraries}
     model = load_model(Path(base), packed=True)
     found["model"] = resident(model)
@@ -72,11 +73,12 @@ def write_llama(folder: Path, like: Path) -> None:
 
 
 def measure(model: Path, at: Path, steps: int, threads: int) -> list[dict[str, Any]]:
+    from sqft.context import Context
     from sqft.recipe import QuantizeConfig, SparsifyConfig
     from sqft.stages import quantize, sparsify
 
-    sparsify.run(SparsifyConfig(method="magnitude"), model, None, at / "sparse", seed=0)
-    quantize.run(QuantizeConfig(method="rtn"), at / "sparse", None, at / "int4", seed=0)
+    sparsify.run(SparsifyConfig(method="magnitude"), model, None, at / "sparse", Context())
+    quantize.run(QuantizeConfig(method="rtn"), at / "sparse", None, at / "int4", Context())
     rows = []
     for name, (base, kind) in RUNS.items():
         command = [sys.executable, __file__, "--one", str(at / base), kind, str(at / f"{base}-{kind}")]

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common import RESULTS, save
+from sqft.context import Context
 from sqft.data.calibration import calibration_tokens
 from sqft.data.load import load_examples
 from sqft.model.opening import load_tokenizer
@@ -56,7 +57,7 @@ def main() -> None:
         tokens = calibration_tokens(sparse.calibration, data, tokenizer, 0)
         base = options.out / task.replace(":", "-")
         base.parent.mkdir(parents=True, exist_ok=True)
-        quantize.run(QuantizeConfig(), options.model, tokens, base, seed=0, sparsify=sparse)
+        quantize.run(QuantizeConfig(), options.model, tokens, base, Context(), sparsify=sparse)
         pairs[task] = [(e.prompt, e.answer) for e in load_examples(data, "train", 0, tokenizer)]
     found: dict[str, dict[str, list[dict[str, float]]]] = {task: {s: [] for s in STARTS} for task in TASKS}
     known = json.loads(RECORD.read_text()) if RECORD.is_file() else {"settings": {}}
@@ -72,10 +73,10 @@ def main() -> None:
                     batch=4,
                 )  # fmt: skip
                 adapter, merged = out / "adapter", out / "merged"
-                finetune.run(config, base, pairs[task], [], adapter, seed=seed, data={"task": task})
-                merge.run(MergeConfig(), base, adapter, merged)
+                finetune.run(config, base, pairs[task], [], adapter, Context(seed), data={"task": task})
+                merge.run(MergeConfig(), base, adapter, merged, Context())
                 scores = evaluate.run(
-                    EvaluateConfig(limit=options.rows, batch=32), data, merged, None, out / "eval.json", seed=0
+                    EvaluateConfig(limit=options.rows, batch=32), data, merged, None, out / "eval.json", Context()
                 )["tasks"][task]
                 log = json.loads((adapter / "sqft" / "training_log.json").read_text())["train"]
                 entry = {

@@ -21,12 +21,13 @@ from common import save
 from sqft.adapters.attach import load_model
 from sqft.adapters.cached import cached_weights
 from sqft.adapters.saved import SavedAdapter
+from sqft.context import Context
 from sqft.core.climb import as_configuration
 from sqft.data.load import load_tasks
 from sqft.evaluation.harness import score_examples
 from sqft.model.opening import load_tokenizer
 from sqft.recipe import DataConfig, SearchConfig
-from sqft.stages import search
+from sqft.stages import extract
 
 SEARCHES = ("hill_climbing", "random", "nsga2")
 POINTS = ("heuristic", "maximal", "minimal")
@@ -67,8 +68,8 @@ def main() -> None:
         config = SearchConfig(
             strategy=strategy, turns=options.turns, neighbours=options.neighbours, samples=options.rows, batch=64
         )
-        search.run(config, options.adapter, out, base=options.base, rows=validation)
-        record = json.loads((out / search.RECORD).read_text()) if strategy in SEARCHES else None
+        extract.run(config, options.adapter, out, Context(), base=options.base, rows=validation)
+        record = json.loads((out / extract.RECORD).read_text()) if strategy in SEARCHES else None
         ranks = json.loads((out / "sqft" / "ranks.json").read_text())["ranks"]
         right = judge(out)
         heuristic = heuristic or right

@@ -74,6 +74,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if not options.folder.exists():
         write_model(options.folder)
+    from sqft.context import Context
     from sqft.recipe import QuantizeConfig, SparsifyConfig
     from sqft.stages import quantize, sparsify
     from sqft.storage.checkpoint import Checkpoint
@@ -96,9 +97,9 @@ def main() -> None:
     start = time.perf_counter()
     if options.joint:
         config = QuantizeConfig(group_size=64)
-        artifact = quantize.run(config, options.folder, tokens, out, seed=0, sparsify=SparsifyConfig())
+        artifact = quantize.run(config, options.folder, tokens, out, Context(), sparsify=SparsifyConfig())
     else:
-        artifact = sparsify.run(SparsifyConfig(), options.folder, tokens, out, seed=0)
+        artifact = sparsify.run(SparsifyConfig(), options.folder, tokens, out, Context())
     seconds = time.perf_counter() - start
     running = False
     watcher.join()

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 from crashes import Work, kill_everywhere
-from sqft.artifact import describe, finished, finished_result, write_result, writing
+from sqft.artifact import describe, reuse, writing
+from sqft.context import Context
+from sqft.stage import reuse_result, write_result
 
 
 def _source(folder: Path) -> dict[str, Path]:
@@ -22,7 +24,7 @@ def _source(folder: Path) -> dict[str, Path]:
 def stage(folder: Path) -> None:
     """A stage that begins anew after a kill."""
     description = describe("stage", {"a": 1}, _source(folder), 0)
-    if finished(folder / "made", description):
+    if reuse(folder / "made", description):
         return
     with writing(folder / "made", description) as draft:
         for name in ("one.safetensors", "two.safetensors"):
@@ -33,7 +35,7 @@ def stage(folder: Path) -> None:
 def resumed_stage(folder: Path) -> None:
     """A stage that goes on from its checkpoints."""
     description = describe("stage", {"a": 1}, _source(folder), 0)
-    if finished(folder / "made", description):
+    if reuse(folder / "made", description):
         return
     with writing(folder / "made", description) as draft:
         draft.checkpoints.mkdir(exist_ok=True)
@@ -50,7 +52,7 @@ def result(folder: Path) -> None:
     """A JSON result beside an earlier one."""
     description = describe("verify", {}, _source(folder), 0)
     for name in ("one.json", "two.json"):
-        if finished_result(folder / name, description) is None:
+        if reuse_result(folder / name, description) is None:
             write_result(folder / name, description, {"passed": True})
         assert json.loads((folder / name).read_text())["passed"]
 
@@ -76,7 +78,7 @@ def _base(folder: Path) -> Path:
 
     config = QuantizeConfig(method="rtn", group_size=16)
     base = folder.parent.parent / "base"
-    quantize.run(config, _model(folder), None, base, seed=0, sparsify=SparsifyConfig(method="magnitude"))
+    quantize.run(config, _model(folder), None, base, Context(), sparsify=SparsifyConfig(method="magnitude"))
     return base
 
 
@@ -88,7 +90,7 @@ def _finetuned(folder: Path, out: Path) -> Path:
         kind="quantized", ranks=[4, 2], lora_alpha=8, max_steps=3, length=64, batch=2, save_every=1,
         learning_rate=0.02, target_modules=["q_proj", "up_proj"],
     )  # fmt: skip
-    finetune.run(config, _base(folder), _pairs(), [], out, seed=0, data={})
+    finetune.run(config, _base(folder), _pairs(), [], out, Context(), data={})
     return out
 
 
@@ -97,7 +99,7 @@ def sparsify(folder: Path) -> None:
     from sqft.recipe import SparsifyConfig
     from sqft.stages import sparsify as stage_
 
-    stage_.run(SparsifyConfig(method="magnitude"), _model(folder), None, folder / "sparse", seed=0)
+    stage_.run(SparsifyConfig(method="magnitude"), _model(folder), None, folder / "sparse", Context())
 
 
 def quantize(folder: Path) -> None:
@@ -106,7 +108,7 @@ def quantize(folder: Path) -> None:
     from sqft.stages import quantize as stage_
 
     config = QuantizeConfig(method="rtn", group_size=16)
-    stage_.run(config, _model(folder), None, folder / "int4", seed=0, sparsify=SparsifyConfig(method="magnitude"))
+    stage_.run(config, _model(folder), None, folder / "int4", Context(), sparsify=SparsifyConfig(method="magnitude"))
 
 
 def finetune(folder: Path) -> None:
@@ -118,25 +120,27 @@ def search(folder: Path) -> None:
     """A search whose study is a file that grows."""
     from sqft.data.tasks import Example, Task
     from sqft.recipe import SearchConfig
-    from sqft.stages import search as stage_
+    from sqft.stages import extract as stage_
 
     adapter = _finetuned(folder, folder.parent.parent / "adapter")
     rows = [(Task("sums", "exact"), [Example(*pair) for pair in _pairs()[:3]])]
     config = SearchConfig(strategy="hill_climbing", turns=1, neighbours=2, samples=3)
-    stage_.run(config, adapter, folder / "sub", base=_base(folder), rows=rows)
+    stage_.run(config, adapter, folder / "sub", Context(), base=_base(folder), rows=rows)
 
 
 def merge(folder: Path) -> None:
     """Extracting, merging, and the proof."""
     from sqft.recipe import MergeConfig, SearchConfig, VerifyConfig
+    from sqft.stages import extract as extracting
     from sqft.stages import merge as merging
-    from sqft.stages import search as extracting
     from sqft.stages import verify
 
     adapter, base = _finetuned(folder, folder.parent.parent / "adapter"), _base(folder)
-    extracting.run(SearchConfig(), adapter, folder / "sub")
-    merging.run(MergeConfig(), base, folder / "sub", folder / "merged")
-    proof = verify.run(VerifyConfig(prompts=1), folder / "merged", base, folder / "sub", folder / "verify.json")
+    extracting.run(SearchConfig(), adapter, folder / "sub", Context())
+    merging.run(MergeConfig(), base, folder / "sub", folder / "merged", Context())
+    proof = verify.run(
+        VerifyConfig(prompts=1), folder / "merged", base, folder / "sub", folder / "verify.json", Context()
+    )
     assert proof["passed"]
 
 

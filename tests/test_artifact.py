@@ -15,16 +15,15 @@ from sqft.artifact import (
     Artifact,
     describe,
     digest_input,
-    finished,
-    finished_result,
     key_of,
     partial_of,
-    write_result,
+    reuse,
     writing,
 )
 from sqft.disk import check_space, write_json
 from sqft.errors import InputError
 from sqft.locks import run_lock
+from sqft.stage import reuse_result, write_result
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ class TestWriting:
             (draft.path / "half").write_bytes(b"half")
             raise KeyboardInterrupt
         assert not folder.exists()
-        assert finished(folder, description) is None
+        assert reuse(folder, description) is None
         with writing(folder, description) as draft:
             assert (draft.checkpoints / "step").read_bytes() == b"step 3"
             assert not (draft.path / "half").exists()
@@ -165,7 +164,7 @@ class TestWriting:
         assert result.returncode == -9
         assert not folder.exists()
         description = describe("s", {}, {"model": source}, 0)
-        assert finished(folder, description) is None
+        assert reuse(folder, description) is None
         assert make(folder, description).manifest["files"].keys() == {"model"}
 
 
@@ -211,17 +210,17 @@ class TestKey:
 
 class TestFinished:
     def test_not_yet(self, tmp_path, description):
-        assert finished(tmp_path / "sparse", description) is None
+        assert reuse(tmp_path / "sparse", description) is None
 
     def test_a_folder_with_the_same_key_is_taken(self, tmp_path, description):
         made = make(tmp_path / "sparse", description)
-        assert finished(made.path, description) == made
+        assert reuse(made.path, description) == made
 
     def test_another_recipes_folder_is_refused_with_what_differs(self, tmp_path, source, description):
         made = make(tmp_path / "sparse", description)
         wanted = describe("sparsify", {"sparsity": 0.7, "calibration": {"samples": 8}, "new": 1}, {"model": source}, 3)
         with pytest.raises(InputError) as caught:
-            finished(made.path, wanted)
+            reuse(made.path, wanted)
         text = str(caught.value)
         assert "sparse belongs to another recipe (delete it to make it again, or choose another --out)" in text
         assert "sparsity was 0.5, is now 0.7" in text
@@ -232,21 +231,21 @@ class TestFinished:
     def test_a_setting_that_is_gone_is_named(self, tmp_path, source, description):
         made = make(tmp_path / "sparse", description)
         with pytest.raises(InputError, match=r"calibration.samples was 8, is now 'absent'"):
-            finished(made.path, describe("sparsify", {"sparsity": 0.5, "calibration": {}}, {"model": source}, 0))
+            reuse(made.path, describe("sparsify", {"sparsity": 0.5, "calibration": {}}, {"model": source}, 0))
 
     def test_a_changed_input_is_named(self, tmp_path, source, description):
         made = make(tmp_path / "sparse", description)
         (source / "weights").write_bytes(b"123456789")
         wanted = describe("sparsify", description["config"], {"model": source}, 0)
         with pytest.raises(InputError, match=r"its input model \(.*source\) has changed"):
-            finished(made.path, wanted)
+            reuse(made.path, wanted)
 
     def test_another_recipes_unfinished_work_is_refused(self, tmp_path, source, description):
         folder = tmp_path / "adapter"
         wanted = describe("sparsify", {**description["config"], "sparsity": 0.7}, {"model": source}, 0)
         with pytest.raises(MemoryError), writing(folder, description):
             raise MemoryError
-        assert finished(folder, wanted) is None  # nothing was made that could be lost
+        assert reuse(folder, wanted) is None  # nothing was made that could be lost
         with pytest.raises(KeyboardInterrupt), writing(folder, description) as draft:
             draft.checkpoints.mkdir()
             (draft.checkpoints / "step").touch()
@@ -254,7 +253,7 @@ class TestFinished:
         with pytest.raises(
             InputError, match=r"\.partial-adapter belongs to another recipe .*sparsity was 0.5, is now 0.7"
         ):
-            finished(folder, wanted)
+            reuse(folder, wanted)
 
     def test_a_document_or_an_adapter_beside_a_model_does_not_change_it(self, source, description):
         (source / "README.md").write_text("mended")
@@ -285,21 +284,21 @@ class TestFinished:
         (made.path / "README.md").write_text("a document")
         assert digest_input(made.path) == made.digest
         change(made.path)
-        for use in (lambda: digest_input(made.path), lambda: finished(made.path, description)):
+        for use in (lambda: digest_input(made.path), lambda: reuse(made.path, description)):
             with pytest.raises(InputError, match=message):
                 use()
 
     def test_a_strangers_folder_is_refused(self, source, description):
         with pytest.raises(InputError, match=r"has no readable sqft/manifest.json; it was not written by sqft"):
-            finished(source, description)
+            reuse(source, description)
 
 
 class TestResults:
     def test_a_result_is_found_again(self, tmp_path, description):
         path = tmp_path / "verify.json"
-        assert finished_result(path, description) is None
+        assert reuse_result(path, description) is None
         written = write_result(path, description, {"passed": True})
-        assert finished_result(path, description) == written == json.loads(path.read_text())
+        assert reuse_result(path, description) == written == json.loads(path.read_text())
         assert written["passed"] is True
         assert "torch" in written["versions"]
 
@@ -307,14 +306,14 @@ class TestResults:
         path = tmp_path / "verify.json"
         write_result(path, description, {"passed": True})
         with pytest.raises(InputError, match="seed was 0, is now 5"):
-            finished_result(path, {**description, "seed": 5})
+            reuse_result(path, {**description, "seed": 5})
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"passed": true}'])
     def test_a_strangers_file_is_refused(self, tmp_path, description, text):
         path = tmp_path / "verify.json"
         path.write_text(text)
         with pytest.raises(InputError, match=r"verify.json: not written by sqft"):
-            finished_result(path, description)
+            reuse_result(path, description)
 
     def test_json_is_whole_or_unchanged(self, tmp_path):
         path = tmp_path / "x.json"

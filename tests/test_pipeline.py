@@ -13,9 +13,12 @@ import yaml
 from safetensors.torch import load_file
 
 from sqft import cli, pipeline
+from sqft.context import Context
+from sqft.data.load import Data
 from sqft.data.tasks import Example, Task
 from sqft.errors import InputError
-from sqft.pipeline import _leaks, _prepare, _tell, _write_summary, run
+from sqft.pipeline import _log_checks, _write_summary, run
+from sqft.preparation import Inputs, _leaks, prepare
 from sqft.recipe import Recipe, load_recipe
 from sqft.storage.checkpoint import Checkpoint
 
@@ -74,6 +77,10 @@ def test_one_command_makes_everything_and_again_does_nothing(
     assert cli.run(["run", str(recipe), "--out", str(out)]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert not list(out.glob(".partial*"))
+
+
+def prepared(recipe: Recipe) -> Inputs:
+    return prepare(recipe, Context(recipe.seed), Path(recipe.model))
 
 
 INT4 = ["--set", "quantize={group_size: 16}", "--set", "finetune.kind=quantized"]
@@ -208,12 +215,11 @@ def test_reported_questions_are_not_tuned_or_calibrated_or_selected_on(
 
     reported = "OTHERS" if message and "OTHERS" in message else "HELD"
     made = load_recipe(recipe, [placed(line) for line in [*settings, f"evaluate.tasks=[{reported}]"]])
-    dense = Path(made.model)
     if message is None:
-        _prepare(made, dense)
+        prepared(made)
         return
     with pytest.raises(InputError, match=placed(message)):
-        _prepare(made, dense)
+        prepared(made)
 
 
 def test_sums_that_differ_in_a_sign_alone_are_other_questions(recipe: Path) -> None:
@@ -221,9 +227,11 @@ def test_sums_that_differ_in_a_sign_alone_are_other_questions(recipe: Path) -> N
     train = [Example("p", " 2", question="Calculate 6 / 3."), Example("p", " 5", question="Calculate 6 - 1.")]
     task = Task("held", "exact")
     reported = {"held": (task, [Example("Calculate 6 * 3.", " 18"), Example("calculate  6 - 1.", " 5")], [])}
-    assert [message[:26] for message in _leaks(sums, train, [], reported)] == ["1 of the 2 training rows a"]
-    assert [message[:24] for message in _leaks(sums, [], [(task, train)], reported)] == ["search selects on 1 ques"]
-    assert [message[:26] for message in _leaks(load_recipe(recipe), train, [], reported)] == [
+    assert [message[:26] for message in _leaks(sums, Data(), train, [], reported)] == ["1 of the 2 training rows a"]
+    assert [message[:24] for message in _leaks(sums, Data(), [], [(task, train)], reported)] == [
+        "search selects on 1 ques"
+    ]
+    assert [message[:26] for message in _leaks(load_recipe(recipe), Data(), train, [], reported)] == [
         "2 of the 2 training rows a"
     ]
 
@@ -231,14 +239,14 @@ def test_sums_that_differ_in_a_sign_alone_are_other_questions(recipe: Path) -> N
 def test_worked_examples_that_are_not_there_are_missed_before_any_work(recipe: Path) -> None:
     made = load_recipe(recipe, ["evaluate.fewshot=99"])
     with pytest.raises(InputError, match=r"evaluate.fewshot is 99, but .* has 24 training rows"):
-        _prepare(made, Path(made.model))
+        prepared(made)
 
 
 def test_one_file_is_enough_where_nothing_is_judged(recipe: Path) -> None:
     file = Path(yaml.safe_load(recipe.read_text())["data"]["task"]) / "train.jsonl"
     made = load_recipe(recipe, [f"data.task={file}", "finetune=null", "evaluate=null"])
     assert made.merge is not None and made.verify is not None  # the defaults, with nothing to do
-    assert _prepare(made, Path(made.model)).test == []
+    assert prepared(made).test == []
 
 
 @pytest.mark.parametrize(
@@ -435,7 +443,7 @@ def test_one_file_of_rows_is_enough(
     assert results["tasks"]["rows"]["n"] == 6
     manifest = json.loads((tmp_path / "out" / "adapter" / "sqft" / "manifest.json").read_text())
     assert manifest["config"]["data"]["data"]["test_rows"] == 6
-    found = _prepare(load_recipe(recipe, [*cut[1::2]]), Path(values["model"]))
+    found = prepared(load_recipe(recipe, [*cut[1::2]]))
     assert len(found.test) == 6 and len(found.train) == 32 - 6 - 5
     assert not {e.prompt for e in found.test} & {e.prompt for e in found.train}
     # Single commands take the same flag, and judge the same rows.
@@ -448,7 +456,7 @@ def test_one_file_of_rows_is_enough(
 def test_test_rows_are_refused_where_there_are_some(recipe: Path, tmp_path: Path) -> None:
     made = load_recipe(recipe, ["data.test_rows=3"])
     with pytest.raises(InputError, match=r"data.test_rows is 3, but there is a test split already \(.*test.jsonl\)"):
-        _prepare(made, Path(made.model))
+        prepared(made)
 
 
 def test_the_stable_result_is_that_of_the_furthest_model(tmp_path: Path) -> None:
@@ -457,14 +465,14 @@ def test_the_stable_result_is_that_of_the_furthest_model(tmp_path: Path) -> None
     assert json.loads((tmp_path / "eval.json").read_text())["model"] == "merged"
 
 
-def test_the_proof_is_told_and_what_fails_with_its_numbers(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_checks_are_logged_and_what_fails_with_its_numbers(caplog: pytest.LogCaptureFixture) -> None:
     good = {"name": "codes_equal", "passed": True, "value": 0, "bound": 0, "detail": "150 adapted linears"}
     with caplog.at_level("INFO", "sqft"):
-        _tell([good, {**good, "name": "zeros_kept"}])
+        _log_checks([good, {**good, "name": "zeros_kept"}])
     assert [record.getMessage() for record in caplog.records] == ["all 2 checks hold: codes_equal, zeros_kept"]
     caplog.clear()
     with caplog.at_level("INFO", "sqft"):
-        _tell([good, {**good, "name": "zeros_kept", "passed": False, "value": 3, "detail": "new non-zeros in x"}])
+        _log_checks([good, {**good, "name": "zeros_kept", "passed": False, "value": 3, "detail": "new non-zeros in x"}])
     (said,) = caplog.records
     assert (said.levelname, said.getMessage()) == ("ERROR", "zeros_kept: 3, bound 0; new non-zeros in x")
 
@@ -496,5 +504,5 @@ def test_the_same_command_on_another_day_asks_the_same(
     monkeypatch.setattr(pipeline, "datetime", on(31))
     run(made, tmp_path / "out")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
-    # A new run is told its own day.
-    assert pipeline.dated(made, model, tmp_path / "other").data.date == "2026-01-31T12:00:00"
+    # A new run has its own day.
+    assert pipeline.fix_date(made, Context(), model, tmp_path / "other").data.date == "2026-01-31T12:00:00"

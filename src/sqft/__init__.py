@@ -1,7 +1,7 @@
 """sqft: fine-tune compressed language models so that one compressed model comes out.
 
-`run` takes a recipe through all its stages; each stage is `sqft.stages.NAME.run`. With this package imported, before
-PEFT or after it, PEFT loads masked adapters (peft_type SQFT).
+`run` takes a recipe through all its stages; each stage is a function too, such as `sparsify` and `merge`. With this
+package imported, before PEFT or after it, PEFT loads masked adapters (peft_type SQFT).
 """
 
 from __future__ import annotations
@@ -17,15 +17,23 @@ __all__ = [
     "SqftConfig",
     "SqftError",
     "__version__",
+    "evaluate",
+    "extract",
+    "finetune",
     "inspect_model",
     "load_model",
     "load_recipe",
+    "merge",
     "packed_config",
+    "quantize",
     "rank_space",
     "register_pruner",
     "register_score",
     "run",
+    "search",
     "set_ranks",
+    "sparsify",
+    "verify",
 ]
 
 from sqft.errors import InputError, SqftError
@@ -40,20 +48,29 @@ if TYPE_CHECKING:
     from sqft.model.quantizer import packed_config
     from sqft.pipeline import run
     from sqft.recipe import Recipe, load_recipe
+    from sqft.verbs import evaluate, extract, finetune, merge, quantize, search, sparsify, verify
 
 _HOME = {
     "ElasticRanks": "sqft.adapters.elastic",
     "Recipe": "sqft.recipe",
     "SqftConfig": "sqft.adapters.config",
+    "evaluate": "sqft.verbs",
+    "extract": "sqft.verbs",
+    "finetune": "sqft.verbs",
     "inspect_model": "sqft.model.inspect",
     "load_model": "sqft.adapters.attach",
     "load_recipe": "sqft.recipe",
+    "merge": "sqft.verbs",
     "packed_config": "sqft.model.quantizer",
+    "quantize": "sqft.verbs",
     "rank_space": "sqft.adapters.elastic",
     "register_pruner": "sqft.core.pruners",
     "register_score": "sqft.core.pruners",
     "run": "sqft.pipeline",
+    "search": "sqft.verbs",
     "set_ranks": "sqft.adapters.elastic",
+    "sparsify": "sqft.verbs",
+    "verify": "sqft.verbs",
 }
 
 

@@ -41,8 +41,8 @@ MANIFEST = Path("sqft") / "manifest.json"
 DESCRIPTION = Path("sqft") / "description.json"
 CHECKPOINTS = ".checkpoints"
 PACKAGES = ("sqft", "torch", "transformers", "peft", "lm_eval", "safetensors")
-_DESCRIBED = {"stage": str, "config": dict, "inputs": dict, "seed": int}
-_RECORDED = {**_DESCRIBED, "digest": str, "files": dict, "result": dict}
+DESCRIBED = {"stage": str, "config": dict, "inputs": dict, "seed": int}
+_RECORDED = {**DESCRIBED, "digest": str, "files": dict, "result": dict}
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")  # the Hub's cache
 
 
@@ -119,10 +119,15 @@ def _read_record(file: Path, needed: Mapping[str, type]) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it cannot be read, or something is missing.
     """
-    return _as_record(read_json(file), needed)
+    return as_record(read_json(file), needed)
 
 
-def _as_record(value: Any, needed: Mapping[str, type]) -> dict[str, Any]:
+def as_record(value: Any, needed: Mapping[str, type]) -> dict[str, Any]:
+    """Return a JSON value that is an object with these entries.
+
+    Raises:
+        ValueError: it is none, or lacks some of them.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"holds {type(value).__name__}, not an object")
     wrong = [name for name, kind in needed.items() if not isinstance(value.get(name), kind)]
@@ -197,8 +202,8 @@ def key_of(description: Mapping[str, Any]) -> str:
     return digest_text(json.dumps({**description, "inputs": inputs}, sort_keys=True))
 
 
-def finished(folder: Path, description: Mapping[str, Any]) -> Artifact | None:
-    """Return the stage's artifact if it was already made with this description, None if it is still to be made.
+def reuse(folder: Path, description: Mapping[str, Any]) -> Artifact | None:
+    """Return the finished folder if it was made with this description, None if it is still to be made.
 
     Raises:
         InputError: the folder, or unfinished work beside it, was made with other settings, or the folder has changed.
@@ -207,16 +212,16 @@ def finished(folder: Path, description: Mapping[str, Any]) -> Artifact | None:
         partial = partial_of(folder)
         if _resumable(partial):
             try:
-                unfinished = _read_record(partial / DESCRIPTION, _DESCRIBED)
+                unfinished = _read_record(partial / DESCRIPTION, DESCRIBED)
             except (OSError, ValueError) as error:
                 raise InputError(
                     f"{partial}: is unfinished work with no readable {DESCRIPTION} ({error}), so whose it is cannot be "
                     "told; delete it, or choose another --out"
                 ) from error
-            _refuse_foreign(partial, unfinished, description)
+            refuse_foreign(partial, unfinished, description)
         return None
     artifact = Artifact.open(folder)
-    _refuse_foreign(folder, artifact.manifest, description)
+    refuse_foreign(folder, artifact.manifest, description)
     _tidy(folder)
     return artifact.check()
 
@@ -231,7 +236,17 @@ def _resumable(partial: Path) -> bool:
     return any(path.is_file() for path in (partial / CHECKPOINTS).rglob("*"))
 
 
-def _refuse_foreign(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_foreign(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse what was made with another description.
+
+    Args:
+        folder: the folder or file, for the message.
+        found: the description that it was made with.
+        wanted: the description of this run.
+
+    Raises:
+        InputError: they differ; says in what.
+    """
     if key_of({k: found[k] for k in wanted}) == key_of(wanted):
         return
     where = f"{folder} belongs to another recipe (delete it to make it again, or choose another --out)"
@@ -338,27 +353,3 @@ def _seal(draft: Draft, folder: Path, description: Mapping[str, Any], cost: Mapp
     os.rename(partial, folder)
     sync(folder.parent)
     _tidy(folder)
-
-
-def finished_result(path: Path, description: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a JSON result (verify.json, an evaluation) made with this description, None if it is still to be made.
-
-    Raises:
-        InputError: the file was made with other settings or from other bytes, or not by sqft.
-    """
-    if not path.is_file():
-        return None
-    try:
-        value = read_json(path)
-        made_from = _as_record(value["made_from"], _DESCRIBED)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not written by sqft ({error!r}); move it away or choose another --out") from error
-    _refuse_foreign(path, made_from, description)
-    return dict(value)
-
-
-def write_result(path: Path, description: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a JSON result with what it was made from; whole or not at all."""
-    result = {**value, "versions": versions(), "made_from": dict(description)}
-    write_json(path, result)
-    return result

@@ -7,7 +7,10 @@ line prints the message without a traceback and exits with :attr:`SqftError.exit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class SqftError(Exception):
@@ -53,6 +56,14 @@ class Problems:
         """Note several problems."""
         for message in messages:
             self.add(message)
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """Return what `action` returns; where it raises an error of ours, note that and return None."""
+        try:
+            return action()
+        except SqftError as error:
+            self.add(str(error))
+            return None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._messages)

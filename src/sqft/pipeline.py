@@ -2,42 +2,33 @@
 
 Each stage writes a folder (or a JSON file) under the run's folder and is skipped when it is already there with the same
 settings and inputs, so a run that was interrupted continues by the same command. Everything that can be checked without
-work is checked before the first stage.
+work is checked before the first stage (:mod:`sqft.preparation`).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sqft import processes
-from sqft.data.calibration import calibration_tokens
+from sqft.context import Context
 from sqft.data.chat import uses_clock, with_date
-from sqft.data.load import folds_punctuation, load_examples, load_tasks
-from sqft.data.tasks import question_key
 from sqft.disk import read_json, write_json
-from sqft.errors import InputError, Problems, SqftError
+from sqft.errors import InputError
 from sqft.locks import run_lock
-from sqft.model.opening import load_tokenizer
 from sqft.model.sources import local_folder
-from sqft.model.targets import find_targets, skeleton
-from sqft.recipe import SparsifyConfig
-from sqft.stages import evaluate, finetune, merge, quantize, report, search, sparsify, verify
+from sqft.preparation import Inputs, prepare
+from sqft.stages import evaluate, extract, finetune, merge, quantize, report, sparsify, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from sqft.data.tasks import Example, Task
-    from sqft.recipe import CalibrationConfig, Recipe
+    from sqft.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +53,20 @@ class RunResult:
 def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None] = logger.info) -> RunResult:
     """Take a recipe through all its stages.
 
+    Several processes (`torchrun`) share the training. The first does all else: the others wait until there is what is
+    trained on, and are done when the training is.
+
     Args:
         recipe: what to do.
         out: the run's folder; None is runs/NAME.
-        announce: told the name of each stage as it begins.
+        announce: called with the name of each stage as it begins.
+
+    Returns:
+        Where the results are, and whether the merged model passed its checks.
 
     Raises:
         InputError: something of the recipe, model or data cannot be used; before any work, and all at once where it can
             be.
-
-    Several processes (`torchrun`) share the training. The first does all else: the others wait until there is what is
-    trained on, and are done when the training is.
     """
     if processes.count() > 1 and recipe.finetune is None:
         raise InputError(
@@ -83,90 +77,137 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         torch.set_num_threads(recipe.threads)
     with run_lock(out) if processes.first() else nullcontext():
         if not processes.first():
-            processes.meet()
+            processes.barrier()
         announce("reading model and data")
         dense = local_folder(recipe.model, out, recipe.revision)
-        recipe = dated(recipe, dense, out)
-        inputs = _prepare(recipe, dense)
-        base = dense
-        models: dict[str, tuple[Path, Path | None]] = {"dense": (dense, None)}
-        common: dict[str, Any] = {"seed": recipe.seed, "trust_remote_code": recipe.trust_remote_code}
-        verified = None
-
-        if recipe.sparsify is not None and not recipe.joint:
-            announce("sparsify")
-            drawn = None if inputs.tokens is None else inputs.source
-            sparsify.run(recipe.sparsify, dense, inputs.tokens, out / "sparse", calibration=drawn, **common)
-            base = out / "sparse"
-            models["sparse"] = (base, None)
-
-        if recipe.quantize is not None:
-            announce("sparsify and quantize" if recipe.joint else "quantize")
-            drawn = None if inputs.quantize_tokens is None else inputs.source
-            quantize.run(
-                recipe.quantize, base, inputs.quantize_tokens, out / "quantized",
-                sparsify=recipe.sparsify if recipe.joint else None, calibration=drawn, **common,
-            )  # fmt: skip
-            base = out / "quantized"
-            models["quantized"] = (base, None)
-
-        if recipe.finetune is not None:
-            announce("finetune")
-            train = [(e.prompt, e.answer) for e in inputs.train]
-            validation = [(e.prompt, e.answer) for e in inputs.validation]
-            seeded = common | ({} if recipe.finetune.seed is None else {"seed": recipe.finetune.seed})
-            if processes.first():
-                processes.meet()
-            finetune.run(recipe.finetune, base, train, validation, out / "adapter", data=inputs.source, **seeded)
-            if not processes.first():
-                return RunResult(out, out / "report.html", None)
-            processes.go_on_alone()
-            announce("search for a sub-adapter" if recipe.search.searches else "extract the sub-adapter")
-            search.run(
-                recipe.search, out / "adapter", out / "sub_adapter", base=base, rows=inputs.selection, **common
-            )  # fmt: skip
-            models["tuned"] = (base, out / "sub_adapter")
-
-        if recipe.finetune is not None and recipe.merge is not None:
-            announce("merge")
-            merge.run(recipe.merge, base, out / "sub_adapter", out / "merged", **common)
-            models["merged"] = (out / "merged", None)
-            if recipe.verify is not None:
-                announce("verify")
-                held_out = inputs.test[: max(recipe.verify.prompts, recipe.verify.accuracy_rows)]
-                proof = verify.run(
-                    recipe.verify, out / "merged", base, out / "sub_adapter", out / "verify.json",
-                    task=inputs.task, examples=held_out, **common,
-                )  # fmt: skip
-                verified = bool(proof["passed"])
-                _tell(proof["checks"])
-
-        if recipe.evaluate is not None:
-            results: dict[str, dict[str, Any]] = {}
-            for row in recipe.evaluate.rows:
-                if row not in models:
-                    continue
-                announce(f"evaluate {row}")
-                model, adapter = models[row]
-                file = out / "evaluations" / f"{row}.json"
-                results[row] = evaluate.run(recipe.evaluate, recipe.data, model, adapter, file, **common)
-            _write_summary(out, results, recipe.seed)
-
+        context = Context(recipe.seed, recipe.trust_remote_code)
+        recipe = fix_date(recipe, context, dense, out)
+        flow = _Flow(recipe, out, context, prepare(recipe, context, dense), announce, dense)
+        flow.sparsify()
+        flow.quantize()
+        flow.finetune()
+        if not processes.first():
+            return RunResult(out, out / "report.html", None)
+        flow.extract()
+        flow.merge()
+        verified = flow.verify()
+        flow.evaluate()
         announce("report")
         return RunResult(out, report.run(out, recipe), verified)
 
 
-def dated(recipe: Recipe, dense: Path, out: Path) -> Recipe:
-    """Return the recipe with the date that its chats are told: the moment at which the run in `out` first began.
+@dataclass
+class _Flow:
+    """A run on its way: each method is a stage, and does nothing where the recipe has none.
+
+    Attributes:
+        base: the model that the next stage works on.
+        models: what can be evaluated, as (model, adapter).
+    """
+
+    recipe: Recipe
+    out: Path
+    context: Context
+    inputs: Inputs
+    announce: Callable[[str], None]
+    base: Path
+    models: dict[str, tuple[Path, Path | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.models["dense"] = (self.base, None)
+
+    def _made(self, name: str) -> None:
+        self.base = self.out / name
+        self.models[name] = (self.base, None)
+
+    def sparsify(self) -> None:
+        config, tokens = self.recipe.sparsify, self.inputs.tokens
+        if config is None or self.recipe.joint:
+            return
+        self.announce("sparsify")
+        drawn = None if tokens is None else self.inputs.source
+        sparsify.run(config, self.base, tokens, self.out / "sparse", self.context, calibration=drawn)
+        self._made("sparse")
+
+    def quantize(self) -> None:
+        config, tokens, joint = self.recipe.quantize, self.inputs.quantize_tokens, self.recipe.joint
+        if config is None:
+            return
+        self.announce("sparsify and quantize" if joint else "quantize")
+        drawn = None if tokens is None else self.inputs.source
+        pruning = self.recipe.sparsify if joint else None
+        out = self.out / "quantized"
+        quantize.run(config, self.base, tokens, out, self.context, sparsify=pruning, calibration=drawn)
+        self._made("quantized")
+
+    def finetune(self) -> None:
+        config, inputs = self.recipe.finetune, self.inputs
+        if config is None:
+            return
+        self.announce("finetune")
+        if processes.first():
+            processes.barrier()
+        context = self.context if config.seed is None else self.context.seeded(config.seed)
+        train, validation = ([(e.prompt, e.answer) for e in rows] for rows in (inputs.train, inputs.validation))
+        finetune.run(config, self.base, train, validation, self.out / "adapter", context, data=inputs.source)
+        if processes.first():
+            processes.leave_group()
+
+    def extract(self) -> None:
+        config, out = self.recipe.search, self.out / "sub_adapter"
+        if self.recipe.finetune is None:
+            return
+        self.announce("search for a sub-adapter" if config.searches else "extract the sub-adapter")
+        extract.run(config, self.out / "adapter", out, self.context, base=self.base, rows=self.inputs.selection)
+        self.models["tuned"] = (self.base, out)
+
+    def merge(self) -> None:
+        if self.recipe.merge is None or "tuned" not in self.models:
+            return
+        self.announce("merge")
+        base, adapter = self.models["tuned"]
+        assert adapter is not None
+        merge.run(self.recipe.merge, base, adapter, self.out / "merged", self.context)
+        self._made("merged")
+
+    def verify(self) -> bool | None:
+        config, inputs = self.recipe.verify, self.inputs
+        if config is None or "merged" not in self.models:
+            return None
+        self.announce("verify")
+        base, adapter = self.models["tuned"]
+        assert adapter is not None
+        rows = inputs.test[: max(config.prompts, config.accuracy_rows)]
+        out = self.out / "verify.json"
+        proof = verify.run(config, self.base, base, adapter, out, self.context, task=inputs.task, examples=rows)
+        _log_checks(proof["checks"])
+        return bool(proof["passed"])
+
+    def evaluate(self) -> None:
+        config, data = self.recipe.evaluate, self.recipe.data
+        if config is None:
+            return
+        results: dict[str, dict[str, Any]] = {}
+        for row in config.rows:
+            if row in self.models:
+                self.announce(f"evaluate {row}")
+                file = self.out / "evaluations" / f"{row}.json"
+                results[row] = evaluate.run(config, data, *self.models[row], file, self.context)
+        _write_summary(self.out, results, self.recipe.seed)
+
+
+def fix_date(recipe: Recipe, context: Context, dense: Path, out: Path) -> Recipe:
+    """Return the recipe with the date for its chats: the moment at which the run in `out` first began.
 
     A chat template that asks for the date would else ask other questions tomorrow, and in two stages of one run.
 
     Args:
         recipe: the recipe.
+        context: of the run.
         dense: the model's folder, whose tokenizer has the template.
         out: the run's folder; the moment is kept there, in `.began`.
     """
-    tokenizer = load_tokenizer(dense, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = context.tokenizer(dense)
     if not uses_clock(tokenizer):
         return recipe
     file = out / BEGAN
@@ -176,166 +217,8 @@ def dated(recipe: Recipe, dense: Path, out: Path) -> Recipe:
     return recipe.model_copy(update={"data": with_date(recipe.data, tokenizer, moment)})
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What the stages read, loaded and checked before the first of them."""
-
-    tokens: torch.Tensor | None
-    quantize_tokens: torch.Tensor | None
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-    task: Task | None
-    selection: list[tuple[Task, list[Example]]]
-    source: dict[str, Any]
-
-
-def _prepare(recipe: Recipe, dense: Path) -> _Inputs:
-    """Load data and check everything that needs no work, so that a bad recipe costs nothing."""
-    tokenizer = load_tokenizer(dense, trust_remote_code=recipe.trust_remote_code)
-    tokens: torch.Tensor | None = None
-    quantize_tokens: torch.Tensor | None = None
-    train: list[Example] = []
-    validation: list[Example] = []
-    test: list[tuple[Task, list[Example]]] = []
-    selection: list[tuple[Task, list[Example]]] = []
-    reported: dict[str, evaluate.Reading] = {}
-    with Problems(f"recipe {recipe.name}") as problems:
-
-        def attempt(action: Callable[[], Any]) -> Any:
-            try:
-                return action()
-            except SqftError as error:
-                problems.add(str(error))
-                return None
-
-        if recipe.finetune is not None:
-            train = attempt(lambda: load_examples(recipe.data, "train", recipe.seed, tokenizer)) or []
-            if recipe.finetune.evaluate_every is not None:
-                validation = attempt(lambda: load_examples(recipe.data, "validation", recipe.seed, tokenizer)) or []
-        merges = recipe.finetune is not None and recipe.merge is not None
-        if recipe.evaluate is not None or (merges and recipe.verify is not None):
-            test = attempt(lambda: load_tasks(recipe.data, "test", tokenizer)) or []
-        if recipe.evaluate is not None:
-            for name in attempt(partial(evaluate.task_names, recipe.evaluate, recipe.data)) or []:
-                read = partial(evaluate.read_rows, name, recipe.evaluate, recipe.data, tokenizer, recipe.seed)
-                if found := attempt(read):
-                    reported[name] = found
-        if recipe.finetune is not None and recipe.search.searches:
-            selection = attempt(lambda: load_tasks(recipe.data, "validation", tokenizer)) or []
-        attempt(lambda: report.check_baselines(recipe))
-        network = attempt(lambda: skeleton(dense, trust_remote_code=recipe.trust_remote_code))
-        if recipe.sparsify is not None:
-            settings = recipe.sparsify
-            if settings.needs_text:
-                tokens = attempt(lambda: calibration_tokens(settings.calibration, recipe.data, tokenizer, recipe.seed))
-            if network is not None:
-                attempt(
-                    lambda: sparsify.check(
-                        settings, network, find_targets(network, settings.targets, settings.ignore)[0], tokens
-                    )
-                )
-        if recipe.quantize is not None:
-            grid = recipe.quantize
-            quantize_tokens = attempt(lambda: _quantize_tokens(recipe, tokens, tokenizer))
-            if network is not None:
-                attempt(
-                    lambda: quantize.check(
-                        grid,
-                        dense,
-                        network,
-                        find_targets(network, grid.targets, grid.ignore)[0],
-                        quantize_tokens,
-                        recipe.sparsify if recipe.joint else None,
-                    )
-                )
-        if recipe.finetune is not None and network is not None:
-            tuned = recipe.finetune
-            attempt(lambda: finetune.check(tuned, network))
-            attempt(lambda: finetune.check_base(tuned, dense, quantised_first=recipe.quantize is not None))
-            if recipe.quantize is not None and tuned.kind == "quantized":
-                attempt(lambda: _check_quantised_targets(recipe, network))
-            if train:
-                attempt(lambda: finetune.label(tuned, tokenizer, [(e.prompt, e.answer) for e in train], network.config))
-        tuned_on = train
-        if recipe.finetune is None and _calibrates_on_task(recipe, tokens, quantize_tokens):
-            tuned_on = attempt(lambda: load_examples(recipe.data, "train", recipe.seed, tokenizer)) or []
-        for message in _leaks(recipe, tuned_on, selection, reported):
-            problems.add(message)
-    source = {"data": recipe.data.model_dump(mode="json")}
-    # The proof's behaviour checks ask the first task's questions.
-    task, held_out = test[0] if test else (None, [])
-    return _Inputs(tokens, quantize_tokens, train, validation, held_out, task, selection, source)
-
-
-def _leaks(
-    recipe: Recipe,
-    train: Sequence[Example],
-    selection: Sequence[tuple[Task, list[Example]]],
-    reported: Mapping[str, evaluate.Reading],
-) -> Iterator[str]:
-    """Say which reported questions a model would be tuned or calibrated or selected on.
-
-    The loader keeps the splits of the recipe's own data apart; other tasks that are evaluated are compared here.
-    """
-    selected = [example for _, part in selection for example in part]
-    if not train and not selected:
-        return
-    for name, (task, rows, _) in reported.items():
-        # Punctuation counts if it does for either side.
-        fold = task.fold_punctuation and folds_punctuation(recipe.data)
-        asked = {question_key(example, punctuation=fold) for example in rows}
-        if shared := sum(question_key(example, punctuation=fold) in asked for example in train):
-            yield (
-                f"{shared} of the {len(train)} training rows ask what evaluate.tasks {name} reports; take them out, or "
-                "report other rows (a mix of built-in tasks, such as arc_easy+arc_challenge, takes them out itself)"
-            )
-        if shared := sum(question_key(example, punctuation=fold) in asked for example in selected):
-            yield (
-                f"search selects on {shared} questions that evaluate.tasks {name} reports; evaluate other rows, or "
-                "choose a strategy that evaluates nothing, such as heuristic"
-            )
-
-
-def _calibrates_on_task(recipe: Recipe, tokens: torch.Tensor | None, quantize_tokens: torch.Tensor | None) -> bool:
-    """Tell whether calibration text was drawn from the training rows."""
-    pruned = tokens is not None and recipe.sparsify is not None and recipe.sparsify.calibration.data == "task"
-    return pruned or (quantize_tokens is not None and _quantize_calibration(recipe).data == "task")
-
-
-def _check_quantised_targets(recipe: Recipe, network: PreTrainedModel) -> None:
-    """Refuse quantisation-aware adapters on linears that the recipe leaves in floating point."""
-    assert recipe.quantize is not None
-    assert recipe.finetune is not None
-    left = find_targets(network, recipe.quantize.targets, recipe.quantize.ignore)[1]
-    for module in recipe.finetune.target_modules:
-        found = [name for name in left if name == module or name.endswith(f".{module}")]
-        if found:
-            raise InputError(
-                f"finetune.target_modules has {module}, but quantize leaves {len(found)} such linears float "
-                f"({found[0]}); quantise them too, or leave them out of target_modules"
-            )
-
-
-def _quantize_tokens(recipe: Recipe, tokens: torch.Tensor | None, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the calibration tokens of `quantize`: its own, else sparsify's; None where it needs none."""
-    assert recipe.quantize is not None
-    if recipe.quantize.method == "rtn" and not recipe.joint:
-        return None
-    if recipe.quantize.calibration is None and tokens is not None:
-        return tokens
-    if recipe.quantize.method == "rtn":
-        return None
-    return calibration_tokens(_quantize_calibration(recipe), recipe.data, tokenizer, recipe.seed)
-
-
-def _quantize_calibration(recipe: Recipe) -> CalibrationConfig:
-    own = None if recipe.quantize is None else recipe.quantize.calibration
-    return own or (recipe.sparsify or SparsifyConfig()).calibration
-
-
-def _tell(checks: list[dict[str, Any]]) -> None:
-    """Say what the proof found."""
+def _log_checks(checks: list[dict[str, Any]]) -> None:
+    """Log what the proof found."""
     failed = [check for check in checks if not check["passed"]]
     for check in failed:
         logger.error("%s: %g, bound %g; %s", check["name"], check["value"], check["bound"], check["detail"])

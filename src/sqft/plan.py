@@ -35,8 +35,9 @@ from sqft.model.opening import load_config
 from sqft.model.targets import find_targets, skeleton
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
+    from sqft.data.load import Data
     from sqft.recipe import EvaluateConfig, Recipe, SearchConfig
 
 logger = logging.getLogger(__name__)
@@ -248,9 +249,8 @@ def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
     `laid_out` says whether evaluation lays out the whole model's weights anew, which takes their size once more.
     """
     from sqft import pipeline
-    from sqft.data.load import load_tasks
+    from sqft.context import Context
     from sqft.errors import SqftError
-    from sqft.model.opening import load_tokenizer
 
     logging.disable(logging.INFO)
     values: dict[str, Any] = {}
@@ -260,12 +260,12 @@ def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
     asked: dict[str, int] = {}
     judged = 0
     try:
-        tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        data = Context(recipe.seed, recipe.trust_remote_code).data(Path(recipe.model))
         if recipe.finetune is not None and recipe.search.searches:
-            rows = load_tasks(recipe.data, "validation", tokenizer)
+            rows = data.tasks(recipe.data, "validation")
             judged = sum(min(len(part), recipe.search.samples) for _, part in rows)
         if recipe.evaluate is not None:
-            asked = _asked(recipe, recipe.evaluate, tokenizer)
+            asked = _asked(recipe, recipe.evaluate, data)
             limit, few = recipe.evaluate.limit, recipe.evaluate.batch
             values["evaluate"] = recipe.evaluate.model_copy(update={"limit": min(limit or few, few), "baselines": []})
         with nullcontext() if laid_out else stock_products():
@@ -280,17 +280,18 @@ def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
         sender.send(("found", found))
 
 
-def _asked(recipe: Recipe, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _asked(recipe: Recipe, config: EvaluateConfig, data: Data) -> dict[str, int]:
     """Return how many rows of each task the recipe's evaluation asks, of a text for perplexity its windows."""
     from sqft.data.tasks import PERPLEXITY
     from sqft.evaluation.perplexity import windows
     from sqft.stages import evaluate
 
-    rows = evaluate.read_all(config, recipe.data, tokenizer, recipe.seed)
+    rows = evaluate.read_all(config, recipe.data, data, recipe.seed)
     asked = {name: len(part) for name, (_, part, _) in rows.items()}
     if PERPLEXITY.name in rows:
+        assert data.tokenizer is not None
         model = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        asked[PERPLEXITY.name] = len(windows(model, tokenizer)[: config.limit])
+        asked[PERPLEXITY.name] = len(windows(model, data.tokenizer, data)[: config.limit])
     return asked
 
 
@@ -307,7 +308,7 @@ def _figures(recipe: Recipe, run: Path, asked: Mapping[str, int], judged: int) -
     Times are scaled to the recipe's steps, to its configurations on `judged` rows each and to the rows of each task
     that it asks.
     """
-    from sqft.stages import search
+    from sqft.stages import extract
 
     found: dict[str, dict[str, float]] = {}
     for name, stage in _FOLDERS.items():
@@ -328,7 +329,7 @@ def _figures(recipe: Recipe, run: Path, asked: Mapping[str, int], judged: int) -
             )
             seconds += result["train_seconds"] / result["steps"] * (steps - result["steps"])
         if stage == "search" and recipe.search.searches:
-            record = read_json(run / name / search.RECORD)
+            record = read_json(run / name / extract.RECORD)
             each = statistics.mean(trial["seconds"] for trial in record["trials"])
             seconds -= each * len(record["trials"])
             seconds += each * judged / sum(record["rows"].values()) * recipe.search.budget

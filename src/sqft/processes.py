@@ -1,4 +1,4 @@
-"""The processes of one training, as `torchrun` or `accelerate launch` starts them; all else is the first one's work."""
+"""The processes of one training, as `torchrun` or `accelerate launch` starts them; the first does all other work."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def count() -> int:
 
 
 def first() -> bool:
-    """Tell whether this process is the one that writes."""
+    """Return whether this process is the one that writes."""
     return count() == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
-def meet() -> None:
-    """Wait until every process has come here; the first call sets this process's device, one GPU each."""
+def barrier() -> None:
+    """Wait until every process has called this; the first call sets this process's device, one GPU each."""
     if count() == 1:
         return
     import torch.distributed
@@ -28,13 +28,13 @@ def meet() -> None:
     if not torch.distributed.is_initialized():
         from accelerate import PartialState
 
-        # Without `cpu` accelerate takes processes on a machine without a GPU for strangers to each other.
+        # Without `cpu` accelerate makes no process group on a machine without a GPU.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
     torch.distributed.barrier()
 
 
-def go_on_alone() -> None:
-    """Leave the others, whose part is done: libraries that find a process group would wait for them."""
+def leave_group() -> None:
+    """End the process group once the others are done: libraries that find one would wait for them."""
     if count() == 1:
         return
     import torch.distributed

@@ -15,6 +15,7 @@ from sqft.adapters.attach import load_model
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.elastic import ElasticRanks, rank_space, set_ranks
 from sqft.adapters.layers import sqft_layers
+from sqft.context import Context
 from sqft.errors import InputError
 from sqft.recipe import MergeConfig
 from sqft.stages import merge
@@ -296,7 +297,7 @@ def test_masks_come_from_the_bases_file_and_a_kept_zero_may_change(
     with pytest.raises(InputError, match="keeps weights at zero that this model has otherwise"):
         PeftModel.from_pretrained(load_model(tiny_model("llama")), tmp_path / "adapter")
     with pytest.raises(InputError, match="was trained on another base"):
-        merge.run(MergeConfig(), tiny_model("llama"), tmp_path / "adapter", tmp_path / "merged")
+        merge.run(MergeConfig(), tiny_model("llama"), tmp_path / "adapter", tmp_path / "merged", Context())
 
 
 @pytest.mark.parametrize(

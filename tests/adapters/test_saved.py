@@ -15,9 +15,10 @@ from sqft.adapters.attach import load_model
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.plain import beyond_plain
 from sqft.adapters.saved import SavedAdapter
+from sqft.context import Context
 from sqft.errors import InputError
 from sqft.recipe import DataConfig, EvaluateConfig, MergeConfig, SearchConfig, VerifyConfig
-from sqft.stages import evaluate, merge, search, verify
+from sqft.stages import evaluate, extract, merge, verify
 
 MODULE = "model.layers.0.self_attn.q_proj"
 A, B = (f"base_model.model.{MODULE}.lora_{factor}.weight" for factor in "AB")
@@ -115,10 +116,10 @@ def test_every_stage_refuses_it_alike_and_makes_nothing(whole: tuple[Path, Path]
     tensors(with_value(float("nan")))(tmp_path / "x")
     out, adapter, data = tmp_path / "out", tmp_path / "x", DataConfig(task="piqa")
     for attempt in (
-        lambda: merge.run(MergeConfig(), base, adapter, out),
-        lambda: verify.run(VerifyConfig(), base, base, adapter, out),
-        lambda: search.run(SearchConfig(), adapter, out),
-        lambda: evaluate.run(EvaluateConfig(), data, base, adapter, out, seed=0),
+        lambda: merge.run(MergeConfig(), base, adapter, out, Context()),
+        lambda: verify.run(VerifyConfig(), base, base, adapter, out, Context()),
+        lambda: extract.run(SearchConfig(), adapter, out, Context()),
+        lambda: evaluate.run(EvaluateConfig(), data, base, adapter, out, Context()),
         lambda: load_model(base, adapter),
     ):
         with pytest.raises(InputError, match="has 1 NaN or Inf"):
@@ -131,7 +132,7 @@ def test_modules_and_tensors_must_be_the_same(whole: tuple[Path, Path], tmp_path
     shutil.copytree(folder, tmp_path / "x")
     tensors(lambda t: (t.pop(A), t.pop(B)))(tmp_path / "x")
     for attempt in (
-        lambda: merge.run(MergeConfig(), base, tmp_path / "x", tmp_path / "out"),
+        lambda: merge.run(MergeConfig(), base, tmp_path / "x", tmp_path / "out", Context()),
         lambda: load_model(base, tmp_path / "x"),
     ):
         with pytest.raises(InputError, match=rf"its settings adapt {MODULE}, of which it has no tensors"):

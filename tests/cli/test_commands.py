@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sqft import cli
-from sqft.cli.arguments import parser
-from sqft.cli.places import localize, result_file
+from sqft import cli, verbs
 from sqft.errors import InputError
+from sqft.verbs.places import model_folder, result_file
 
 
 def test_two_gguf_files_are_unpacked_into_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sqft.model.sources._unpack_gguf", lambda file, workspace: workspace / "dense")
-    first, again, other = (localize(str(tmp_path / name), tmp_path) for name in ("a/m.gguf", "a/m.gguf", "b/m.gguf"))
+    first, again, other = (
+        model_folder(str(tmp_path / name), tmp_path) for name in ("a/m.gguf", "a/m.gguf", "b/m.gguf")
+    )
     assert first == again != other
     assert first.parent.name.startswith("m-")
 
 
 def test_what_is_only_shown_names_no_other_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    places: list[Path] = []
 
-    def place(*flags: str) -> Path:
-        options = parser().parse_args(["evaluate", "m", "--task", "piqa", *flags])
-        return result_file(options, "evaluate", Path("m"))
+    def stop(_out: Path | None, stage: str, arguments: Mapping[str, object], *inputs: Path) -> Path:
+        places.append(result_file(None, stage, arguments, *inputs))
+        raise InputError("seen")
 
-    assert place() == place("-v") == place("--json") == place("--threads", "2")
-    assert place() != place("--limit", "3")
+    monkeypatch.setattr("sqft.verbs.judging.result_file", stop)
+    for flags in ([], ["-v"], ["--json"], ["--threads", "2"], ["--limit", "3"], ["--validation-rows", "3"]):
+        assert cli.run(["evaluate", "m", "--task", "piqa", *flags]) == 2
+    with pytest.raises(InputError, match="seen"):
+        verbs.evaluate("m", data="piqa")
+    with pytest.raises(InputError, match="seen"):
+        verbs.evaluate("m", data={"task": "piqa"}, limit=3)
+    plain, verbose, as_json, threads, limited, cut, from_python, limited_from_python = places
+    assert plain == verbose == as_json == threads == from_python
+    assert limited == limited_from_python
+    assert len({plain, limited, cut}) == 3
+    # As it was named before there were functions: what was measured then is found.
+    assert plain.name.endswith("-m-1735ec15.json")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +116,7 @@ def test_code_of_the_model_is_trusted_for_its_tokenizer_too(
         raise InputError("seen")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sqft.model.opening.load_tokenizer", stop)
+    monkeypatch.setattr("sqft.context.load_tokenizer", stop)
     assert cli.run([*command, "--trust-remote-code"]) == 2
     assert cli.run(command) == 2
     assert asked == [True, False]

@@ -19,13 +19,12 @@ from sqft.artifact import (
     Artifact,
     describe,
     digest_input,
-    finished,
-    finished_result,
     partial_of,
-    write_result,
+    reuse,
     writing,
 )
 from sqft.errors import InputError
+from sqft.stage import reuse_result, write_result
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_a_manifest_holds_or_is_refused(made: tuple[Path, dict[str, Any]], data:
             assert isinstance(artifact.digest, str)
             outcome(artifact.check, place, leaves=place)
         outcome(lambda: digest_input(place), place, leaves=place)
-        again = outcome(lambda: finished(place, description), place)
+        again = outcome(lambda: reuse(place, description), place)
         assert again is None or again.digest == Artifact.open(folder).digest
 
 
@@ -67,7 +66,7 @@ def test_unfinished_work_goes_on_or_is_refused(made: tuple[Path, dict[str, Any]]
         folder = place / "sparse"
         put(partial_of(folder), str(DESCRIPTION), content)
         put(partial_of(folder), f"{CHECKPOINTS}/1/state", b"")
-        assert outcome(lambda: finished(folder, description), place, leaves=place) is None
+        assert outcome(lambda: reuse(folder, description), place, leaves=place) is None
 
 
 @share(0.04)
@@ -78,7 +77,7 @@ def test_a_result_counts_or_is_refused(made: tuple[Path, dict[str, Any]], data: 
         file = place / "verify.json"
         written = write_result(file, description, {"passed": True, "checks": []})
         put(place, "verify.json", data.draw(json_bytes(edited(written))))
-        found = outcome(lambda: finished_result(file, description), file, leaves=place)
+        found = outcome(lambda: reuse_result(file, description), file, leaves=place)
         assert found is None or isinstance(found, dict)
 
 
@@ -92,6 +91,6 @@ def test_records_that_are_nested_too_deeply_are_refused(made: tuple[Path, dict[s
         unfinished = put(partial_of(place / "other"), str(DESCRIPTION), nested("{}", depth).encode())
         put(unfinished.parent.parent, f"{CHECKPOINTS}/1/state", b"")
         with pytest.raises(InputError, match="unfinished work"):
-            finished(place / "other", description)
+            reuse(place / "other", description)
         with pytest.raises(InputError, match=re.escape(str(place))):
-            finished_result(put(place, "verify.json", nested("{}", depth).encode()), description)
+            reuse_result(put(place, "verify.json", nested("{}", depth).encode()), description)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from evaluation.oracle import answering_model
+from sqft.context import Context
+from sqft.data.load import Data, resolve_task
 from sqft.data.tasks import BUILTIN, Example
 from sqft.errors import InputError
 from sqft.recipe import DataConfig, EvaluateConfig, Template
@@ -74,7 +76,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_recipes_own_task_is_evaluated_and_written(model_dir: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval.json"
-    result = evaluate.run(EvaluateConfig(), DataConfig(task="mawps"), model_dir, None, out, seed=0)
+    result = evaluate.run(EvaluateConfig(), DataConfig(task="mawps"), model_dir, None, out, Context())
     assert json.loads(out.read_text()) == result
     assert list(result["tasks"]) == ["mawps"]
     entry = result["tasks"]["mawps"]
@@ -96,7 +98,7 @@ def test_the_recipes_own_task_is_evaluated_and_written(model_dir: Path, data: Pa
 
 def test_named_tasks_are_built_in_ones_and_paths(model_dir: Path, data: Path, tmp_path: Path) -> None:
     config = EvaluateConfig(tasks=["piqa", "own", "other.jsonl"])
-    result = evaluate.run(config, DataConfig(task="own"), model_dir, None, tmp_path / "eval.json", seed=0)
+    result = evaluate.run(config, DataConfig(task="own"), model_dir, None, tmp_path / "eval.json", Context())
     tasks = result["tasks"]
     assert {name: (e["metric"], round(e["value"], 3), e["n"]) for name, e in tasks.items()} == {
         "piqa": ("acc", 0.667, 3),
@@ -110,7 +112,7 @@ def test_named_tasks_are_built_in_ones_and_paths(model_dir: Path, data: Path, tm
 
 def test_limit_bounds_the_rows_of_a_task(model_dir: Path, data: Path, tmp_path: Path) -> None:
     config = EvaluateConfig(limit=2)
-    result = evaluate.run(config, DataConfig(task="own"), model_dir, None, tmp_path / "eval.json", seed=0)
+    result = evaluate.run(config, DataConfig(task="own"), model_dir, None, tmp_path / "eval.json", Context())
     assert (result["tasks"]["own"]["value"], result["tasks"]["own"]["n"]) == (1.0, 2)
 
 
@@ -118,20 +120,20 @@ def test_a_finished_result_is_returned_and_a_foreign_one_refused(
     model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, own = tmp_path / "eval.json", DataConfig(task="own")
-    first = evaluate.run(EvaluateConfig(), own, model_dir, None, out, seed=0)
+    first = evaluate.run(EvaluateConfig(), own, model_dir, None, out, Context())
 
     def untouchable(*_args: Any, **_options: Any) -> None:
         raise AssertionError("the model is loaded although the result is there")
 
     monkeypatch.setattr(evaluate, "load_model", untouchable)
-    assert evaluate.run(EvaluateConfig(), own, model_dir, None, out, seed=0) == first
+    assert evaluate.run(EvaluateConfig(), own, model_dir, None, out, Context()) == first
     # Which rows a table shows is not what a model scores.
-    assert evaluate.run(EvaluateConfig(rows=["merged"]), own, model_dir, None, out, seed=0) == first
+    assert evaluate.run(EvaluateConfig(rows=["merged"]), own, model_dir, None, out, Context()) == first
     with pytest.raises(InputError, match=r"limit was None, is now 2"):
-        evaluate.run(EvaluateConfig(limit=2), own, model_dir, None, out, seed=0)
+        evaluate.run(EvaluateConfig(limit=2), own, model_dir, None, out, Context())
     (data / "own" / "test.jsonl").write_text(json.dumps(OWN[0]) + "\n")
     with pytest.raises(InputError, match=r"its data has changed \(data_digest.own\)"):
-        evaluate.run(EvaluateConfig(), own, model_dir, None, out, seed=0)
+        evaluate.run(EvaluateConfig(), own, model_dir, None, out, Context())
 
 
 def test_worked_examples_come_from_train_by_seed(
@@ -153,20 +155,20 @@ def test_worked_examples_come_from_train_by_seed(
     config = EvaluateConfig(fewshot=2, limit=2)
     for number, seed in enumerate((0, 0, 1)):
         out = tmp_path / f"eval{number}.json"
-        assert evaluate.run(config, DataConfig(task="own"), model_dir, None, out, seed=seed)["fewshot"] == 2
+        assert evaluate.run(config, DataConfig(task="own"), model_dir, None, out, Context(seed))["fewshot"] == 2
     assert given[0] == given[1] == given[2]
     assert all(prompt.startswith("say train") for prompts in given for prompt in prompts)
     assert len(given[0]) == 9
     assert drawn == [(2, 0), (2, 0), (2, 1)]
     with pytest.raises(InputError, match=r"evaluate.fewshot is 20, but own has 9 training rows"):
         out = tmp_path / "eval9.json"
-        evaluate.run(EvaluateConfig(fewshot=20), DataConfig(task="own"), model_dir, None, out, seed=0)
+        evaluate.run(EvaluateConfig(fewshot=20), DataConfig(task="own"), model_dir, None, out, Context())
 
 
 def test_worked_examples_of_chats_are_refused(model_dir: Path, data: Path, tmp_path: Path) -> None:
     config, chats = EvaluateConfig(fewshot=2), DataConfig(task="own", chat_template=True)
     with pytest.raises(InputError, match=r"evaluate.fewshot is 2 and data.chat_template is set"):
-        evaluate.run(config, chats, model_dir, None, tmp_path / "eval.json", seed=0)
+        evaluate.run(config, chats, model_dir, None, tmp_path / "eval.json", Context())
 
 
 def test_worked_examples_of_sums_may_differ_in_a_sign_alone(
@@ -177,10 +179,10 @@ def test_worked_examples_of_sums_may_differ_in_a_sign_alone(
     monkeypatch.setattr(evaluate, "load_examples", lambda _config, split, *_rest: rows[split])
     sums = DataConfig(task="gym:basic_arithmetic")
     task = evaluate.resolve_task(sums)
-    assert evaluate._shots(sums.task, task, sums, asked, 1, 0, tiny_tokenizer) == rows["train"][:1]
+    assert evaluate._shots(sums.task, task, sums, asked, 1, Data(tiny_tokenizer), 0) == rows["train"][:1]
     own = DataConfig(task="own")
     with pytest.raises(InputError, match="own has 0 training rows"):
-        evaluate._shots("own", evaluate.resolve_task(own), own, asked, 1, 0, tiny_tokenizer)
+        evaluate._shots("own", resolve_task(own), own, asked, 1, Data(tiny_tokenizer), 0)
 
 
 def test_a_task_file_keeps_its_wording_beside_data_with_a_template(
@@ -191,7 +193,7 @@ def test_a_task_file_keeps_its_wording_beside_data_with_a_template(
     )
     own = DataConfig(task="own", template=Template(prompt="{prompt}", completion="{completion}"))
     config = EvaluateConfig(tasks=[str(tmp_path / "task.yaml"), "other.jsonl"])
-    rows = evaluate.read_all(config, own, tiny_tokenizer, 0)
+    rows = evaluate.read_all(config, own, Data(tiny_tokenizer), 0)
     assert [(name, part[0].prompt) for name, (_, part, _) in rows.items()] == [
         ("words", "Now say cat:"),
         ("other", "say cat:"),
@@ -210,7 +212,7 @@ def test_the_seconds_of_answers_stand_apart(
     monkeypatch.setattr(evaluate, "load_model", slow)
     monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
     config = EvaluateConfig(tasks=["own", "piqa"])
-    cost = evaluate.run(config, DataConfig(task="own"), model_dir, None, tmp_path / "e.json", seed=0)["cost"]
+    cost = evaluate.run(config, DataConfig(task="own"), model_dir, None, tmp_path / "e.json", Context())["cost"]
     assert list(cost["answering"]) == ["own", "piqa"]
     assert 0 < sum(cost["answering"].values()) < cost["seconds"] - 1000
 
@@ -221,13 +223,13 @@ def test_all_missing_data_is_reported_before_the_model_is_loaded(
     monkeypatch.setattr(evaluate, "load_model", lambda *_args, **_options: pytest.fail("the model is loaded"))
     config = EvaluateConfig(tasks=["gsm8k", "own", "nonsense"])
     with pytest.raises(InputError, match=r"(?s)2 problems.*data gsm8k: no test split.*'nonsense'"):
-        evaluate.run(config, DataConfig(task="own"), model_dir, None, tmp_path / "eval.json", seed=0)
+        evaluate.run(config, DataConfig(task="own"), model_dir, None, tmp_path / "eval.json", Context())
     assert not (tmp_path / "eval.json").exists()
 
 
 def test_a_single_file_to_train_on_is_not_evaluated_on(model_dir: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is one file, so it has no test split"):
-        evaluate.run(EvaluateConfig(), DataConfig(task="other.jsonl"), model_dir, None, tmp_path / "e.json", seed=0)
+        evaluate.run(EvaluateConfig(), DataConfig(task="other.jsonl"), model_dir, None, tmp_path / "e.json", Context())
 
 
 def test_an_adapter_is_scored_with_its_base(model_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -244,13 +246,13 @@ def test_an_adapter_is_scored_with_its_base(model_dir: Path, data: Path, tmp_pat
             if "lora_B" in key:
                 torch.nn.init.normal_(weight, std=size)
         model.save_pretrained(tmp_path / name)
-        result = evaluate.run(EvaluateConfig(), own, model_dir, tmp_path / name, tmp_path / f"{name}.json", seed=0)
+        result = evaluate.run(EvaluateConfig(), own, model_dir, tmp_path / name, tmp_path / f"{name}.json", Context())
         values[name] = result["tasks"]["own"]["value"]
         assert set(result["made_from"]["inputs"]) == {"model", "adapter"}
     assert values == {"nothing": pytest.approx(2 / 3), "noise": 0.0}
     # The same file for another adapter would be another model's number.
     with pytest.raises(InputError, match=r"its input adapter \(.*noise\) has changed"):
-        evaluate.run(EvaluateConfig(), own, model_dir, tmp_path / "noise", tmp_path / "nothing.json", seed=0)
+        evaluate.run(EvaluateConfig(), own, model_dir, tmp_path / "noise", tmp_path / "nothing.json", Context())
 
 
 def test_files_to_evaluate_may_be_of_any_kind_and_in_a_home(
@@ -269,13 +271,13 @@ def test_files_to_evaluate_may_be_of_any_kind_and_in_a_home(
     data = DataConfig(task="mawps")
     expected = [Example(row["prompt"], row["completion"]) for row in OWN]
     for name in ("rows.csv", "~/rows.json", "rows.jsonl.gz"):
-        assert evaluate.read_task(name, data, tiny_tokenizer) == expected
+        assert evaluate.read_task(name, data, Data(tiny_tokenizer)) == expected
     chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}]
     (tmp_path / "chats.json").write_text(json.dumps(chats))
-    assert evaluate.read_task("chats.json", data, tiny_tokenizer)[0].answer == "yo"
+    assert evaluate.read_task("chats.json", data, Data(tiny_tokenizer))[0].answer == "yo"
     # They are in the chat template already.
     with pytest.raises(InputError, match=r"its rows are chats already; set data.chat_template to false"):
-        evaluate.read_task("chats.json", data.model_copy(update={"chat_template": True}), tiny_tokenizer)
+        evaluate.read_task("chats.json", data.model_copy(update={"chat_template": True}), Data(tiny_tokenizer))
     (tmp_path / "half.jsonl").write_text(lines + '{"prompt": "\\ud83d", "completion": "a"}\n')
     with pytest.raises(InputError, match=r"half.jsonl:4: its prompt has half a character"):
-        evaluate.read_task("half.jsonl", data, tiny_tokenizer)
+        evaluate.read_task("half.jsonl", data, Data(tiny_tokenizer))

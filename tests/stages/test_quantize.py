@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sqft.adapters.attach import load_model
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.layers import sqft_layers
+from sqft.context import Context
 from sqft.core.delta import effective_codes
 from sqft.core.grid import QuantizedWeight
 from sqft.core.mask import conforms
@@ -41,7 +42,7 @@ def tokens() -> torch.Tensor:
 def quantized(base: Path, out: Path, *, sparsity: float | None = 0.5, **settings: Any) -> Path:
     config = QuantizeConfig(**{"group_size": 16, **settings})
     sparsify = None if sparsity is None else SparsifyConfig(sparsity=sparsity)
-    quantize.run(config, base, tokens(), out, seed=0, sparsify=sparsify)
+    quantize.run(config, base, tokens(), out, Context(), sparsify=sparsify)
     return out
 
 
@@ -81,7 +82,7 @@ def test_one_merged_model_on_every_architecture(arch: str, tiny_model: Any, tmp_
     live = random_adapter(base, tmp_path / "adapter")
     with torch.no_grad():
         expected = live(input_ids=PROMPT).logits
-    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged", Context())
     packed, before = PackedCheckpoint(tmp_path / "merged"), PackedCheckpoint(base)
     codes = live_codes(live)
     assert len(codes) == len(packed.shapes)
@@ -99,7 +100,9 @@ def test_one_merged_model_on_every_architecture(arch: str, tiny_model: Any, tmp_
     # What a user without sqft gets: stock transformers, to the bit.
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "merged")(input_ids=PROMPT).logits, expected)
-    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json")
+    result = verify.run(
+        VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json", Context()
+    )
     assert result["passed"], [c for c in result["checks"] if not c["passed"]]
 
 
@@ -118,7 +121,7 @@ def test_merged_codes_are_the_live_ones(
         with torch.autocast("cpu", torch.bfloat16):
             live(input_ids=PROMPT)
             inside = live_codes(live)
-    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged", Context())
     packed = PackedCheckpoint(tmp_path / "merged")
     for name, codes in inside.items():
         assert torch.equal(packed.read(f"{name}.weight")[0], codes)
@@ -133,7 +136,7 @@ def test_every_start_merges_exactly_and_the_first_two_start_at_the_base(
 ) -> None:
     base = quantized(tiny_model("llama"), tmp_path / "base")
     adapted = random_adapter(base, tmp_path / "adapter", start=start)
-    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged", Context())
     packed = PackedCheckpoint(tmp_path / "merged")
     for name, codes in live_codes(adapted).items():
         assert torch.equal(packed.read(f"{name}.weight")[0], codes)
@@ -167,8 +170,10 @@ def test_an_int4_model_without_zeros_works_as_well(tiny_model: Any, tmp_path: Pa
     assert not (base / "sqft" / "mask.safetensors").exists()
     adapted = random_adapter(base, tmp_path / "adapter")
     assert all(layer.mask_packed is None for layer in sqft_layers(adapted).values())
-    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
-    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json")
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged", Context())
+    result = verify.run(
+        VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json", Context()
+    )
     assert result["passed"], result["checks"]
     derived = random_adapter(base, tmp_path / "derived", derive_mask=True)
     packed = PackedCheckpoint(base)
@@ -197,7 +202,7 @@ def test_every_zero_is_kept_and_inspect_counts_them(method: str, tiny_model: Any
 def test_verify_sees_a_pruned_weight_that_came_back(tiny_model: Any, tmp_path: Path) -> None:
     base = quantized(tiny_model("llama"), tmp_path / "base")
     random_adapter(base, tmp_path / "adapter")
-    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged", Context())
     packed, name = PackedCheckpoint(tmp_path / "merged"), "model.layers.0.mlp.up_proj.weight"
     codes, grid = packed.read(name)
     mask = load_mask(base, name)
@@ -206,7 +211,12 @@ def test_verify_sees_a_pruned_weight_that_came_back(tiny_model: Any, tmp_path: P
     codes[row, column] = (int(grid.zero_codes()[row, column]) + 1) % 16
     packed.checkpoint.write(packed.codes_name(name), packed.scheme.encode_codes(codes))
     result = verify.run(
-        VerifyConfig(prompts=2), tampered(tmp_path / "merged"), base, tmp_path / "adapter", tmp_path / "v.json"
+        VerifyConfig(prompts=2),
+        tampered(tmp_path / "merged"),
+        base,
+        tmp_path / "adapter",
+        tmp_path / "v.json",
+        Context(),
     )
     failed = {check["name"]: check for check in result["checks"] if not check["passed"]}
     assert failed["zeros_kept"]["value"] == 1
@@ -229,8 +239,10 @@ def test_the_gptq_format_is_read_back(symmetric: bool, tiny_model: Any, tmp_path
     assert torch.equal((qweight[0] >> 8) & 15, codes[:, 2].int())
     assert torch.equal(((qzeros[:, 0] >> 4) & 15) + 1, grid.zero_OG[1].int())
     random_adapter(theirs, tmp_path / "adapter")
-    merge.run(MergeConfig(), theirs, tmp_path / "adapter", tmp_path / "merged")
-    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", theirs, tmp_path / "adapter", tmp_path / "v.json")
+    merge.run(MergeConfig(), theirs, tmp_path / "adapter", tmp_path / "merged", Context())
+    result = verify.run(
+        VerifyConfig(prompts=2), tmp_path / "merged", theirs, tmp_path / "adapter", tmp_path / "v.json", Context()
+    )
     assert result["passed"], result["checks"]
 
 
@@ -240,11 +252,13 @@ def test_a_dense_adapter_is_merged_only_knowingly(tiny_model: Any, tmp_path: Pat
     with pytest.raises(
         InputError, match=r"4-bit weights.*allow_precision_loss(?s:.*)zeros? would be|allow_sparsity_loss"
     ):
-        merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+        merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged", Context())
     assert not (tmp_path / "merged").exists()
     config = MergeConfig(allow_precision_loss=True, allow_sparsity_loss=True)
-    merge.run(config, base, tmp_path / "adapter", tmp_path / "merged")
-    result = verify.run(VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json")
+    merge.run(config, base, tmp_path / "adapter", tmp_path / "merged", Context())
+    result = verify.run(
+        VerifyConfig(prompts=2), tmp_path / "merged", base, tmp_path / "adapter", tmp_path / "v.json", Context()
+    )
     lost = {check["name"]: check for check in result["checks"]}
     assert lost["logits_equal"]["value"] > 0
 
@@ -260,14 +274,19 @@ def test_a_dense_adapter_is_merged_only_knowingly(tiny_model: Any, tmp_path: Pat
 def test_verify_sees_a_changed_grid_or_code(part: str, spoil: Any, tiny_model: Any, tmp_path: Path) -> None:
     base = quantized(tiny_model("llama"), tmp_path / "base")
     random_adapter(base, tmp_path / "adapter")
-    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged", Context())
     checkpoint = Checkpoint(tmp_path / "merged")
     name = "model.layers.1.mlp.down_proj." + ("weight_packed" if part == "codes" else part)
     tensor = checkpoint.read(name)
     tensor[0, 0] = spoil(tensor[0, 0])
     checkpoint.write(name, tensor)
     result = verify.run(
-        VerifyConfig(prompts=2), tampered(tmp_path / "merged"), base, tmp_path / "adapter", tmp_path / "v.json"
+        VerifyConfig(prompts=2),
+        tampered(tmp_path / "merged"),
+        base,
+        tmp_path / "adapter",
+        tmp_path / "v.json",
+        Context(),
     )
     failed = [check["name"] for check in result["checks"] if not check["passed"]]
     assert ("codes_equal" if part == "codes" else "grid_untouched") in failed
@@ -282,7 +301,7 @@ def test_what_cannot_be_quantised_is_refused_by_name_before_work(tiny_model: Any
     with pytest.raises(InputError, match=r"experts\.gate_up_proj lies on disk expert by expert"):
         quantized(tiny_model("mixtral"), tmp_path / "a")
     with pytest.raises(InputError, match="no calibration tokens"):
-        quantize.run(QuantizeConfig(group_size=16), llama, torch.zeros(0, 8).long(), tmp_path / "a", seed=0)
+        quantize.run(QuantizeConfig(group_size=16), llama, torch.zeros(0, 8).long(), tmp_path / "a", Context())
     base = quantized(llama, tmp_path / "base")
     with pytest.raises(InputError, match="quantised already"):
         quantized(base, tmp_path / "a")
@@ -345,14 +364,14 @@ def test_another_base_is_refused_and_says_what_differs(tiny_model: Any, tmp_path
     random_adapter(base, tmp_path / "adapter")
     wrong = "trained on another base.*what differs: codes, mask, scales and zero points, start"
     with pytest.raises(InputError, match=wrong):
-        merge.run(MergeConfig(), other, tmp_path / "adapter", tmp_path / "merged")
+        merge.run(MergeConfig(), other, tmp_path / "adapter", tmp_path / "merged", Context())
     with pytest.raises(InputError, match=wrong):  # stock PEFT's own loading too
         PeftModel.from_pretrained(load_model(other, packed=True), str(tmp_path / "adapter"))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     config["base_identity"] = None
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="does not say of which base"):
-        merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+        merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged", Context())
     with pytest.raises(InputError, match="kind sparse needs a float base"):
         random_adapter(base, tmp_path / "adapter", kind="sparse")
     with pytest.raises(InputError, match="needs a quantised base"):
@@ -391,7 +410,7 @@ def test_other_calibration_text_is_another_result(tiny_model: Any, tmp_path: Pat
     quantized(tiny_model("llama"), tmp_path / "base")
     with pytest.raises(InputError, match="calibration_digest"):
         quantize.run(
-            QuantizeConfig(group_size=16), tiny_model("llama"), tokens() + 1, tmp_path / "base", seed=0,
+            QuantizeConfig(group_size=16), tiny_model("llama"), tokens() + 1, tmp_path / "base", Context(),
             sparsify=SparsifyConfig(sparsity=0.5),
         )  # fmt: skip
 
@@ -511,7 +530,7 @@ def test_a_quantised_folder_and_a_token_beyond_the_embedding_are_refused(tiny_mo
     far = tokens()
     far[0, 0] = 300
     with pytest.raises(InputError, match="token 300, and the model's embedding 264 rows"):
-        quantize.run(QuantizeConfig(group_size=16), tiny_model("llama"), far, tmp_path / "out", seed=0)
+        quantize.run(QuantizeConfig(group_size=16), tiny_model("llama"), far, tmp_path / "out", Context())
 
 
 def test_overflow_in_gptq_names_the_linear_and_the_remedy(tiny_model: Any, tmp_path: Path) -> None:
@@ -528,7 +547,7 @@ def test_a_mask_in_the_joint_pass_says_how_many_it_prunes(tiny_model: Any, tmp_p
     save_file({"model.layers.0.mlp.up_proj.weight": torch.rand(64, 32) > 0.5}, tmp_path / "mask.safetensors")
     given = SparsifyConfig(mask=str(tmp_path / "mask.safetensors"))
     config = QuantizeConfig(group_size=16)
-    made = quantize.run(config, tiny_model("llama"), tokens(), tmp_path / "out", seed=0, sparsify=given)
+    made = quantize.run(config, tiny_model("llama"), tokens(), tmp_path / "out", Context(), sparsify=given)
     assert "masked 1 of 14 targeted linears; the other 13 stay dense" in made.manifest["result"]["coverage"]
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from drawn import Drawn, Page
-from sqft.artifact import Artifact, describe, digest_input, finished, key_of, writing
+from sqft.artifact import Artifact, describe, digest_input, key_of, reuse, writing
 from sqft.errors import InputError
 from sqft.pages.text import ABSENT
 from sqft.recipe import Recipe
@@ -819,7 +819,7 @@ class TestModelCard:
         report.run(tmp_path, recipe_of())
         assert self.read(tmp_path) != BASE_CARD
         assert keys() == before
-        assert finished(folder, description).digest == Artifact.open(folder).digest == before[1]
+        assert reuse(folder, description).digest == Artifact.open(folder).digest == before[1]
         (folder / "sqft" / "manifest.json").unlink()
         assert digest_input(folder) != before[1], "without its manifest the folder is told by its files"
 

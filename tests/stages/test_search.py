@@ -22,6 +22,7 @@ from sqft.adapters.attach import load_model
 from sqft.adapters.cached import cached_weights, switch_ranks
 from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import Artifact
+from sqft.context import Context
 from sqft.core.climb import as_configuration, climb
 from sqft.core.ranks import RankSpace
 from sqft.data.tasks import Example, Task
@@ -30,9 +31,11 @@ from sqft.evaluation.harness import score_examples
 from sqft.evaluation.prepacked import prepacked
 from sqft.model.opening import load_tokenizer
 from sqft.recipe import FinetuneConfig, QuantizeConfig, SearchConfig, SparsifyConfig
-from sqft.stages import finetune, quantize, search, sparsify
-from sqft.stages.search import study as study_module
-from sqft.stages.search.study import HillClimbing, _running, open_study, pareto_front
+from sqft.stages import extract, finetune, quantize, sparsify
+from sqft.stages.extract import search as search_module
+from sqft.stages.extract import study as study_module
+from sqft.stages.extract.search import pareto_front
+from sqft.stages.extract.study import HillClimbing, open_study, running
 
 TASK = Task("pick", "choice")
 DRAW = random.Random(0)
@@ -53,11 +56,11 @@ def make(tiny_model: Callable[..., Path], folder: Path, kind: str) -> tuple[Path
     """Return (base, super-adapter) whose sub-adapters answer differently."""
     model, base, adapter = tiny_model("llama", "bfloat16"), folder / "base", folder / "adapter"
     if kind == "quantized":
-        quantize.run(QuantizeConfig(group_size=16), model, TOKENS, base, seed=0, sparsify=SparsifyConfig())
+        quantize.run(QuantizeConfig(group_size=16), model, TOKENS, base, Context(), sparsify=SparsifyConfig())
     else:
-        sparsify.run(SparsifyConfig(), model, TOKENS, base, seed=0)
+        sparsify.run(SparsifyConfig(), model, TOKENS, base, Context())
     config = FinetuneConfig.model_validate({"kind": kind, "ranks": [8, 4, 2], "max_steps": 2, "length": 64, "batch": 2})
-    finetune.run(config, base, [(e.prompt, e.answer) for e in EXAMPLES], [], adapter, seed=0, data={})
+    finetune.run(config, base, [(e.prompt, e.answer) for e in EXAMPLES], [], adapter, Context(), data={})
     tensors = load_file(adapter / "adapter_model.safetensors")
     generator = torch.Generator().manual_seed(1)
     strong = {k: torch.randn(t.shape, generator=generator) if "lora_B" in k else t for k, t in tensors.items()}
@@ -79,7 +82,7 @@ def sparse(tiny_model: Callable[..., Path], tmp_path_factory: Any) -> tuple[Path
 def run(trained: tuple[Path, Path], out: Path, **options: Any) -> dict[str, Any]:
     base, adapter = trained
     config = SearchConfig.model_validate(SETTINGS | options)
-    search.run(config, adapter, out, seed=3, base=base, rows=ROWS)
+    extract.run(config, adapter, out, Context(3), base=base, rows=ROWS)
     return json.loads((out / "sqft" / "search.json").read_text())
 
 
@@ -102,7 +105,7 @@ def test_a_configuration_scores_as_the_sub_adapter_that_is_extracted_for_it(
     for number, trial in enumerate([*record["trials"][:4], record["chosen"]]):
         (tmp_path / f"{number}.json").write_text(json.dumps(trial["ranks"]))
         config = SearchConfig(strategy="file", ranks_file=str(tmp_path / f"{number}.json"))
-        search.run(config, adapter, tmp_path / str(number))
+        extract.run(config, adapter, tmp_path / str(number), Context())
         model = load_model(base, tmp_path / str(number))
         right = score_examples(model, tokenizer, TASK, EXAMPLES[:16], 4)
         assert trial["accuracy"] == pytest.approx(sum(right) / 16)
@@ -150,7 +153,7 @@ def test_a_killed_search_goes_on_to_the_same_end(
     strategy: str, evaluations: int, sparse: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(sparse, tmp_path / "whole", strategy=strategy)
-    original, calls = study_module.evaluate_examples, []
+    original, calls = search_module.evaluate_examples, []
 
     def killed(*arguments: Any, **options: Any) -> Any:
         if len(calls) == evaluations:
@@ -159,17 +162,17 @@ def test_a_killed_search_goes_on_to_the_same_end(
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study_module, "evaluate_examples", killed)
+        patch.setattr(search_module, "evaluate_examples", killed)
         with pytest.raises(KeyboardInterrupt):
             run(sparse, tmp_path / "cut", strategy=strategy)
     assert not (tmp_path / "cut").exists()
     counted: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(study_module, "evaluate_examples", lambda *a: counted.append(1) or original(*a))
+        patch.setattr(search_module, "evaluate_examples", lambda *a: counted.append(1) or original(*a))
         assert plain(run(sparse, tmp_path / "cut", strategy=strategy)) == plain(whole)
     assert len(counted) <= 10 - evaluations  # nothing is evaluated twice
     # And a finished one is not run again.
-    monkeypatch.setattr(study_module, "evaluate_examples", killed)
+    monkeypatch.setattr(search_module, "evaluate_examples", killed)
     run(sparse, tmp_path / "cut", strategy=strategy)
 
 
@@ -201,17 +204,17 @@ def test_a_dead_worker_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.Mon
     gone.wait()
     trial = study.ask(study_module.distributions(space))
     trial.set_user_attr("worker", f"{study_module.socket.gethostname()}:{gone.pid}:0.0")
-    assert _running(study) == []
+    assert running(study) == []
     assert sampler.free(study) == [as_configuration(space, space.heuristic())]
     alive = study.ask(study_module.distributions(space))
-    alive.set_user_attr("worker", study_module._worker())
-    assert [t.number for t in _running(study)] == [alive.number]
+    alive.set_user_attr("worker", study_module.worker())
+    assert [t.number for t in running(study)] == [alive.number]
     assert sampler.free(study) == []  # the heuristic is being evaluated, and all else waits for it
     # However long it takes: a process of this machine is dead when it is gone. Another one with its number is not it.
     monkeypatch.setattr(study_module, "_STALE_SECONDS", -1.0)
-    assert [t.number for t in _running(study)] == [alive.number]
+    assert [t.number for t in running(study)] == [alive.number]
     alive.set_user_attr("worker", f"{study_module.socket.gethostname()}:{os.getpid()}:1.0")
-    assert _running(study) == []
+    assert running(study) == []
 
 
 def test_what_a_killed_process_leaves_of_a_study_holds_nobody_up(
@@ -222,7 +225,7 @@ def test_what_a_killed_process_leaves_of_a_study_holds_nobody_up(
     file.parent.mkdir()
     open_study(file, "s", pareto=False).ask({})
     code = (
-        "import os, signal; from pathlib import Path; from sqft.stages.search.study import _JournalLock; "
+        "import os, signal; from pathlib import Path; from sqft.stages.extract.study import _JournalLock; "
         "_JournalLock(Path('folder/s.study')).acquire(); print('holds it', flush=True); "
         "open('folder/s.study', 'ab').write(b'{half a li'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -241,7 +244,7 @@ def test_the_heuristic_is_asked_for_again_when_its_process_is_gone(strategy: str
     lost = study.ask(study_module.distributions(space))
     lost.set_user_attr("worker", f"{study_module.socket.gethostname()}:999999999:0.0")
     config = SearchConfig.model_validate(SETTINGS | {"strategy": strategy})
-    searcher = study_module._Searcher(config, space, study, seed=2**40)
+    searcher = search_module._Searcher(config, space, study, seed=2**40)
     while (trial := searcher.ask()) is not None:
         value = sum(trial.params.values()) / 12
         study.tell(trial, [value, -value] if strategy == "nsga2" else value)
@@ -255,7 +258,7 @@ def test_a_configuration_that_is_drawn_again_is_not_counted_again(strategy: str,
     space = RankSpace((6, 4, 2), {"a": ("a",), "b": ("b",), "c": ("c",)})
     study = open_study(tmp_path / "s.study", "s", pareto=strategy == "nsga2")
     config = SearchConfig.model_validate(SETTINGS | {"strategy": strategy, "turns": 6})
-    searcher = study_module._Searcher(config, space, study, seed=0)
+    searcher = search_module._Searcher(config, space, study, seed=0)
     while (trial := searcher.ask()) is not None:
         value = sum(trial.params.values()) / 18
         study.tell(trial, [value, -value] if strategy == "nsga2" else value)
@@ -276,22 +279,22 @@ def test_what_cannot_be_searched_is_refused(sparse: tuple[Path, Path], tmp_path:
     base, adapter = sparse
     config = SearchConfig.model_validate(SETTINGS)
     with pytest.raises(InputError, match="needs the base model and validation rows"):
-        search.run(config, adapter, tmp_path / "a")
+        extract.run(config, adapter, tmp_path / "a", Context())
     with pytest.raises(InputError, match="needs the base model and validation rows"):
-        search.run(config, adapter, tmp_path / "a", base=base, rows=[(TASK, [])])
-    search.run(SearchConfig(strategy="maximal"), adapter, tmp_path / "one")
+        extract.run(config, adapter, tmp_path / "a", Context(), base=base, rows=[(TASK, [])])
+    extract.run(SearchConfig(strategy="maximal"), adapter, tmp_path / "one", Context())
     modules = list(SavedAdapter.open(tmp_path / "one").modules)
     (tmp_path / "one" / "sqft" / "manifest.json").unlink()
     (tmp_path / "one" / "sqft" / "rank_space.json").write_text(json.dumps({"choices": [8], "groups": {"g": modules}}))
     with pytest.raises(InputError, match="has the one rank 8, so there is nothing to search"):
-        search.run(config, tmp_path / "one", tmp_path / "a", base=base, rows=ROWS)
+        extract.run(config, tmp_path / "one", tmp_path / "a", Context(), base=base, rows=ROWS)
 
 
 def test_two_workers_take_different_configurations(tmp_path: Path) -> None:
     space = RankSpace((8, 6, 4, 2), {"a": ("a",), "b": ("b",), "c": ("c",)})
     config = SearchConfig.model_validate(SETTINGS | {"strategy": "hill_climbing", "neighbours": 4})
     studies = [open_study(tmp_path / "s.study", "s", pareto=False) for _ in range(2)]
-    workers = [study_module._Searcher(config, space, study, seed=0) for study in studies]
+    workers = [search_module._Searcher(config, space, study, seed=0) for study in studies]
     first = workers[0].ask()
     assert first is not None
     studies[0].tell(first, 0.5)  # the heuristic, which all else waits for

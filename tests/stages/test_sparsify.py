@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sqft.adapters.attach import load_model
+from sqft.context import Context
 from sqft.core.mask import conforms
 from sqft.errors import InputError, NumericalError
 from sqft.model.targets import decoder_blocks, find_targets, skeleton
@@ -62,7 +63,7 @@ def whole_model_wanda(folder: Path, sparsity: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "mixtral"])
 def test_streamed_wanda_equals_whole_model_wanda(arch: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model(arch)
-    sparsify.run(config(), folder, TOKENS, tmp_path / "out", seed=0)
+    sparsify.run(config(), folder, TOKENS, tmp_path / "out", Context())
     expected = whole_model_wanda(folder, 0.5)
     model = load_model(tmp_path / "out")
     found = {t.module: t.view(model) for t in find_targets(model)[0]}
@@ -79,7 +80,7 @@ def test_every_architecture_keeps_its_kept_weights_and_everything_else(
     arch: str, dtype: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tiny_model(arch, dtype)
-    artifact = sparsify.run(config(), folder, TOKENS, tmp_path / "out", seed=0)
+    artifact = sparsify.run(config(), folder, TOKENS, tmp_path / "out", Context())
     before, after = Checkpoint(folder), Checkpoint(tmp_path / "out")
     assert before.entries.keys() == after.entries.keys()
     pruned = 0
@@ -102,7 +103,7 @@ def test_every_architecture_keeps_its_kept_weights_and_everything_else(
 
 def test_experts_lie_one_by_one_on_disk_and_each_is_pruned(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model("mixtral")
-    artifact = sparsify.run(config(), folder, TOKENS, tmp_path / "out", seed=0)
+    artifact = sparsify.run(config(), folder, TOKENS, tmp_path / "out", Context())
     after = Checkpoint(tmp_path / "out")
     experts = [name for name in after.entries if ".experts." in name]
     assert len(experts) == 2 * 4 * 3
@@ -144,10 +145,10 @@ def test_an_expert_without_tokens_is_an_error_that_names_it(tiny_model: Callable
             checkpoint.write(name, weight)
     few = torch.full((1, 2), 5)
     with pytest.raises(InputError, match=r"experts\.gate_up_proj\[\d\]: no calibration token reached it"):
-        sparsify.run(config(), folder, few, tmp_path / "out", seed=0)
+        sparsify.run(config(), folder, few, tmp_path / "out", Context())
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".partial*"))
-    sparsify.run(config(unreached_experts="magnitude"), folder, few, tmp_path / "out", seed=0)
+    sparsify.run(config(unreached_experts="magnitude"), folder, few, tmp_path / "out", Context())
     weight = Checkpoint(tmp_path / "out").read("model.layers.0.block_sparse_moe.experts.3.w1.weight")
     assert ((weight == 0).sum(dim=1) == weight.shape[1] // 2).all()
 
@@ -158,7 +159,7 @@ def test_an_expert_without_tokens_is_an_error_that_names_it(tiny_model: Callable
 def test_structured_patterns(
     arch: str, method: str, pattern: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    sparsify.run(config(method=method, pattern=pattern), tiny_model(arch), TOKENS, tmp_path / "out", seed=0)
+    sparsify.run(config(method=method, pattern=pattern), tiny_model(arch), TOKENS, tmp_path / "out", Context())
     model = load_model(tmp_path / "out")
     keep_n, group_m = (int(n) for n in pattern.split(":"))
     for target in find_targets(model)[0]:
@@ -167,8 +168,8 @@ def test_structured_patterns(
 
 def test_later_blocks_see_the_pruned_ones(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model("llama")
-    sparsify.run(config(sparsity=0.9), folder, TOKENS, tmp_path / "all", seed=0)
-    sparsify.run(config(sparsity=0.9, targets=["layers.1.*"]), folder, TOKENS, tmp_path / "last", seed=0)
+    sparsify.run(config(sparsity=0.9), folder, TOKENS, tmp_path / "all", Context())
+    sparsify.run(config(sparsity=0.9, targets=["layers.1.*"]), folder, TOKENS, tmp_path / "last", Context())
     name = "model.layers.1.mlp.down_proj.weight"
     assert not torch.equal(Checkpoint(tmp_path / "all").read(name), Checkpoint(tmp_path / "last").read(name))
 
@@ -178,29 +179,29 @@ def test_a_given_mask_is_applied_instead_of_a_score(tiny_model: Callable[..., Pa
     name = "model.layers.0.self_attn.q_proj.weight"
     mask = torch.rand(32, 32, generator=torch.Generator().manual_seed(1)) > 0.3
     save_file({name: mask}, tmp_path / "mask.safetensors")
-    sparsify.run(config(mask=str(tmp_path / "mask.safetensors")), folder, None, tmp_path / "out", seed=0)
+    sparsify.run(config(mask=str(tmp_path / "mask.safetensors")), folder, None, tmp_path / "out", Context())
     before, after = Checkpoint(folder), Checkpoint(tmp_path / "out")
     assert torch.equal(after.read(name), before.read(name) * mask)
     assert torch.equal(after.read(name.replace("q_proj", "k_proj")), before.read(name.replace("q_proj", "k_proj")))
     # The masks that sparsify itself writes are read back the same.
     again = sparsify.run(
-        config(mask=str(tmp_path / "out" / "sqft" / "mask.safetensors")), folder, None, tmp_path / "again", seed=0
+        config(mask=str(tmp_path / "out" / "sqft" / "mask.safetensors")), folder, None, tmp_path / "again", Context()
     )
     assert torch.equal(Checkpoint(again.path).read(name), after.read(name))
 
 
 def test_masks_of_experts_are_read_back_as_they_were_written(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model("mixtral")
-    sparsify.run(config(), folder, TOKENS, tmp_path / "out", seed=0)
+    sparsify.run(config(), folder, TOKENS, tmp_path / "out", Context())
     masks = str(tmp_path / "out" / "sqft" / "mask.safetensors")
-    sparsify.run(config(mask=masks), folder, None, tmp_path / "again", seed=0)
+    sparsify.run(config(mask=masks), folder, None, tmp_path / "again", Context())
     first, again = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "again")
     for name in first.entries:
         assert torch.equal(first.read(name), again.read(name)), name
 
 
 def test_magnitude_needs_no_token_to_reach_an_expert(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    sparsify.run(config(method="magnitude"), tiny_model("mixtral"), None, tmp_path / "out", seed=0)
+    sparsify.run(config(method="magnitude"), tiny_model("mixtral"), None, tmp_path / "out", Context())
     weight = Checkpoint(tmp_path / "out").read("model.layers.0.block_sparse_moe.experts.3.w1.weight")
     assert ((weight == 0).sum(dim=1) == weight.shape[1] // 2).all()
 
@@ -227,8 +228,8 @@ def test_routers_and_convolutions_are_left_alone(tiny_model: Callable[..., Path]
 def test_pruning_again_keeps_the_first_zeros_and_no_compensation_fills_them(
     again: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    sparsify.run(config(sparsity=0.5), tiny_model("llama"), TOKENS, tmp_path / "half", seed=0)
-    sparsify.run(config(**again), tmp_path / "half", TOKENS, tmp_path / "again", seed=0)
+    sparsify.run(config(sparsity=0.5), tiny_model("llama"), TOKENS, tmp_path / "half", Context())
+    sparsify.run(config(**again), tmp_path / "half", TOKENS, tmp_path / "again", Context())
     for module in ("self_attn.q_proj", "mlp.down_proj"):
         name = f"model.layers.0.{module}.weight"
         mask = load_mask(tmp_path / "again", name)
@@ -245,25 +246,27 @@ def test_a_model_without_all_its_weights_is_refused(tiny_model: Callable[..., Pa
     with pytest.raises(InputError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(tmp_path / "model")
     with pytest.raises(InputError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
-        sparsify.run(config(), tmp_path / "model", TOKENS, tmp_path / "out", seed=0)
+        sparsify.run(config(), tmp_path / "model", TOKENS, tmp_path / "out", Context())
 
 
 def test_a_wrong_mask_is_refused_with_every_problem(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     masks = {"no.such": torch.ones(2, 2), "model.layers.0.self_attn.q_proj": torch.ones(3, 3)}
     save_file(masks, tmp_path / "mask.safetensors")
     with pytest.raises(InputError, match="2 problems") as error:
-        sparsify.run(config(mask=str(tmp_path / "mask.safetensors")), tiny_model("llama"), None, tmp_path / "o", seed=0)
+        sparsify.run(
+            config(mask=str(tmp_path / "mask.safetensors")), tiny_model("llama"), None, tmp_path / "o", Context()
+        )
     assert "no.such is no weight of the model" in str(error.value)
     assert "[3, 3], the weight [32, 32]" in str(error.value)
 
 
 def test_it_is_skipped_when_done_and_refuses_another_recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model("llama")
-    first = sparsify.run(config(), folder, TOKENS, tmp_path / "out", seed=0)
-    again = sparsify.run(config(), folder, TOKENS, tmp_path / "out", seed=0)
+    first = sparsify.run(config(), folder, TOKENS, tmp_path / "out", Context())
+    again = sparsify.run(config(), folder, TOKENS, tmp_path / "out", Context())
     assert again.manifest == first.manifest
     with pytest.raises(InputError, match=r"sparsity was 0\.5, is now 0\.6"):
-        sparsify.run(config(sparsity=0.6), folder, TOKENS, tmp_path / "out", seed=0)
+        sparsify.run(config(sparsity=0.6), folder, TOKENS, tmp_path / "out", Context())
 
 
 @pytest.mark.parametrize(
@@ -280,7 +283,7 @@ def test_bad_input_is_refused_before_work(
     options: dict[str, Any], tokens: Any, message: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        sparsify.run(config(**options), tiny_model("llama"), tokens, tmp_path / "out", seed=0)
+        sparsify.run(config(**options), tiny_model("llama"), tokens, tmp_path / "out", Context())
     assert not list(tmp_path.iterdir())
 
 
@@ -293,7 +296,7 @@ def test_nan_in_a_weight_is_named(tiny_model: Callable[..., Path], tmp_path: Pat
     weight[3, 4], weight[5, 6] = float("nan"), float("inf")
     checkpoint.write(name, weight)
     with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj\.weight has 2 NaN or Inf of 2048"):
-        sparsify.run(config(), folder, TOKENS, tmp_path / "out", seed=0)
+        sparsify.run(config(), folder, TOKENS, tmp_path / "out", Context())
     assert not (tmp_path / "out").exists()
 
 
@@ -302,7 +305,7 @@ def test_no_space_is_refused_before_work(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"the sparse model needs .* GB of disk and 0\.00 GB are free"):
-        sparsify.run(config(), tiny_model("llama"), TOKENS, tmp_path / "out", seed=0)
+        sparsify.run(config(), tiny_model("llama"), TOKENS, tmp_path / "out", Context())
 
 
 def test_blocks_that_hand_on_keys_and_values_are_not_calibrated(tiny_model: Callable[..., Path]) -> None:
@@ -328,11 +331,11 @@ def test_a_mask_of_what_is_no_target_is_refused_by_name(tiny_model: Callable[...
         InputError,
         match=r"2 of its 4 masks are of weights that are no targets: \S+0\.mlp\.gate_proj\S+, \S+1\.mlp\.gate",
     ):
-        sparsify.run(config(**options), tiny_model("llama"), None, tmp_path / "out", seed=0)
+        sparsify.run(config(**options), tiny_model("llama"), None, tmp_path / "out", Context())
     embedding = {"model.embed_tokens.weight": torch.ones(264, 32, dtype=torch.bool)}
     save_file(embedding, tmp_path / "mask.safetensors")
     with pytest.raises(InputError, match=r"1 of its 1 masks .*model\.embed_tokens"):
-        sparsify.run(config(mask=options["mask"]), tiny_model("llama"), None, tmp_path / "out", seed=0)
+        sparsify.run(config(mask=options["mask"]), tiny_model("llama"), None, tmp_path / "out", Context())
     assert not (tmp_path / "out").exists()
 
 
@@ -340,11 +343,11 @@ def test_a_mask_of_some_targets_says_how_many(tiny_model: Callable[..., Path], t
     names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("up", "gate")]
     save_file({name: torch.rand(64, 32) > 0.5 for name in names}, tmp_path / "mask.safetensors")
     masked = config(mask=str(tmp_path / "mask.safetensors"))
-    made = sparsify.run(masked, tiny_model("llama"), None, tmp_path / "out", seed=0)
+    made = sparsify.run(masked, tiny_model("llama"), None, tmp_path / "out", Context())
     assert "masked 2 of 14 targeted linears; the other 12 stay dense" in made.manifest["result"]["coverage"]
     assert (
         "masked"
-        not in sparsify.run(config(), tiny_model("llama"), TOKENS, tmp_path / "all", seed=0).manifest["result"][
+        not in sparsify.run(config(), tiny_model("llama"), TOKENS, tmp_path / "all", Context()).manifest["result"][
             "coverage"
         ]
     )
@@ -354,9 +357,9 @@ def test_a_token_beyond_the_embedding_is_refused(tiny_model: Callable[..., Path]
     tokens = TOKENS.clone()
     tokens[2, 3] = 264
     with pytest.raises(InputError, match=r"token 264, and the model's embedding 264 rows.*resize"):
-        sparsify.run(config(), tiny_model("llama"), tokens, tmp_path / "out", seed=0)
+        sparsify.run(config(), tiny_model("llama"), tokens, tmp_path / "out", Context())
     tokens[2, 3] = 263
-    sparsify.run(config(), tiny_model("llama"), tokens, tmp_path / "out", seed=0)
+    sparsify.run(config(), tiny_model("llama"), tokens, tmp_path / "out", Context())
 
 
 def overflowing(folder: Path, out: Path, *names: str) -> Path:
@@ -375,10 +378,10 @@ def test_overflow_names_the_linear_and_the_remedy(method: str, tiny_model: Calla
     with pytest.raises(
         NumericalError, match=r"^model\.layers\.0\.mlp\.down_proj: .*block model\.layers\.0\).*65504.*bfloat16"
     ):
-        sparsify.run(config(method=method), folder, TOKENS, tmp_path / "out", seed=0)
+        sparsify.run(config(method=method), folder, TOKENS, tmp_path / "out", Context())
     assert not (tmp_path / "out").exists()
     # What needs no activations is not troubled by them.
-    sparsify.run(config(method="magnitude"), folder, None, tmp_path / "out", seed=0)
+    sparsify.run(config(method="magnitude"), folder, None, tmp_path / "out", Context())
 
 
 def test_overflow_behind_the_last_linear_names_the_block(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -389,7 +392,7 @@ def test_overflow_behind_the_last_linear_names_the_block(tiny_model: Callable[..
     tensors["model.layers.1.mlp.up_proj.weight"] *= 50
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match=r"^block model\.layers\.1: its output holds NaN or Inf.*65504"):
-        sparsify.run(config(), tmp_path / "model", TOKENS, tmp_path / "out", seed=0)
+        sparsify.run(config(), tmp_path / "model", TOKENS, tmp_path / "out", Context())
 
 
 def test_a_pruner_that_overflows_names_the_linear(
@@ -408,7 +411,7 @@ def test_a_pruner_that_overflows_names_the_linear(
     folder = tiny_model("llama", "float16")
     for method, said in (("far", "65504"), ("nowhere", "score has NaN")):
         with pytest.raises(NumericalError, match=rf"^model\.layers\.0\.\S+_proj: .*{said}"):
-            sparsify.run(config(method=method), folder, TOKENS, tmp_path / "out", seed=0)
+            sparsify.run(config(method=method), folder, TOKENS, tmp_path / "out", Context())
 
 
 @pytest.mark.parametrize("arch", ["llama4_text", "dbrx"])
@@ -417,7 +420,7 @@ def test_experts_lose_as_much_in_every_row(
     arch: str, method: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     tokens = None if method == "magnitude" else TOKENS
-    sparsify.run(config(method=method, sparsity=0.5), tiny_model(arch), tokens, tmp_path / "out", seed=0)
+    sparsify.run(config(method=method, sparsity=0.5), tiny_model(arch), tokens, tmp_path / "out", Context())
     model = load_model(tmp_path / "out")
     experts = [t.view(model) for t in find_targets(model)[0] if t.index is not None]
     assert experts
@@ -427,7 +430,7 @@ def test_experts_lose_as_much_in_every_row(
 
 def test_vectors_stay_as_they_are(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     before = Checkpoint(tiny_model("rwkv"))
-    sparsify.run(config(method="magnitude"), tiny_model("rwkv"), None, tmp_path / "out", seed=0)
+    sparsify.run(config(method="magnitude"), tiny_model("rwkv"), None, tmp_path / "out", Context())
     after = Checkpoint(tmp_path / "out")
     vectors = [name for name in before.entries if "time_" in name]
     assert len(vectors) > 8
@@ -441,7 +444,7 @@ def test_a_folder_that_contradicts_its_config_is_refused(tiny_model: Callable[..
     tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].int()
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"k_proj\.weight \(int32\)"):
-        sparsify.run(config(), tmp_path / "model", TOKENS, tmp_path / "out", seed=0)
+        sparsify.run(config(), tmp_path / "model", TOKENS, tmp_path / "out", Context())
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "dbrx"])
@@ -450,8 +453,8 @@ def test_an_update_prunes_as_many_and_changes_what_stays(
     arch: str, pattern: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tiny_model(arch)
-    sparsify.run(config(pattern=pattern), folder, TOKENS, tmp_path / "plain", seed=0)
-    done = sparsify.run(config(pattern=pattern, update=True), folder, TOKENS, tmp_path / "out", seed=0)
+    sparsify.run(config(pattern=pattern), folder, TOKENS, tmp_path / "plain", Context())
+    done = sparsify.run(config(pattern=pattern, update=True), folder, TOKENS, tmp_path / "out", Context())
     assert done.manifest["result"]["sparsity"] == 0.5
     before, plain, after = load_model(folder), load_model(tmp_path / "plain"), load_model(tmp_path / "out")
     changed = 0
@@ -470,8 +473,8 @@ def test_a_given_mask_is_made_up_for_where_that_is_set(tiny_model: Callable[...,
     save_file({name: mask}, tmp_path / "mask.safetensors")
     given = config(mask=str(tmp_path / "mask.safetensors"), update=True)
     with pytest.raises(InputError, match="update needs calibration tokens"):
-        sparsify.run(given, folder, None, tmp_path / "out", seed=0)
-    sparsify.run(given, folder, TOKENS, tmp_path / "out", seed=0)
+        sparsify.run(given, folder, None, tmp_path / "out", Context())
+    sparsify.run(given, folder, TOKENS, tmp_path / "out", Context())
     before, after = Checkpoint(folder).read(name), Checkpoint(tmp_path / "out").read(name)
     assert not after[~mask].any()
     assert not torch.equal(after[mask], before[mask])
@@ -484,8 +487,8 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_not_updated(
 ) -> None:
     few = torch.full((1, 2), 5)
     settings = {"unreached_experts": "magnitude", "targets": ["*experts*"]}
-    plain = sparsify.run(config(**settings), tiny_model("mixtral"), few, tmp_path / "plain", seed=0)
-    updated = sparsify.run(config(**settings, update=True), tiny_model("mixtral"), few, tmp_path / "out", seed=0)
+    plain = sparsify.run(config(**settings), tiny_model("mixtral"), few, tmp_path / "plain", Context())
+    updated = sparsify.run(config(**settings, update=True), tiny_model("mixtral"), few, tmp_path / "out", Context())
     first, second = Checkpoint(plain.path), Checkpoint(updated.path)
     same = [torch.equal(first.read(name), second.read(name)) for name in first.entries if ".experts." in name]
     assert any(same)
@@ -499,7 +502,7 @@ def test_a_pruner_of_its_own_takes_no_update(
 
     monkeypatch.setitem(pruners._PRUNERS, "own", lambda weight, statistics, pattern: (weight, weight != 0))
     with pytest.raises(InputError, match=r"own is a pruner, .*leave sparsify\.update out"):
-        sparsify.run(config(method="own", update=True), tiny_model("llama"), TOKENS, tmp_path / "out", seed=0)
+        sparsify.run(config(method="own", update=True), tiny_model("llama"), TOKENS, tmp_path / "out", Context())
 
 
 def test_the_key_of_a_folder_holds_an_update_only_where_there_is_one() -> None:

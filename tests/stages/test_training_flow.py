@@ -18,6 +18,7 @@ from sqft.adapters.attach import load_model
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import Artifact
+from sqft.context import Context
 from sqft.data.tasks import Example, Task
 from sqft.digests import digest_file, file_digests
 from sqft.errors import InputError, NumericalError
@@ -25,7 +26,7 @@ from sqft.evaluation import prepacked
 from sqft.model.opening import load_tokenizer
 from sqft.model.targets import skeleton
 from sqft.recipe import FinetuneConfig, MergeConfig, SearchConfig, SparsifyConfig, VerifyConfig
-from sqft.stages import finetune, merge, search, sparsify, verify
+from sqft.stages import extract, finetune, merge, sparsify, verify
 from sqft.stages.finetune import loop
 from sqft.storage.checkpoint import Checkpoint
 
@@ -55,12 +56,12 @@ def chain(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
 
     def make(arch: str = "llama", dtype: str = "bfloat16", **options: Any) -> Path:
         settings = SparsifyConfig.model_validate({"calibration": {"batch": 4}})
-        sparsify.run(settings, tiny_model(arch, dtype), TOKENS, tmp_path / "sparse", seed=0)
+        sparsify.run(settings, tiny_model(arch, dtype), TOKENS, tmp_path / "sparse", Context())
         config = training(target_modules=TARGETS[arch], **options)
-        finetune.run(config, tmp_path / "sparse", PAIRS, PAIRS[:4], tmp_path / "adapter", seed=0, data={})
-        search.run(SearchConfig(), tmp_path / "adapter", tmp_path / "sub_adapter")
+        finetune.run(config, tmp_path / "sparse", PAIRS, PAIRS[:4], tmp_path / "adapter", Context(), data={})
+        extract.run(SearchConfig(), tmp_path / "adapter", tmp_path / "sub_adapter", Context())
         if config.kind == "sparse":
-            merge.run(MergeConfig(), tmp_path / "sparse", tmp_path / "sub_adapter", tmp_path / "merged")
+            merge.run(MergeConfig(), tmp_path / "sparse", tmp_path / "sub_adapter", tmp_path / "merged", Context())
         return tmp_path
 
     return make
@@ -69,7 +70,7 @@ def chain(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
 def prove(out: Path, name: str = "verify.json", **options: Any) -> dict[str, Any]:
     checks = VerifyConfig(prompts=4, accuracy_rows=4, **options)
     return verify.run(
-        checks, out / "merged", out / "sparse", out / "sub_adapter", out / name, task=TASK, examples=EXAMPLES
+        checks, out / "merged", out / "sparse", out / "sub_adapter", out / name, Context(), task=TASK, examples=EXAMPLES
     )
 
 
@@ -223,7 +224,7 @@ def _elastic_config(out: Path) -> SqftConfig:
 @pytest.mark.parametrize(("strategy", "rank"), [("heuristic", 4), ("maximal", 4), ("minimal", 2)])
 def test_extract_slices_and_keeps_the_scaling(strategy: Any, rank: int, chain: Callable[..., Path]) -> None:
     out = chain()
-    search.run(SearchConfig(strategy=strategy), out / "adapter", out / strategy)
+    extract.run(SearchConfig(strategy=strategy), out / "adapter", out / strategy, Context())
     whole, part = SavedAdapter.open(out / "adapter"), SavedAdapter.open(out / strategy)
     assert part.kind == "sparse"
     for name, low in part.modules.items():
@@ -239,25 +240,27 @@ def test_extract_from_a_file_of_ranks(chain: Callable[..., Path]) -> None:
     ranks = {group: (2 if "layers.0" in group else 4) for group in space.groups}
     (out / "ranks.json").write_text(json.dumps(ranks))
     options = SearchConfig(strategy="file", ranks_file=str(out / "ranks.json"))
-    search.run(options, out / "adapter", out / "chosen")
+    extract.run(options, out / "adapter", out / "chosen", Context())
     for name, low in SavedAdapter.open(out / "chosen").modules.items():
         assert low.rank == (2 if "layers.0" in name else 4)
     # The folder loads with its ranks, and merges to what it is live.
-    merge.run(MergeConfig(), out / "sparse", out / "chosen", out / "merged_chosen")
+    merge.run(MergeConfig(), out / "sparse", out / "chosen", out / "merged_chosen", Context())
     live, merged = load_model(out / "sparse", out / "chosen"), load_model(out / "merged_chosen")
     with torch.no_grad():
         assert torch.equal(live(TOKENS).logits, merged(TOKENS).logits)
     (out / "ranks.json").write_text(json.dumps({}))
     with pytest.raises(InputError, match="has no rank"):
-        search.run(options, out / "adapter", out / "empty")
+        extract.run(options, out / "adapter", out / "empty", Context())
 
 
 def test_a_dense_adapter_is_not_merged_into_a_sparse_base_unasked(chain: Callable[..., Path]) -> None:
     out = chain(kind="dense")
     with pytest.raises(InputError, match=r"50\.0 % sparsity lost.*merge\.allow_sparsity_loss"):
-        merge.run(MergeConfig(), out / "sparse", out / "sub_adapter", out / "merged")
+        merge.run(MergeConfig(), out / "sparse", out / "sub_adapter", out / "merged", Context())
     assert not (out / "merged").exists()
-    artifact = merge.run(MergeConfig(allow_sparsity_loss=True), out / "sparse", out / "sub_adapter", out / "merged")
+    artifact = merge.run(
+        MergeConfig(allow_sparsity_loss=True), out / "sparse", out / "sub_adapter", out / "merged", Context()
+    )
     assert artifact.manifest["result"]["filled_zeros"] > 1000
     result = {check["name"]: check for check in prove(out)["checks"]}
     assert not result["zeros_kept"]["passed"]
@@ -267,10 +270,10 @@ def test_a_dense_adapter_is_not_merged_into_a_sparse_base_unasked(chain: Callabl
 def test_a_dense_adapter_merges_where_nothing_was_pruned(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """The mask file alone is no reason: a base that was pruned elsewhere loses none of its zeros."""
     settings = SparsifyConfig.model_validate({"targets": ["mlp.*"], "calibration": {"batch": 4}})
-    sparsify.run(settings, tiny_model("llama", "bfloat16"), TOKENS, tmp_path / "sparse", seed=0)
+    sparsify.run(settings, tiny_model("llama", "bfloat16"), TOKENS, tmp_path / "sparse", Context())
     config = training(kind="dense", ranks=[4], target_modules=["q_proj"])
-    finetune.run(config, tmp_path / "sparse", PAIRS, [], tmp_path / "adapter", seed=0, data={})
-    merge.run(MergeConfig(), tmp_path / "sparse", tmp_path / "adapter", tmp_path / "merged")
+    finetune.run(config, tmp_path / "sparse", PAIRS, [], tmp_path / "adapter", Context(), data={})
+    merge.run(MergeConfig(), tmp_path / "sparse", tmp_path / "adapter", tmp_path / "merged", Context())
     name = "model.layers.0.mlp.up_proj.weight"
     assert (Checkpoint(tmp_path / "merged").read(name) == 0).any()
 
@@ -278,7 +281,7 @@ def test_a_dense_adapter_merges_where_nothing_was_pruned(tiny_model: Callable[..
 def test_an_adapter_of_another_base_is_refused(chain: Callable[..., Path], tiny_model: Callable[..., Path]) -> None:
     out = chain()
     with pytest.raises(InputError, match="was trained on another base"):
-        merge.run(MergeConfig(), tiny_model("llama", "bfloat16"), out / "sub_adapter", out / "wrong")
+        merge.run(MergeConfig(), tiny_model("llama", "bfloat16"), out / "sub_adapter", out / "wrong", Context())
     with pytest.raises(InputError, match="was trained on another base"):
         load_model(tiny_model("llama", "bfloat16"), out / "sub_adapter")
 
@@ -294,7 +297,7 @@ def test_a_foreign_lora_merges_and_one_with_more_than_factors_is_refused(
         LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(tmp_path / "lora")
-    merge.run(MergeConfig(), folder, tmp_path / "lora", tmp_path / "merged")
+    merge.run(MergeConfig(), folder, tmp_path / "lora", tmp_path / "merged", Context())
     with torch.no_grad():
         expected = model.eval()(TOKENS).logits
         assert torch.allclose(load_model(tmp_path / "merged")(TOKENS).logits, expected, atol=1e-4)
@@ -302,11 +305,11 @@ def test_a_foreign_lora_merges_and_one_with_more_than_factors_is_refused(
     file = tmp_path / "lora" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "pissa"}))
     with pytest.raises(InputError, match="init_lora_weights: pissa, which rewrites the base's weights"):
-        merge.run(MergeConfig(), folder, tmp_path / "lora", tmp_path / "other")
+        merge.run(MergeConfig(), folder, tmp_path / "lora", tmp_path / "other", Context())
     model = get_peft_model(load_model(folder), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path / "more")
     with pytest.raises(InputError, match="it has modules_to_save, which is not merged into a linear"):
-        merge.run(MergeConfig(), folder, tmp_path / "more", tmp_path / "merged2")
+        merge.run(MergeConfig(), folder, tmp_path / "more", tmp_path / "merged2", Context())
 
 
 @pytest.mark.parametrize(
@@ -324,7 +327,7 @@ def test_bad_training_input_is_refused_before_work(
     options: dict[str, Any], pairs: Any, message: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        finetune.run(training(**options), tiny_model("llama"), pairs, [], tmp_path / "adapter", seed=0, data={})
+        finetune.run(training(**options), tiny_model("llama"), pairs, [], tmp_path / "adapter", Context(), data={})
     assert not list(tmp_path.iterdir())
 
 
@@ -339,7 +342,7 @@ def test_what_training_cannot_do_is_refused_before_it(tiny_model: Callable[..., 
 def test_training_that_diverges_says_so(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     config = training(kind="dense", learning_rate=1e30, max_grad_norm=1e30, schedule="constant", warmup=0)
     with pytest.raises(NumericalError, match=r"diverged.*lower finetune\.learning_rate"):
-        finetune.run(config, tiny_model("llama"), PAIRS, [], tmp_path / "adapter", seed=0, data={})
+        finetune.run(config, tiny_model("llama"), PAIRS, [], tmp_path / "adapter", Context(), data={})
     assert not (tmp_path / "adapter").exists()
 
 
@@ -356,8 +359,8 @@ def test_killed_after_the_last_step_it_takes_no_other(
     with monkeypatch.context() as patched:
         patched.setattr(finetune, "check_trained", kill)
         with pytest.raises(KeyboardInterrupt):
-            finetune.run(*arguments, seed=0, data={})
-    again = finetune.run(*arguments, seed=0, data={})
+            finetune.run(*arguments, Context(), data={})
+    again = finetune.run(*arguments, Context(), data={})
     whole = Artifact.open(out / "adapter")
     assert again.manifest["result"]["resumed_at_step"] == again.manifest["result"]["steps"] == 5
     assert again.manifest["result"]["final_loss"] == whole.manifest["result"]["final_loss"]
@@ -374,7 +377,7 @@ def test_the_dtype_is_that_of_the_weights_whatever_the_config_says(
     (folder / "config.json").write_text(json.dumps({**values, "dtype": named}))
     assert load_model(folder).dtype == getattr(torch, stored)
     settings = SparsifyConfig.model_validate({"calibration": {"batch": 4}})
-    sparsify.run(settings, folder, TOKENS, tmp_path / "sparse", seed=0)
+    sparsify.run(settings, folder, TOKENS, tmp_path / "sparse", Context())
     assert json.loads((tmp_path / "sparse" / "config.json").read_text())["dtype"] == stored
 
 
@@ -384,9 +387,9 @@ def test_a_sub_adapter_is_no_super_adapter(chain: Callable[..., Path], tmp_path:
     first, *_ = ranks
     (tmp_path / "ranks.json").write_text(json.dumps({**ranks, first: 2}))
     mixed = SearchConfig(strategy="file", ranks_file=str(tmp_path / "ranks.json"))
-    search.run(mixed, out / "adapter", tmp_path / "mixed")
+    extract.run(mixed, out / "adapter", tmp_path / "mixed", Context())
     with pytest.raises(InputError, match="have ranks 2, 4"):
-        search.run(SearchConfig(), tmp_path / "mixed", tmp_path / "again")
+        extract.run(SearchConfig(), tmp_path / "mixed", tmp_path / "again", Context())
 
 
 @pytest.mark.parametrize(("length", "kernel"), [(256, "eager"), (257, "sqft_by_example")])
@@ -404,7 +407,7 @@ def test_long_rows_attend_example_by_example_on_a_cpu(
 
     monkeypatch.setattr(loop.PackedTrainer, "train", watched)
     config = training(kind="dense", length=length, max_steps=1)
-    finetune.run(config, tiny_model("llama"), PAIRS, [], tmp_path / "adapter", seed=0, data={})
+    finetune.run(config, tiny_model("llama"), PAIRS, [], tmp_path / "adapter", Context(), data={})
     assert seen == [kernel]
 
 
@@ -427,7 +430,7 @@ def test_checkpointing_accumulation_and_unpacked_rows_train_alike(chain: Callabl
         "accumulated": {"accumulation": 2, "batch": 2},
     }.items():
         settings = training(packing=False, max_steps=3, **options)
-        finetune.run(settings, out / "sparse", PAIRS, [], out / name, seed=0, data={})
+        finetune.run(settings, out / "sparse", PAIRS, [], out / name, Context(), data={})
         found = load_file(out / name / "adapter_model.safetensors")
         assert all(torch.allclose(plain[key], found[key], atol=2e-3) for key in plain), name
 
@@ -451,7 +454,7 @@ def test_unfinished_training_of_another_recipe_is_refused(chain: Callable[..., P
     (partial / "sqft" / "description.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match=r"(?s)belongs to another recipe.*learning_rate was 0\.02, is now 0\.5"):
         finetune.run(
-            training(max_steps=1, learning_rate=0.5), out / "sparse", PAIRS, [], out / "other", seed=0, data={}
+            training(max_steps=1, learning_rate=0.5), out / "sparse", PAIRS, [], out / "other", Context(), data={}
         )
 
 
@@ -461,13 +464,15 @@ def test_a_dense_merge_is_as_close_as_its_precision(
 ) -> None:
     base = tiny_model("llama", dtype)
     config = training(kind="dense", ranks=[4], lora_alpha=64)
-    finetune.run(config, base, PAIRS, [], tmp_path / "adapter", seed=0, data={})
-    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged")
+    finetune.run(config, base, PAIRS, [], tmp_path / "adapter", Context(), data={})
+    merge.run(MergeConfig(), base, tmp_path / "adapter", tmp_path / "merged", Context())
 
     def prove_it(name: str, **options: Any) -> dict[str, Any]:
         checks = VerifyConfig.model_validate({"prompts": 4, "accuracy_rows": 4, **options})
         file = tmp_path / name
-        return verify.run(checks, tmp_path / "merged", base, tmp_path / "adapter", file, task=TASK, examples=EXAMPLES)
+        return verify.run(
+            checks, tmp_path / "merged", base, tmp_path / "adapter", file, Context(), task=TASK, examples=EXAMPLES
+        )
 
     result = prove_it("verify.json")
     close = next(check for check in result["checks"] if check["name"] == "logits_close")

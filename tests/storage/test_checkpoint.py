@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sqft.adapters.attach import load_model
+from sqft.context import Context
 from sqft.errors import InputError
 from sqft.model.sources import local_folder
 from sqft.storage.checkpoint import INDEX, Checkpoint, copy_model
@@ -213,7 +214,7 @@ def test_tied_embeddings_are_what_is_stored(
         config = json.loads((folder / "config.json").read_text())
         if arch == "llama":
             (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied_in_config}))
-        quantize.run(QuantizeConfig(method="rtn", group_size=16), folder, None, tmp_path / f"{arch}-int4", seed=0)
+        quantize.run(QuantizeConfig(method="rtn", group_size=16), folder, None, tmp_path / f"{arch}-int4", Context())
         stock, packed = load_model(tmp_path / f"{arch}-int4"), load_model(tmp_path / f"{arch}-int4", packed=True)
         tied = packed.get_input_embeddings().weight is packed.get_output_embeddings().weight
         assert tied == (arch == "gemma")

@@ -6,14 +6,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqft import processes
-from sqft.cli.flags import read_config
-from sqft.cli.places import dated, localize, result_file
-from sqft.errors import SqftError
+from sqft.cli.flags import given
 from sqft.recipe import (
-    CalibrationConfig,
     DataConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -24,8 +21,10 @@ from sqft.recipe import (
     SparsifyConfig,
     VerifyConfig,
     load_recipe,
-    parse_config,
 )
+
+if TYPE_CHECKING:
+    from sqft.artifact import Artifact
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -52,151 +51,65 @@ def run(options: argparse.Namespace) -> int:
 
 
 def sparsify(options: argparse.Namespace) -> int:
-    from sqft.stages import sparsify
+    from sqft import verbs
 
-    config = read_config(options, SparsifyConfig)
-    model = localize(options.model, options.out.parent, options.model_revision)
-    tokens = source = None
-    if config.needs_text:
-        tokens, source = _calibrate(options, config.calibration, model)
-    artifact = sparsify.run(
-        config,
-        model,
-        tokens,
+    made = verbs.sparsify(
+        options.model,
         options.out,
-        seed=options.seed,
-        calibration=source,
-        trust_remote_code=options.trust_remote_code,
+        data=_calibration_data(options),
+        **_fetched(options),
+        **given(options, SparsifyConfig),
     )
-    result = artifact.manifest["result"]
-    print(f"{result['coverage']}; sparsity {result['sparsity']:.4f}: {options.out}")
+    _print_compressed(made)
     return 0
 
 
-def _calibrate(options: argparse.Namespace, config: CalibrationConfig, model: Path) -> tuple[Any, dict[str, Any]]:
-    """Return (calibration tokens, what they were drawn from)."""
-    from sqft.data.calibration import calibration_tokens
-    from sqft.model.opening import load_tokenizer
-
-    cut = {"validation_rows": options.validation_rows, "test_rows": options.test_rows}
-    data = DataConfig(task=options.task, **cut) if options.task else None
-    if data is None and config.data == "task":
-        raise SqftError(
-            "--task NAME or --calibration.data FILE is needed: this method looks at text to see which inputs each "
-            "weight meets"
-        )
-    tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-    data = data and dated(data, tokenizer, options.out)
-    tokens = calibration_tokens(config, data, tokenizer, options.seed)
-    return tokens, {
-        "data": data.model_dump(mode="json") if data else None,
-        "calibration": config.model_dump(mode="json"),
-    }
-
-
 def quantize(options: argparse.Namespace) -> int:
-    from sqft.stages import quantize
+    from sqft import verbs
 
-    config = read_config(options, QuantizeConfig)
-    model = localize(options.model, options.out.parent, options.model_revision)
-    calibration = config.calibration or CalibrationConfig()
-    sparsify = None
-    if options.sparsity is not None:
-        wanted = {"sparsity": options.sparsity, "method": options.pruner, "calibration": calibration}
-        sparsify = parse_config(SparsifyConfig, wanted, "command line")
-    tokens = source = None
-    if config.method == "gptq" or (sparsify is not None and sparsify.needs_text):
-        tokens, source = _calibrate(options, calibration, model)
-    artifact = quantize.run(
-        config,
-        model,
-        tokens,
+    made = verbs.quantize(
+        options.model,
         options.out,
-        seed=options.seed,
-        sparsify=sparsify,
-        calibration=source,
-        trust_remote_code=options.trust_remote_code,
+        data=_calibration_data(options),
+        sparsity=options.sparsity,
+        pruner=options.pruner,
+        **_fetched(options),
+        **given(options, QuantizeConfig),
     )
-    result = artifact.manifest["result"]
-    print(f"{result['coverage']}; sparsity {result['sparsity']:.4f}: {options.out}")
+    _print_compressed(made)
     return 0
 
 
 def finetune(options: argparse.Namespace) -> int:
-    from sqft.data.load import load_examples
-    from sqft.model.opening import load_tokenizer
-    from sqft.stages import finetune
+    from sqft import verbs
 
-    config = read_config(options, FinetuneConfig)
-    data = _data(options)
-    model = localize(options.model, options.out.parent, options.model_revision)
-    tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-    data = dated(data, tokenizer, options.out)
-    train = [(e.prompt, e.answer) for e in load_examples(data, "train", options.seed, tokenizer)]
-    validation = []
-    if config.evaluate_every is not None:
-        validation = [(e.prompt, e.answer) for e in load_examples(data, "validation", options.seed, tokenizer)]
-    source = {"data": data.model_dump(mode="json")}
-    artifact = finetune.run(
-        config,
-        model,
-        train,
-        validation,
-        options.out,
-        seed=options.seed,
-        data=source,
-        trust_remote_code=options.trust_remote_code,
-    )
-    result = artifact.manifest["result"]
-    print(f"{result['coverage']}; {result['steps']} steps, last loss {result['final_loss']:.4f}: {options.out}")
+    data = given(options, DataConfig)
+    made = verbs.finetune(options.model, options.out, data=data, **_fetched(options), **given(options, FinetuneConfig))
+    result = made.manifest["result"]
+    print(f"{result['coverage']}; {result['steps']} steps, last loss {result['final_loss']:.4f}: {made.path}")
+    return 0
+
+
+def extract(options: argparse.Namespace) -> int:
+    from sqft import verbs
+
+    _print_ranks(verbs.extract(options.adapter, options.out, **given(options, SearchConfig)))
     return 0
 
 
 def search(options: argparse.Namespace) -> int:
-    from sqft.data.load import load_tasks
-    from sqft.model.opening import load_tokenizer
-    from sqft.stages import search
+    from sqft import verbs
 
-    config = read_config(options, SearchConfig)
-    rows = []
-    if config.searches:
-        tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
-        rows = load_tasks(_data(options), "validation", tokenizer)
-        _refuse_trained_on(options.adapter, rows, tokenizer)
-    artifact = search.run(
-        config, options.adapter, options.out, seed=options.seed, base=options.base, rows=rows,
-        trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
-    result = artifact.manifest["result"]
-    if config.searches:
+    data = given(options, DataConfig)
+    made = verbs.search(
+        options.adapter, options.out, base=options.base, data=data, **_drawn(options), **given(options, SearchConfig)
+    )
+    result = made.manifest["result"]
+    if "evaluated" in result:
         found, before = 100 * result["accuracy"], 100 * result["heuristic_accuracy"]
         print(f"{result['evaluated']} configurations: {found:.1f} % on validation rows, the heuristic {before:.1f} %")
-    print(f"{config.strategy} ranks {result['groups_per_rank']}: {options.out}")
+    _print_ranks(made)
     return 0
-
-
-def _refuse_trained_on(adapter: Path, rows: list[tuple[Any, list[Any]]], tokenizer: Any) -> None:
-    """Refuse to select on questions that an adapter of ours was trained on."""
-    from sqft.artifact import MANIFEST, Artifact
-    from sqft.data.load import folds_punctuation, load_examples
-    from sqft.data.tasks import question_key
-
-    if not (adapter / MANIFEST).is_file():
-        return
-    manifest = Artifact.open(adapter).manifest
-    source = manifest["config"].get("data", {}).get("data")
-    if source is None:
-        return
-    data = parse_config(DataConfig, source, str(adapter))
-    fold = folds_punctuation(data)
-    trained = load_examples(data, "train", manifest["seed"], tokenizer)
-    asked = {question_key(example, punctuation=fold) for example in trained}
-    if shared := sum(question_key(example, punctuation=fold) in asked for _, part in rows for example in part):
-        raise SqftError(
-            f"{adapter} was trained on {shared} of the {sum(len(part) for _, part in rows)} rows that the search would "
-            f"select on; it trained with --validation-rows {data.validation_rows} and --test-rows {data.test_rows}: "
-            "train with as many as the search is given"
-        )
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -268,61 +181,40 @@ def plan(options: argparse.Namespace) -> int:
     return 1 if short else 0
 
 
-def extract(options: argparse.Namespace) -> int:
-    from sqft.stages import search
-
-    config = read_config(options, SearchConfig)
-    artifact = search.run(config, options.adapter, options.out)
-    print(f"{config.strategy} ranks {artifact.manifest['result']['groups_per_rank']}: {options.out}")
-    return 0
-
-
 def merge(options: argparse.Namespace) -> int:
-    from sqft.stages import merge, report
+    from sqft import verbs
 
-    artifact = merge.run(
-        read_config(options, MergeConfig),
-        options.model,
-        options.adapter,
-        options.out,
-        trust_remote_code=options.trust_remote_code,
+    trust = options.trust_remote_code
+    made = verbs.merge(
+        options.model, options.adapter, options.out, trust_remote_code=trust, **given(options, MergeConfig)
     )
-    report.write_card(artifact)
-    result = artifact.manifest["result"]
+    result = made.manifest["result"]
     zeros = f"{result['filled_zeros']} pruned ones filled" if result["pruned"] else "the base has no pruned ones"
-    changes = f"{result['changed']} weights changed, {zeros}"
-    print(f"{result['coverage']}, {changes}: {options.out}")
+    print(f"{result['coverage']}, {result['changed']} weights changed, {zeros}: {made.path}")
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
-    from sqft.data.load import load_examples, resolve_task
-    from sqft.model.opening import load_tokenizer
-    from sqft.stages import verify
+    from sqft import verbs
 
-    config = read_config(options, VerifyConfig)
-    out = result_file(options, "verify", options.merged, options.base, options.adapter)
-    task, examples = None, []
-    if "set:task" in vars(options):
-        data = _data(options)
-        task = resolve_task(data)
-        tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
-        examples = load_examples(data, "test", options.seed, tokenizer)
-    result = verify.run(
-        config, options.merged, options.base, options.adapter, out,
-        task=task, examples=examples, seed=options.seed, trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
+    result = verbs.verify(
+        options.merged,
+        base=options.base,
+        adapter=options.adapter,
+        data=given(options, DataConfig) or None,
+        out=options.out,
+        **_drawn(options),
+        **given(options, VerifyConfig),
+    )
     if options.json:
         print(json.dumps(result, indent=2))
-    else:
-        for name, made_from in result["made_from"]["inputs"].items():
-            print(
-                f"hashed {name}: {made_from['files']} files, {made_from['bytes'] / 1e6:.1f} MB in {made_from['path']}"
-            )
-        for check in result["checks"]:
-            verdict = "pass" if check["passed"] else "FAIL"
-            print(f"{verdict}  {check['name']:<16} {check['value']:g} (bound {check['bound']:g})  {check['detail']}")
-        print(f"{'verified' if result['passed'] else 'NOT verified'}: {out}")
+        return 0 if result["passed"] else 1
+    for name, made_from in result["made_from"]["inputs"].items():
+        print(f"hashed {name}: {made_from['files']} files, {made_from['bytes'] / 1e6:.1f} MB in {made_from['path']}")
+    for check in result["checks"]:
+        verdict = "pass" if check["passed"] else "FAIL"
+        print(f"{verdict}  {check['name']:<16} {check['value']:g} (bound {check['bound']:g})  {check['detail']}")
+    print(f"{'verified' if result['passed'] else 'NOT verified'}: {result.path}")
     return 0 if result["passed"] else 1
 
 
@@ -356,24 +248,49 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from sqft.model.opening import load_tokenizer
-    from sqft.stages import evaluate
+    from sqft import verbs
 
-    out = result_file(options, "evaluate", Path(options.model), *([options.adapter] if options.adapter else []))
-    model = localize(options.model, out.parent, options.model_revision)
-    tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-    result = evaluate.run(
-        read_config(options, EvaluateConfig), dated(_data(options), tokenizer, out), model, options.adapter, out,
-        seed=options.seed, trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
+    result = verbs.evaluate(
+        options.model,
+        data=given(options, DataConfig),
+        adapter=options.adapter,
+        out=options.out,
+        **_fetched(options),
+        **given(options, EvaluateConfig),
+    )
     if options.json:
         print(json.dumps(result, indent=2))
         return 0
     for name, entry in result["tasks"].items():
         error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
         print(f"{name}: {entry['metric']} {entry['value']:.4f}{error} on {entry['n']} rows")
-    print(f"written: {out}")
+    print(f"written: {result.path}")
     return 0
+
+
+def _drawn(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of commands that draw."""
+    return {"seed": options.seed, "trust_remote_code": options.trust_remote_code}
+
+
+def _fetched(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of commands that draw and may fetch a model."""
+    return {**_drawn(options), "model_revision": options.model_revision}
+
+
+def _calibration_data(options: argparse.Namespace) -> dict[str, Any] | None:
+    cut = {"validation_rows": options.validation_rows, "test_rows": options.test_rows}
+    return {"task": options.task, **cut} if options.task else None
+
+
+def _print_compressed(made: Artifact) -> None:
+    result = made.manifest["result"]
+    print(f"{result['coverage']}; sparsity {result['sparsity']:.4f}: {made.path}")
+
+
+def _print_ranks(made: Artifact) -> None:
+    strategy = made.manifest["config"]["strategy"]
+    print(f"{strategy} ranks {made.manifest['result']['groups_per_rank']}: {made.path}")
 
 
 def _print_summary(out: Path, recipe: Any) -> None:
@@ -381,7 +298,3 @@ def _print_summary(out: Path, recipe: Any) -> None:
     from sqft.stages.report import summary_table
 
     show_rows(recipe.name, summary_table(out, recipe))
-
-
-def _data(options: argparse.Namespace) -> DataConfig:
-    return read_config(options, DataConfig)

@@ -9,14 +9,12 @@ import argparse
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from sqft.recipe import Config, DataConfig, parse_config
-
-ConfigT = TypeVar("ConfigT", bound=Config)
+from sqft.recipe import DataConfig
 
 _SKIPPED = {"seed", "rows", "baselines", "template", "options", "rank_groups", "joint"}
 """Settings that only a recipe can hold."""
@@ -75,8 +73,8 @@ def _choices(annotation: Any) -> list[str] | None:
     return None
 
 
-def read_config(options: argparse.Namespace, model: type[ConfigT]) -> ConfigT:
-    """Build a stage's config from the flags that were given."""
+def given(options: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
+    """Return the settings of a config that were given as flags."""
     values: dict[str, Any] = {}
     for name, value in vars(options).items():
         first, *rest = name.removeprefix("set:").split(".")
@@ -87,4 +85,4 @@ def read_config(options: argparse.Namespace, model: type[ConfigT]) -> ConfigT:
             values.setdefault(first, {})[rest[0]] = value
         else:
             values[first] = value
-    return parse_config(model, values, "command line")
+    return values

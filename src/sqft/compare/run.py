@@ -25,12 +25,11 @@ from sqft import pipeline
 from sqft.artifact import Artifact
 from sqft.compare.methods import METHODS, base_recipe, check_methods, method_recipe
 from sqft.compare.table import write_table
-from sqft.data.load import load_examples
+from sqft.context import Context
 from sqft.digests import digest_text
 from sqft.disk import read_json, write_json
 from sqft.errors import InputError, Problems, SqftError
 from sqft.locks import exclusive, run_lock
-from sqft.model.opening import load_tokenizer
 from sqft.model.sources import local_folder
 from sqft.recipe import QuantizeConfig
 from sqft.stages import evaluate
@@ -38,6 +37,7 @@ from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from sqft.compare.methods import Base, Choices
+    from sqft.data.load import Data
     from sqft.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -79,9 +79,10 @@ def run(
         raise InputError(f"{out}: cannot be used as output folder ({error.strerror}); choose another --out") from error
     wanted = [(name, seed) for seed in range(seeds) for name in methods if seed == 0 or METHODS[name].kind is not None]
     bases = _make_bases(recipe, out, {METHODS[name].base for name in methods}, announce)
-    recipe = pipeline.dated(recipe, bases, out / "shared")
+    context = Context(recipe.seed, recipe.trust_remote_code)
+    recipe = pipeline.fix_date(recipe, context, bases, out / "shared")
     failed: set[tuple[str, int]] = set()
-    data, began = _data_digest(recipe, bases), time.time()
+    data, began = _data_digest(recipe, context.data(bases)), time.time()
     while True:
         left = [row for row in wanted if row not in failed and not _is_over(recipe, out, *row, data, began)]
         if not left:
@@ -126,13 +127,12 @@ def _make_bases(recipe: Recipe, out: Path, bases: set[Base], announce: Callable[
         return local_folder(recipe.model, shared, recipe.revision)
 
 
-def _data_digest(recipe: Recipe, model: Path) -> str:
+def _data_digest(recipe: Recipe, data: Data) -> str:
     """Return a digest of the rows that every method trains on and is judged on."""
     assert recipe.evaluate is not None
-    tokenizer = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
-    parts = [load_examples(recipe.data, "train", recipe.seed, tokenizer)]
+    parts = [data.examples(recipe.data, "train", recipe.seed)]
     for name in evaluate.task_names(recipe.evaluate, recipe.data):
-        parts.append(evaluate.read_task(name, recipe.data, tokenizer))
+        parts.append(evaluate.read_task(name, recipe.data, data))
     return digest_text(json.dumps([[(e.prompt, e.answer, e.choices) for e in part] for part in parts]))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,8 +26,8 @@ import torch
 
 from sqft.data.encode import beginning, encode, encode_prompt, ended, plain_tokens
 from sqft.data.files import as_row, holds_rows, local_path, read_rows, read_text
-from sqft.data.load import load_examples, load_file
-from sqft.data.own import check_text, read_each
+from sqft.data.load import Data
+from sqft.data.own import build_examples, check_text, own_builder, read_each
 from sqft.data.sources import FOLDER_VARIABLE, data_folder
 from sqft.errors import InputError
 
@@ -43,7 +44,11 @@ _WIKITEXT_FILES = {"validation": "valid.txt", "test": "test.txt"}
 
 
 def calibration_tokens(
-    config: CalibrationConfig, data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, seed: int
+    config: CalibrationConfig,
+    data: DataConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    read: Data | None = None,
 ) -> torch.Tensor:
     """Return windows of calibration text.
 
@@ -52,6 +57,7 @@ def calibration_tokens(
         data: the recipe's data, for source 'task'.
         tokenizer: the model's.
         seed: chooses rows and windows.
+        read: what the run has read; None reads anew.
 
     Returns:
         int64 [samples, length].
@@ -67,7 +73,9 @@ def calibration_tokens(
     needed = config.samples * config.length
     # Not for secrets: a seeded, portable choice of rows.
     generator = random.Random(seed)  # noqa: S311
-    stream = _take(_source(config, data, tokenizer, seed, generator), None if _is_text(config.data) else needed)
+    stream = _take(
+        _source(config, data, read or Data(tokenizer), seed, generator), None if _is_text(config.data) else needed
+    )
     if not stream:
         raise InputError(f"calibration data {config.data}: has no tokens; choose another source")
     if len(stream) < needed:
@@ -98,7 +106,7 @@ def cut_windows(stream: Sequence[int], length: int, first: Sequence[int]) -> Ite
 
 
 def perplexity_tokens(
-    name: str, split: Literal["validation", "test"], tokenizer: PreTrainedTokenizerBase
+    name: str, split: Literal["validation", "test"], tokenizer: PreTrainedTokenizerBase, read: Data | None = None
 ) -> torch.Tensor:
     """Return a whole text as one stream of tokens, with none that the tokenizer adds around it: int64 [tokens].
 
@@ -106,13 +114,15 @@ def perplexity_tokens(
         name: 'wikitext2'.
         split: which part of it.
         tokenizer: the model's.
+        read: what the run has read; None reads anew.
 
     Raises:
         InputError: the text is unknown or nowhere.
     """
     if name != "wikitext2":
         raise InputError(f"perplexity text {name!r}: known is wikitext2")
-    return torch.tensor(plain_tokens(tokenizer, "\n\n".join(_wikitext_rows(split))), dtype=torch.int64)
+    tokens = plain_tokens(tokenizer, _wikitext(split, read or Data(tokenizer)))
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 def _is_text(source: str) -> bool:
@@ -130,28 +140,33 @@ def _take(parts: Iterable[list[int]], enough: int | None) -> list[int]:
 
 
 def _source(
-    config: CalibrationConfig,
-    data: DataConfig | None,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    generator: random.Random,
+    config: CalibrationConfig, data: DataConfig | None, read: Data, seed: int, generator: random.Random
 ) -> Iterator[list[int]]:
     """Yield the token ids of a source, row by row."""
+    tokenizer = read.tokenizer
+    assert tokenizer is not None
     if config.data == "task":
         if data is None:
             raise InputError("calibration data 'task': there is no task; name wikitext2 or a text file instead")
-        yield from _rows(load_examples(data, "train", seed, tokenizer), tokenizer, generator)
+        yield from _rows(read.examples(data, "train", seed), tokenizer, generator)
         return
     if config.data == "wikitext2":
-        yield encode_prompt(tokenizer, "\n\n".join(_wikitext_rows("validation")))
+        yield encode_prompt(tokenizer, _wikitext("validation", read))
         return
     path = local_path(config.data)
     if not path.is_file():
         raise InputError(f"calibration data {config.data!r}: is neither 'task' nor 'wikitext2' nor a file here")
-    if holds_rows(path):
-        yield from _rows_of(path, None if data is None else data.date, tokenizer, generator)
+    if not holds_rows(path):
+        yield encode_prompt(tokenizer, read.once(("text", str(path)), lambda: read_text(path)))
         return
-    yield encode_prompt(tokenizer, read_text(path))
+    date = None if data is None else data.date
+    found = read.once(("text or rows", str(path), date), lambda: _texts_or_rows(path, date, tokenizer))
+    if isinstance(found, _Texts):
+        for text in generator.sample(found.texts, len(found.texts)):
+            if text:
+                yield ended(tokenizer, encode_prompt(tokenizer, text))
+    else:
+        yield from _rows(found, tokenizer, generator)
 
 
 def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, generator: random.Random) -> Iterator[list[int]]:
@@ -160,22 +175,24 @@ def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, generator
         yield ended(tokenizer, prompt + answer)
 
 
-def _rows_of(
-    path: Path, date: str | None, tokenizer: PreTrainedTokenizerBase, generator: random.Random
-) -> Iterator[list[int]]:
-    """Yield rows of a file: its column `text`, else prompts and answers."""
-    rows = list(read_rows(path))
+@dataclass(frozen=True)
+class _Texts:
+    """The column `text` of a file of rows."""
+
+    texts: list[str]
+
+
+def _texts_or_rows(path: Path, date: str | None, tokenizer: PreTrainedTokenizerBase) -> _Texts | list[Example]:
+    """Return a file's column `text`, else its prompts and answers."""
+    rows, where = list(read_rows(path)), f"calibration data {path}"
     try:
         plain = bool(rows) and "text" in as_row(rows[0][1])
     except ValueError:
-        plain = False  # load_file names all malformed rows
-    if not plain:
-        yield from _rows(load_file(path, None, tokenizer, date=date), tokenizer, generator)
-        return
-    texts = read_each(rows, _text, f"calibration data {path}")
-    for text in generator.sample(texts, len(texts)):
-        if text:
-            yield ended(tokenizer, encode_prompt(tokenizer, text))
+        plain = False  # build_examples names all malformed rows
+    if plain:
+        return _Texts(read_each(rows, _text, where))
+    where = f"data {path}"
+    return build_examples(rows, own_builder(None, tokenizer, where, date=date), where)
 
 
 def _text(row: Row) -> str:
@@ -184,6 +201,10 @@ def _text(row: Row) -> str:
         raise ValueError(f"its text is {type(text).__name__}")
     check_text("text", text)
     return text
+
+
+def _wikitext(split: Literal["validation", "test"], read: Data) -> str:
+    return read.once(("wikitext2", split), lambda: "\n\n".join(_wikitext_rows(split)))
 
 
 def _wikitext_rows(split: Literal["validation", "test"]) -> list[str]:

@@ -25,8 +25,9 @@ import difflib
 import logging
 import random
 import re
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqft.data import generated
 from sqft.data.chat import as_chat
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -88,58 +90,106 @@ def resolve_task(config: DataConfig) -> Task:
     return task
 
 
+class Data:
+    """The rows of a run; every file is read once, and every split guarded once, however many stages use it.
+
+    Kept are the examples, which training and evaluation hold anyway; the rows that they were built from are not.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Take the tokenizer that chat rows need."""
+        self.tokenizer = tokenizer
+        self._kept: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, read: Callable[[], T]) -> T:
+        """Return what `read` returned when it was first called with this key."""
+        if key not in self._kept:
+            self._kept[key] = read()
+        found: T = self._kept[key]
+        return found
+
+    def task(self, config: DataConfig) -> Task:
+        """Return :func:`resolve_task`."""
+        return self.once(("task", config.model_dump_json()), lambda: resolve_task(config))
+
+    def examples(self, config: DataConfig, split: Split, seed: int) -> list[Example]:
+        """Return the examples of a split, guarded against the other splits.
+
+        Args:
+            config: the recipe's data.
+            split: train, validation or test.
+            seed: chooses the rows of `train_limit`, nothing else.
+
+        Raises:
+            InputError: the split is nowhere, empty, malformed, or smaller than the rows to be cut from it.
+        """
+        rows = [example for _, part in self.tasks(config, split) for example in part]
+        if split == "train" and config.train_limit is not None and config.train_limit < len(rows):
+            kept = random.Random(seed).sample(range(len(rows)), config.train_limit)  # noqa: S311
+            rows = [rows[index] for index in sorted(kept)]
+        logger.debug("%s: %d %s rows", config.task, len(rows), split)
+        return rows
+
+    def tasks(self, config: DataConfig, split: Split) -> list[tuple[Task, list[Example]]]:
+        """Return all guarded examples of a split by task: of a mix its members that have the split, else the one task.
+
+        Raises:
+            InputError: as for :meth:`examples`.
+        """
+        return self.once(("tasks", split, config.model_dump_json()), lambda: self._tasks(config, split))
+
+    def _tasks(self, config: DataConfig, split: Split) -> list[tuple[Task, list[Example]]]:
+        members = member_configs(config)
+        tasks = {member.task: self.task(member) for member in members}
+        parts = {
+            member.task: _read_splits(
+                Reader(member, tasks[member.task], self.tokenizer, self.once),
+                split,
+                optional=len(members) > 1 and split != "test",
+            )
+            for member in members
+        }
+        guarded = {"test": (), "validation": ("test",), "train": ("test", "validation")}[split]
+        found = []
+        for name, task in tasks.items():
+            rows = parts[name][split]
+            for other in guarded:
+                seen = {q for n, part in parts.items() for q in questions(tasks[n], part.get(cast("Split", other), []))}
+                rows = drop(task, rows, seen, split, other) if rows else rows
+            if config.chat_template:
+                rows = [as_chat(row, self.tokenizer, task, config.date) for row in rows]
+            if rows:
+                found.append((task, rows))
+        if not found:
+            raise InputError(f"data {config.task}: none of its tasks has a {split} split here")
+        return found
+
+    def file(
+        self, path: Path, template: Template | None, *, date: str | None = None, chat_template: bool = False
+    ) -> list[Example]:
+        """Return all rows of one file of the user's own; the arguments are those of own_builder."""
+        where = f"data {path}"
+        build = own_builder(template, self.tokenizer, where, date=date, chat_template=chat_template)
+        key = ("file", str(path), template, date, chat_template)
+        return self.once(key, lambda: build_examples(read_rows(path), build, where))
+
+    def folds_punctuation(self, config: DataConfig) -> bool:
+        """Return whether punctuation is ignored where questions of this data are compared with those of other data."""
+        return all(self.task(member).fold_punctuation for member in member_configs(config))
+
+
 def load_examples(
     config: DataConfig, split: Split, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Example]:
-    """Return the examples of a split, guarded against the other splits.
-
-    Args:
-        config: the recipe's data.
-        split: train, validation or test.
-        seed: chooses the rows of `train_limit`, nothing else.
-        tokenizer: needed for chat rows.
-
-    Raises:
-        InputError: the split is nowhere, empty, malformed, or smaller than the rows to be cut from it.
-    """
-    rows = [example for _, part in load_tasks(config, split, tokenizer) for example in part]
-    if split == "train" and config.train_limit is not None and config.train_limit < len(rows):
-        kept = random.Random(seed).sample(range(len(rows)), config.train_limit)  # noqa: S311
-        rows = [rows[index] for index in sorted(kept)]
-    logger.debug("%s: %d %s rows", config.task, len(rows), split)
-    return rows
+    """Return :meth:`Data.examples` of data that is read for this alone."""
+    return Data(tokenizer).examples(config, split, seed)
 
 
 def load_tasks(
     config: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[tuple[Task, list[Example]]]:
-    """Return all guarded examples of a split by task: of a mix its members that have the split, else the one task.
-
-    Raises:
-        InputError: as for :func:`load_examples`.
-    """
-    members = member_configs(config)
-    tasks = {member.task: resolve_task(member) for member in members}
-    parts = {
-        member.task: _read_splits(
-            member, tasks[member.task], split, tokenizer, optional=len(members) > 1 and split != "test"
-        )
-        for member in members
-    }
-    guarded = {"test": (), "validation": ("test",), "train": ("test", "validation")}[split]
-    found = []
-    for name, task in tasks.items():
-        rows = parts[name][split]
-        for other in guarded:
-            seen = {q for n, part in parts.items() for q in questions(tasks[n], part.get(cast("Split", other), []))}
-            rows = drop(task, rows, seen, split, other) if rows else rows
-        if rows:
-            found.append(
-                (task, [as_chat(row, tokenizer, task, config.date) for row in rows] if config.chat_template else rows)
-            )
-    if not found:
-        raise InputError(f"data {config.task}: none of its tasks has a {split} split here")
-    return found
+    """Return :meth:`Data.tasks` of data that is read for this alone."""
+    return Data(tokenizer).tasks(config, split)
 
 
 def member_configs(config: DataConfig) -> list[DataConfig]:
@@ -155,14 +205,12 @@ def member_configs(config: DataConfig) -> list[DataConfig]:
     return [config.model_copy(update={"task": name}) for name in names]
 
 
-def _read_splits(
-    config: DataConfig, task: Task, split: Split, tokenizer: PreTrainedTokenizerBase | None, *, optional: bool
-) -> dict[Split, list[Example]]:
+def _read_splits(reader: Reader, split: Split, *, optional: bool) -> dict[Split, list[Example]]:
     """Return the wanted split and those that guard it, as their source has them; test and validation cut if asked for.
 
     With `optional` a split that is nowhere is empty, and those that guard other members' rows are there all the same.
     """
-    reader = Reader(config, task, tokenizer)
+    config, task = reader.config, reader.task
 
     def wanted(split: Split) -> list[Example]:
         try:
@@ -192,22 +240,3 @@ def _read_splits(
     else:
         validation = reader.read("validation", needed=False)
     return {"test": test, "validation": validation, "train": pool}
-
-
-def load_file(
-    path: Path,
-    template: Template | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    date: str | None = None,
-    chat_template: bool = False,
-) -> list[Example]:
-    """Return all rows of one file of the user's own; the arguments are those of own_builder."""
-    where = f"data {path}"
-    build = own_builder(template, tokenizer, where, date=date, chat_template=chat_template)
-    return build_examples(read_rows(path), build, where)
-
-
-def folds_punctuation(config: DataConfig) -> bool:
-    """Tell whether punctuation is ignored where questions of this data are compared with those of other data."""
-    return all(resolve_task(member).fold_punctuation for member in member_configs(config))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from sqft.data import generated
 from sqft.data.files import local_path, read_rows, without_absent
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     from sqft.recipe import DataConfig
 
 logger = logging.getLogger(__name__)
+Once: TypeAlias = "Callable[[Hashable, Callable[[], list[Example]]], list[Example]]"
 
 FOLDER_VARIABLE = "SQFT_DATA_DIR"
 _UNKNOWN_SPLIT = "Unknown split"  # how `datasets` begins to say that a data set has no such split
 # What the Hub did not have, by (name, configuration, split, revision), and why. A try without a network takes half a
-# minute of retries, a mix has seven tasks, and each stage of a run reads them anew.
+# minute of retries, and a mix has seven tasks.
 _failures: dict[tuple[str, str | None, str, str | None], str] = {}
 
 
@@ -54,11 +56,14 @@ def data_folder() -> Path | None:
 
 
 class Reader:
-    """Reads the splits of one data set, wherever they are."""
+    """Reads the splits of one data set, wherever they are; `once` keeps what was read."""
 
-    def __init__(self, config: DataConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, config: DataConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None, once: Once) -> None:
         self.config = config
         self.task = task
+        self.once = once
+        # The same rows, however many of them are cut off or taken.
+        self.key = config.model_dump_json(exclude={"train_limit", "validation_rows", "test_rows"})
         self.where = f"data {config.task}"
         self.build = task.build or own_builder(
             config.template, tokenizer, self.where, date=config.date, chat_template=config.chat_template
@@ -70,6 +75,11 @@ class Reader:
         Raises:
             InputError: it is needed and nowhere, or it is malformed.
         """
+        # An absent split is an empty list or an error, depending on whether it is needed; one that is there has rows.
+        key = ("split", self.key, split)
+        return self.once(key, lambda: self._read(split, needed=needed)) or self._read(split, needed=needed)
+
+    def _read(self, split: Split, *, needed: bool) -> list[Example]:
         config, task = self.config, self.task
         if config.task.startswith(generated.PREFIX):
             rows = list(generated.generate(config.task.removeprefix(generated.PREFIX), config.options, split))

@@ -21,13 +21,15 @@ from sqft.progress import progress
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from sqft.data.load import Data
+
 WINDOW = 2048
 
 
-def windows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def windows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, read: Data | None = None) -> torch.Tensor:
     """Return the text as the windows that a model reads, int64 [windows, tokens]."""
     window = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
-    tokens = perplexity_tokens("wikitext2", "test", tokenizer)
+    tokens = perplexity_tokens("wikitext2", "test", tokenizer, read)
     first = torch.tensor(beginning(tokenizer), dtype=torch.int64)
     text = window - len(first)
     rows = tokens[: len(tokens) // text * text].view(-1, text)
@@ -35,15 +37,18 @@ def windows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tor
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> dict[str, Any]:
+def perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, read: Data | None = None
+) -> dict[str, Any]:
     """Return {metric, value, stderr, n, window}: n windows; the error is that of the mean over them.
 
     Args:
         model: causal language model.
         tokenizer: the model's.
         limit: windows at most.
+        read: what the run has read; None reads anew.
     """
-    rows = windows(model.config, tokenizer)[:limit]
+    rows = windows(model.config, tokenizer, read)[:limit]
     losses = []
     with progress(len(rows), "perplexity", "window") as advance:
         for row in rows:

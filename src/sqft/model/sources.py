@@ -76,13 +76,13 @@ def _unpack_gguf(file: Path, workspace: Path) -> Path:
     """Dequantise a GGUF file into a bfloat16 model folder, once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sqft.artifact import describe, finished, writing
+    from sqft.artifact import describe, reuse, writing
 
     if not file.is_file():
         raise InputError(f"model {file}: no such file")
     folder = workspace / "dense"
     description = describe("unpack", {"format": "gguf", "dtype": "bfloat16"}, {"gguf": file}, seed=0)
-    if finished(folder, description):
+    if reuse(folder, description):
         return folder
     logger.info("unpacking %s into %s", file.name, folder)
     with writing(folder, description) as draft:

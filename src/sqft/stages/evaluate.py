@@ -20,23 +20,22 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sqft.adapters.attach import load_model
 from sqft.adapters.cached import cached_weights
 from sqft.adapters.saved import SavedAdapter
-from sqft.artifact import describe, finished_result, write_result
 from sqft.data.chat import as_chat
 from sqft.data.files import local_path
-from sqft.data.load import folds_punctuation, load_examples, load_file, member_configs, resolve_task
+from sqft.data.load import member_configs
 from sqft.data.taskfile import is_task_file
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task, judged_digest, question_key
 from sqft.errors import InputError, Problems
 from sqft.memory import costing
 from sqft.model.load import to_device
-from sqft.model.opening import load_tokenizer
 from sqft.recipe import DataConfig
+from sqft.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedTokenizerBase
-
+    from sqft.context import Context
+    from sqft.data.load import Data
     from sqft.evaluation.harness import Scores
     from sqft.recipe import EvaluateConfig
 
@@ -52,9 +51,7 @@ def run(
     model_dir: Path,
     adapter: Path | None,
     out_file: Path,
-    *,
-    seed: int,
-    trust_remote_code: bool = False,
+    context: Context,
 ) -> dict[str, Any]:
     """Evaluate a model, with an unmerged adapter if one is given, and write the result.
 
@@ -64,8 +61,7 @@ def run(
         model_dir: model folder.
         adapter: adapter folder or None.
         out_file: the JSON file to write.
-        seed: chooses the worked examples of few-shot prompts.
-        trust_remote_code: passed to transformers.
+        context: its seed chooses the worked examples of few-shot prompts.
 
     Returns:
         The result, as in the file.
@@ -76,21 +72,22 @@ def run(
     if adapter is not None:
         SavedAdapter.open(adapter)  # all that is wrong with it, before any data is read
     inputs = {"model": model_dir} | ({"adapter": adapter} if adapter is not None else {})
-    tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
-    rows = read_all(config, data, tokenizer, seed)
+    read = context.data(model_dir)
+    rows = read_all(config, data, read, context.seed)
     # `rows` and `baselines` say which evaluations a run makes and shows, `batch` what they hold in memory at a time.
     settings = {
         "evaluate": config.model_dump(mode="json", exclude={"rows", "baselines", "batch"}),
         "data": data.model_dump(mode="json"),
         "data_digest": {name: judged_digest(task, [*shots, *part]) for name, (task, part, shots) in rows.items()},
     }
-    description = describe("evaluate", settings, inputs, seed)
-    if (done := finished_result(out_file, description)) is not None:
-        return done
-    with costing() as cost:
-        results, answering = _evaluate_all(rows, config, model_dir, adapter, tokenizer, seed, trust_remote_code)
-    value = {"tasks": results, "seed": seed, "fewshot": config.fewshot, "cost": cost | {"answering": answering}}
-    return write_result(out_file, description, value)
+
+    def work() -> dict[str, Any]:
+        with costing() as cost:
+            results, answering = _evaluate_all(rows, config, model_dir, adapter, context)
+        cost["answering"] = answering
+        return {"tasks": results, "seed": context.seed, "fewshot": config.fewshot, "cost": cost}
+
+    return Stage.of("evaluate", out_file, settings, inputs, context.seed).record(work)
 
 
 def _task_data(name: str, data: DataConfig) -> DataConfig:
@@ -110,9 +107,7 @@ def task_names(config: EvaluateConfig, data: DataConfig) -> list[str]:
     return config.tasks or [member.task for member in member_configs(data)]
 
 
-def read_all(
-    config: EvaluateConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> dict[str, Reading]:
+def read_all(config: EvaluateConfig, data: DataConfig, read: Data, seed: int) -> dict[str, Reading]:
     """Return what evaluating each task reads, under the names of the results.
 
     Raises:
@@ -122,7 +117,7 @@ def read_all(
     with Problems("evaluate") as problems:
         for name in task_names(config, data):
             try:
-                found = read_rows(name, config, data, tokenizer, seed)
+                found = read_rows(name, config, data, read, seed)
             except InputError as error:
                 problems.add(str(error))
                 continue
@@ -131,9 +126,7 @@ def read_all(
     return rows
 
 
-def read_rows(
-    name: str, config: EvaluateConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> Reading:
+def read_rows(name: str, config: EvaluateConfig, data: DataConfig, read: Data, seed: int) -> Reading:
     """Return task, reported rows and what worked examples are drawn from; of a text for perplexity no rows.
 
     Raises:
@@ -141,18 +134,18 @@ def read_rows(
     """
     if name == PERPLEXITY.name:
         return PERPLEXITY, [], []
-    task = resolve_task(_task_data(name, data))
-    examples = read_task(name, data, tokenizer)
-    shots = _shots(name, task, data, examples, config.fewshot, seed, tokenizer)
+    task = read.task(_task_data(name, data))
+    examples = read_task(name, data, read)
+    shots = _shots(name, task, data, examples, config.fewshot, read, seed) if config.fewshot else []
     return task, examples[: config.limit], shots
 
 
 def _is_rows_file(name: str, data: DataConfig) -> bool:
-    """Tell whether a task to evaluate is one file of rows that read as the recipe's own."""
+    """Return whether a task to evaluate is one file of rows that read as the recipe's own."""
     return name != data.task and name not in BUILTIN and not is_task_file(name) and local_path(name).is_file()
 
 
-def read_task(name: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def read_task(name: str, data: DataConfig, read: Data) -> list[Example]:
     """Return the rows that evaluating `name` reports.
 
     Raises:
@@ -161,62 +154,51 @@ def read_task(name: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -
     if name == PERPLEXITY.name:
         return []
     if _is_rows_file(name, data):
-        rows = load_file(local_path(name), data.template, tokenizer, date=data.date, chat_template=data.chat_template)
-        return [as_chat(row, tokenizer, resolve_task(data), data.date) for row in rows] if data.chat_template else rows
-    return load_examples(_task_data(name, data), "test", 0, tokenizer)
+        rows = read.file(local_path(name), data.template, date=data.date, chat_template=data.chat_template)
+        return (
+            [as_chat(row, read.tokenizer, read.task(data), data.date) for row in rows] if data.chat_template else rows
+        )
+    return read.examples(_task_data(name, data), "test", 0)
 
 
 def _shots(
-    name: str,
-    task: Task,
-    data: DataConfig,
-    reported: Sequence[Example],
-    count: int,
-    seed: int,
-    tokenizer: PreTrainedTokenizerBase,
+    name: str, task: Task, data: DataConfig, reported: Sequence[Example], count: int, read: Data, seed: int
 ) -> list[Example]:
     """Return the training rows from which worked examples are drawn, none of them reported."""
-    if not count:
-        return []
     if data.chat_template:
         raise InputError(
             f"evaluate.fewshot is {count} and data.chat_template is set: worked examples would be chats of their own "
             "before the question's; set one of the two off"
         )
     source = data if _is_rows_file(name, data) else _task_data(name, data)
-    fold = task.fold_punctuation and folds_punctuation(source)
+    fold = task.fold_punctuation and read.folds_punctuation(source)
     asked = {question_key(example, punctuation=fold) for example in reported}
-    train = [
-        e for e in load_examples(source, "train", seed, tokenizer) if question_key(e, punctuation=fold) not in asked
-    ]
+    train = [e for e in read.examples(source, "train", seed) if question_key(e, punctuation=fold) not in asked]
     if count > len(train):
         raise InputError(f"evaluate.fewshot is {count}, but {name} has {len(train)} training rows; choose fewer")
     return train
 
 
 def _evaluate_all(
-    rows: dict[str, Reading],
-    config: EvaluateConfig,
-    model_dir: Path,
-    adapter: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    trust_remote_code: bool,
+    rows: dict[str, Reading], config: EvaluateConfig, model_dir: Path, adapter: Path | None, context: Context
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Return the results and the seconds that answering took, by task."""
     from sqft.evaluation.harness import evaluate_examples
     from sqft.evaluation.perplexity import perplexity
 
-    model = to_device(load_model(model_dir, adapter, trust_remote_code=trust_remote_code))
+    tokenizer = context.tokenizer(model_dir)
+    model = to_device(load_model(model_dir, adapter, trust_remote_code=context.trust_remote_code))
     results, answering = {}, {}
     model.eval()
     with cached_weights(model):
         for name, (task, examples, shots) in rows.items():
             started = time.monotonic()
             if task is PERPLEXITY:
-                results[name] = {**perplexity(model, tokenizer, config.limit), "version": task.version}
+                found = perplexity(model, tokenizer, config.limit, context.data(model_dir))
+                results[name] = {**found, "version": task.version}
             else:
-                scores = evaluate_examples(model, tokenizer, task, examples, config.batch, shots, config.fewshot, seed)
+                drawn = (shots, config.fewshot, context.seed)
+                scores = evaluate_examples(model, tokenizer, task, examples, config.batch, *drawn)
                 results[name] = _entry(task, examples, scores)
             answering[name] = round(time.monotonic() - started, 2)
             entry = results[name]

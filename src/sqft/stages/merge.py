@@ -9,30 +9,31 @@ unless it is allowed, and then recorded.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqft.adapters.attach import check_trained_on
 from sqft.adapters.merged import BaseWeights
 from sqft.adapters.saved import SavedAdapter
-from sqft.artifact import Artifact, describe, finished, writing
 from sqft.disk import check_space
 from sqft.errors import Problems
 from sqft.memory import release_memory
 from sqft.progress import progress
+from sqft.stage import Stage
 from sqft.storage.checkpoint import copy_model
 from sqft.storage.masks import SPARSE_FROM, copy_masks, load_mask
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sqft.artifact import Artifact, Draft
+    from sqft.context import Context
     from sqft.recipe import MergeConfig
+    from sqft.storage.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-def run(
-    config: MergeConfig, base: Path, adapter: Path, out: Path, *, seed: int = 0, trust_remote_code: bool = False
-) -> Artifact:
+def run(config: MergeConfig, base: Path, adapter: Path, out: Path, context: Context) -> Artifact:
     """Merge an adapter into its base.
 
     Args:
@@ -40,53 +41,65 @@ def run(
         base: the base model's folder.
         adapter: the (sub-)adapter's folder.
         out: the folder to make: a standard model folder.
-        seed: recorded; nothing is drawn.
-        trust_remote_code: passed to transformers.
+        context: its seed is recorded; nothing is drawn.
 
     Raises:
         InputError: the adapter is another base's, does not fit, or would lose zeros or precision of the base.
     """
-    description = describe("merge", config.model_dump(mode="json"), {"base": base, "adapter": adapter}, seed)
-    if done := finished(out, description):
-        return done
-    saved = SavedAdapter.open(adapter)
-    check_trained_on(base, saved)
-    weights = BaseWeights(base, saved, trust_remote_code=trust_remote_code)
-    if saved.kind == "dense":
-        _refuse_losses(config, weights, saved)
-    check_space(out, int(weights.checkpoint.size_bytes * 1.05), "the merged model")
-    with writing(out, description) as draft:
-        output = copy_model(base, draft.path)
-        layers = []
-        with progress(len(saved.modules), "merging", "linear") as advance:
-            for module, low in saved.modules.items():
-                merged = weights.merged(module, low)
-                output.write(merged.name, merged.tensor)
-                counts = {
-                    name: getattr(merged, name) for name in ("weights", "zeros", "changed", "pruned", "filled_zeros")
-                }
-                layers.append({"name": module, **counts})
-                del merged
-                release_memory()  # else heap that training has freed fills again, piece by piece, and stays
-                advance(1)
+
+    def ready() -> tuple[SavedAdapter, BaseWeights]:
+        saved = SavedAdapter.open(adapter)
+        check_trained_on(base, saved)
+        weights = BaseWeights(base, saved, trust_remote_code=context.trust_remote_code)
+        if saved.kind == "dense":
+            _refuse_losses(config, weights, saved)
+        check_space(out, int(weights.checkpoint.size_bytes * 1.05), "the merged model")
+        return saved, weights
+
+    def work(ready: tuple[SavedAdapter, BaseWeights], draft: Draft) -> dict[str, Any]:
+        saved, weights = ready
+        layers = _write_merged(saved, weights, copy_model(base, draft.path))
         if saved.kind != "dense":
             copy_masks(base, draft.path)
-        total = sum(layer["weights"] for layer in layers)
-        filled, pruned = (sum(layer[name] for layer in layers) for name in ("filled_zeros", "pruned"))
-        draft.result = {
-            "coverage": f"merged {len(layers)} linears",
-            "kind": saved.kind,
-            "precision": "float" if weights.packed is None else f"int{weights.packed.scheme.bits}",
-            "lossy": saved.kind == "dense" and weights.any_packed,
-            "changed": sum(layer["changed"] for layer in layers),
-            "weights": total,
-            "pruned": pruned,
-            "filled_zeros": filled,
-            "layers": layers,
-        }
-        zeros = f"{filled} of {pruned} pruned ones filled" if pruned else "none of them pruned before"
-        logger.info("merged %d linears of %d weights, %s", len(layers), total, zeros)
-    return Artifact.open(out)
+        return _result(saved, weights, layers)
+
+    inputs = {"base": base, "adapter": adapter}
+    return Stage.of("merge", out, config.model_dump(mode="json"), inputs, context.seed).make(ready, work)
+
+
+def _write_merged(saved: SavedAdapter, weights: BaseWeights, output: Checkpoint) -> list[dict[str, Any]]:
+    """Write every merged weight over the base's, and return what changed in each."""
+    layers: list[dict[str, Any]] = []
+    with progress(len(saved.modules), "merging", "linear") as advance:
+        for module, low in saved.modules.items():
+            merged = weights.merged(module, low)
+            output.write(merged.name, merged.tensor)
+            counts = {name: getattr(merged, name) for name in ("weights", "zeros", "changed", "pruned", "filled_zeros")}
+            layers.append({"name": module, **counts})
+            del merged
+            release_memory()  # else heap that training has freed fills again, piece by piece, and stays
+            advance(1)
+    return layers
+
+
+def _result(saved: SavedAdapter, weights: BaseWeights, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the manifest says was done."""
+    total, changed, filled, pruned = (
+        sum(layer[name] for layer in layers) for name in ("weights", "changed", "filled_zeros", "pruned")
+    )
+    zeros = f"{filled} of {pruned} pruned ones filled" if pruned else "none of them pruned before"
+    logger.info("merged %d linears of %d weights, %s", len(layers), total, zeros)
+    return {
+        "coverage": f"merged {len(layers)} linears",
+        "kind": saved.kind,
+        "precision": "float" if weights.packed is None else f"int{weights.packed.scheme.bits}",
+        "lossy": saved.kind == "dense" and weights.any_packed,
+        "changed": changed,
+        "weights": total,
+        "pruned": pruned,
+        "filled_zeros": filled,
+        "layers": layers,
+    }
 
 
 def _refuse_losses(config: MergeConfig, weights: BaseWeights, adapter: SavedAdapter) -> None:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sqft.artifact import Artifact, describe, finished, writing
 from sqft.core.gptq import Quantized, gptq, round_to_nearest
 from sqft.core.grid import stretches
 from sqft.core.mask import finite, pack_mask
@@ -36,6 +35,7 @@ from sqft.model.prune import BlockPruner, make_pruner, mask_view, masked_of, pac
 from sqft.model.targets import Target, coverage_of, find_targets, skeleton
 from sqft.model.whole import check_whole
 from sqft.recipe import CalibrationConfig
+from sqft.stage import Stage
 from sqft.storage.allocate import allocate, allocate_file
 from sqft.storage.checkpoint import Checkpoint, copy_side_files
 from sqft.storage.integers import quantization_config
@@ -43,7 +43,12 @@ from sqft.storage.masks import SPARSE_FROM, START_FILE, load_mask, write_masks
 from sqft.storage.scheme import Scheme
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sqft.artifact import Artifact, Draft
+    from sqft.context import Context
     from sqft.recipe import QuantizeConfig, SparsifyConfig
+    from sqft.storage.allocate import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -203,28 +208,40 @@ def _relative_error(tall: Quantized, weight_OI: torch.Tensor, hessian_II: torch.
     return round(lost / whole, 6) if whole > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What was opened, laid out and checked before the work."""
+
+    source: Checkpoint
+    network: PreTrainedModel
+    targets: list[Target]
+    skipped: list[str]
+    pruned: list[Target]
+    pruner: BlockPruner | None
+    layout: dict[str, Layout]
+    start_layout: dict[str, Layout]
+
+
 def run(
     config: QuantizeConfig,
     model: Path,
     tokens: torch.Tensor | None,
     out: Path,
+    context: Context,
     *,
-    seed: int,
     sparsify: SparsifyConfig | None = None,
     calibration: dict[str, Any] | None = None,
-    trust_remote_code: bool = False,
 ) -> Artifact:
-    """Quantise a model folder, and sparsify it in the same pass if asked to.
+    """Quantise a model folder, and sparsify it in the same pass if `sparsify` is given.
 
     Args:
         config: the grid and the method.
         model: the float model's folder.
         tokens: calibration tokens, int64 [samples, length]; None where neither method needs any.
         out: the folder to make.
-        seed: recorded; nothing is drawn.
+        context: its seed is recorded; nothing is drawn.
         sparsify: what to prune in the same pass; None keeps the model's own zeros.
         calibration: what the tokens were drawn from, recorded and part of the key.
-        trust_remote_code: passed to transformers.
 
     Raises:
         InputError: a model, targets or group size that cannot be quantised or stored; all at once, before any work.
@@ -237,65 +254,80 @@ def run(
         "calibrated_on": calibration,
         "calibration_digest": None if tokens is None else digest_text(str(tokens.tolist())),
     }
-    inputs: dict[str, str | Path] = {"model": model}
-    if sparsify is not None and sparsify.mask is not None:
-        inputs["mask"] = sparsify.mask
-    description = describe("quantize", settings, inputs, seed)
-    if done := finished(out, description):
-        return done
+    inputs = {"model": model} | ({"mask": sparsify.mask} if sparsify is not None and sparsify.mask is not None else {})
+    stage = Stage.of("quantize", out, settings, inputs, context.seed)
+
+    def ready() -> _Ready:
+        found = _open(config, sparsify, model, tokens, context)
+        check_space(out, int(found.source.size_bytes * 1.1), "the quantised model")
+        found.source.check_finite()
+        return found
+
+    def work(ready: _Ready, draft: Draft) -> dict[str, Any]:
+        copy_side_files(model, draft.path)
+        output = allocate(draft.path, ready.layout)
+        allocate_file(draft.path / START_FILE, ready.start_layout)
+        work = _Quantizing(
+            config=config,
+            scheme=scheme_of(config),
+            source=model,
+            targets=set(ready.targets),
+            pruner=ready.pruner,
+            pruned=set(ready.pruned),
+            output=output,
+            start=Checkpoint(draft.path, [str(START_FILE)]),
+        )
+        calibrated = config.calibration or (CalibrationConfig() if sparsify is None else sparsify.calibration)
+        visit_blocks(
+            model,
+            list(dict.fromkeys([*ready.targets, *ready.pruned])),
+            tokens,
+            work,
+            batch=calibrated.batch,
+            hessian=config.method == "gptq" or (ready.pruner is not None and ready.pruner.needs_hessian),
+            trust_remote_code=context.trust_remote_code,
+        )
+        _finish(work, ready.source, ready.network, draft.path)
+        return _result(work, ready, sparsify, tokens)
+
+    return stage.make(ready, work)
+
+
+def _open(
+    config: QuantizeConfig, sparsify: SparsifyConfig | None, model: Path, tokens: torch.Tensor | None, context: Context
+) -> _Ready:
+    """Open the model and check what it must have."""
     if quantization_config(model) is not None:
         raise InputError(f"quantize: model {model} is quantised already; give the float model")
     source = Checkpoint(model)
-    network = skeleton(model, trust_remote_code=trust_remote_code)
+    network = skeleton(model, trust_remote_code=context.trust_remote_code)
     check_whole(network, source)
     targets, skipped = find_targets(network, config.targets, config.ignore)
     pruned = [] if sparsify is None else find_targets(network, sparsify.targets, sparsify.ignore)[0]
     check(config, model, network, targets, tokens, sparsify)
-    scheme = scheme_of(config)
     names = DiskNames(network, source)
     pruner = None if sparsify is None else make_pruner(sparsify, names, pruned)
-    calibrated = config.calibration or (CalibrationConfig() if sparsify is None else sparsify.calibration)
-    layout, start_layout = layouts(scheme, source, names, targets)
-    check_space(out, int(source.size_bytes * 1.1), "the quantised model")
-    source.check_finite()
-    with writing(out, description) as draft:
-        copy_side_files(model, draft.path)
-        output = allocate(draft.path, layout)
-        allocate_file(draft.path / START_FILE, start_layout)
-        work = _Quantizing(
-            config=config,
-            scheme=scheme,
-            source=model,
-            targets=set(targets),
-            pruner=pruner,
-            pruned=set(pruned),
-            output=output,
-            start=Checkpoint(draft.path, [str(START_FILE)]),
-        )
-        visit_blocks(
-            model,
-            list(dict.fromkeys([*targets, *pruned])),
-            tokens,
-            work,
-            batch=calibrated.batch,
-            hessian=config.method == "gptq" or (pruner is not None and pruner.needs_hessian),
-            trust_remote_code=trust_remote_code,
-        )
-        _finish(work, source, network, draft.path)
-        weights = sum(layer["weights"] for layer in work.layers)
-        zeros = sum(layer["weights"] * layer["sparsity"] for layer in work.layers)
-        coverage = f"quantised {coverage_of(network, targets, skipped, f' to {config.bits} bits')}"
-        if sparsify is not None and sparsify.mask is not None:
-            coverage += masked_of(work.masked, pruned)
-        draft.result = {
-            "coverage": coverage,
-            "sparsity": round(zeros / weights, 6),
-            "calibration_tokens": 0 if tokens is None else int(tokens.numel()),
-            "weights_bytes": output.size_bytes,
-            "layers": work.layers,
-        }
-        logger.info("%s, %.1f %% of their weights zero", coverage, 100 * zeros / weights)
-    return Artifact.open(out)
+    layout, start_layout = layouts(scheme_of(config), source, names, targets)
+    return _Ready(source, network, targets, skipped, pruned, pruner, layout, start_layout)
+
+
+def _result(
+    work: _Quantizing, ready: _Ready, sparsify: SparsifyConfig | None, tokens: torch.Tensor | None
+) -> dict[str, Any]:
+    """Return what the manifest says was done."""
+    weights = sum(layer["weights"] for layer in work.layers)
+    zeros = sum(layer["weights"] * layer["sparsity"] for layer in work.layers)
+    coverage = f"quantised {coverage_of(ready.network, ready.targets, ready.skipped, f' to {work.config.bits} bits')}"
+    if sparsify is not None and sparsify.mask is not None:
+        coverage += masked_of(work.masked, ready.pruned)
+    logger.info("%s, %.1f %% of their weights zero", coverage, 100 * zeros / weights)
+    return {
+        "coverage": coverage,
+        "sparsity": round(zeros / weights, 6),
+        "calibration_tokens": 0 if tokens is None else int(tokens.numel()),
+        "weights_bytes": work.output.size_bytes,
+        "layers": work.layers,
+    }
 
 
 def _finish(work: _Quantizing, source: Checkpoint, network: Any, folder: Path) -> None:

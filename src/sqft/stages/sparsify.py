@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.artifact import Artifact, describe, finished, writing
 from sqft.digests import digest_text
 from sqft.disk import check_space
 from sqft.errors import InputError, Problems
@@ -22,12 +21,17 @@ from sqft.model.prune import BlockPruner, make_pruner, mask_view, masked_of, pac
 from sqft.model.targets import Target, coverage_of, find_targets, skeleton
 from sqft.model.whole import check_whole
 from sqft.recipe import SparsifyConfig, parse_pattern
+from sqft.stage import Stage
 from sqft.storage.checkpoint import Checkpoint, copy_model
 from sqft.storage.integers import quantization_config
 from sqft.storage.masks import write_masks
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+
+    from sqft.artifact import Artifact, Draft
+    from sqft.context import Context
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +66,25 @@ class _Pruning:
         self.shapes |= shapes
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What was opened and checked before the work."""
+
+    source: Checkpoint
+    network: PreTrainedModel
+    targets: list[Target]
+    skipped: list[str]
+    pruner: BlockPruner
+
+
 def run(
     config: SparsifyConfig,
     model: Path,
     tokens: torch.Tensor | None,
     out: Path,
+    context: Context,
     *,
-    seed: int,
     calibration: dict[str, Any] | None = None,
-    trust_remote_code: bool = False,
 ) -> Artifact:
     """Sparsify a model folder.
 
@@ -79,9 +93,8 @@ def run(
         model: the model folder.
         tokens: calibration tokens, int64 [samples, length]; None for methods and masks that need none.
         out: the folder to make.
-        seed: recorded; the pruning itself draws nothing.
+        context: its seed is recorded; the pruning itself draws nothing.
         calibration: what the tokens were drawn from, recorded and part of the key.
-        trust_remote_code: passed to transformers.
 
     Raises:
         InputError: bad targets, pattern, mask or model, before any pruning; or an expert no token reached.
@@ -92,47 +105,53 @@ def run(
         "calibrated_on": calibration,
         "calibration_digest": None if tokens is None else digest_text(str(tokens.tolist())),
     }
-    inputs: dict[str, str | Path] = {"model": model}
-    if config.mask is not None:
-        inputs["mask"] = config.mask
-    description = describe("sparsify", settings, inputs, seed)
-    if done := finished(out, description):
-        return done
-    if quantization_config(model) is not None:
-        raise InputError(f"model {model}: is quantised; sparsify the float model, then quantise it")
-    source = Checkpoint(model)
-    network = skeleton(model, trust_remote_code=trust_remote_code)
-    check_whole(network, source)
-    targets, skipped = find_targets(network, config.targets, config.ignore)
-    pruner = make_pruner(config, DiskNames(network, source), targets)
-    check(config, network, targets, tokens)
-    check_space(out, int(source.size_bytes * 1.1), "the sparse model")
-    source.check_finite()
-    with writing(out, description) as draft:
-        pruning = _Pruning(pruner, copy_model(model, draft.path))
+    inputs = {"model": model} | ({} if config.mask is None else {"mask": config.mask})
+    stage = Stage.of("sparsify", out, settings, inputs, context.seed)
+
+    def ready() -> _Ready:
+        if quantization_config(model) is not None:
+            raise InputError(f"model {model}: is quantised; sparsify the float model, then quantise it")
+        source = Checkpoint(model)
+        network = skeleton(model, trust_remote_code=context.trust_remote_code)
+        check_whole(network, source)
+        targets, skipped = find_targets(network, config.targets, config.ignore)
+        pruner = make_pruner(config, DiskNames(network, source), targets)
+        check(config, network, targets, tokens)
+        check_space(out, int(source.size_bytes * 1.1), "the sparse model")
+        source.check_finite()
+        return _Ready(source, network, targets, skipped, pruner)
+
+    def work(ready: _Ready, draft: Draft) -> dict[str, Any]:
+        pruning = _Pruning(ready.pruner, copy_model(model, draft.path))
         visit_blocks(
             model,
-            targets,
+            ready.targets,
             tokens,
             pruning,
             batch=config.calibration.batch,
-            hessian=pruner.needs_hessian,
-            trust_remote_code=trust_remote_code,
+            hessian=ready.pruner.needs_hessian,
+            trust_remote_code=context.trust_remote_code,
         )
         write_masks(draft.path, pruning.masks, pruning.shapes)
-        weights = sum(layer["weights"] for layer in pruning.layers)
-        zeros = sum(layer["weights"] * layer["sparsity"] for layer in pruning.layers)
-        coverage = f"sparsified {coverage_of(network, targets, skipped)}"
-        if config.mask is not None:
-            coverage += masked_of(pruning.masked, targets)
-        draft.result = {
-            "coverage": coverage,
-            "sparsity": round(zeros / weights, 6),
-            "calibration_tokens": 0 if tokens is None else int(tokens.numel()),
-            "layers": pruning.layers,
-        }
-        logger.info("%s to %.1f %%", coverage, 100 * zeros / weights)
-    return Artifact.open(out)
+        return _result(config, ready, pruning, tokens)
+
+    return stage.make(ready, work)
+
+
+def _result(config: SparsifyConfig, ready: _Ready, pruning: _Pruning, tokens: torch.Tensor | None) -> dict[str, Any]:
+    """Return what the manifest says was done."""
+    weights = sum(layer["weights"] for layer in pruning.layers)
+    zeros = sum(layer["weights"] * layer["sparsity"] for layer in pruning.layers)
+    coverage = f"sparsified {coverage_of(ready.network, ready.targets, ready.skipped)}"
+    if config.mask is not None:
+        coverage += masked_of(pruning.masked, ready.targets)
+    logger.info("%s to %.1f %%", coverage, 100 * zeros / weights)
+    return {
+        "coverage": coverage,
+        "sparsity": round(zeros / weights, 6),
+        "calibration_tokens": 0 if tokens is None else int(tokens.numel()),
+        "layers": pruning.layers,
+    }
 
 
 def check(config: SparsifyConfig, network: Any, targets: list[Target], tokens: torch.Tensor | None) -> None:

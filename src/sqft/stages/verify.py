@@ -24,6 +24,7 @@ Checks, each with its value and bound, in verify.json:
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,6 @@ from sqft.adapters.attach import check_trained_on, load_model
 from sqft.adapters.cached import cached_weights
 from sqft.adapters.merged import BaseWeights
 from sqft.adapters.saved import SavedAdapter
-from sqft.artifact import describe, finished_result, write_result
 from sqft.core.mask import finite
 from sqft.data.encode import check_vocabulary, encode
 from sqft.digests import digest_file, digest_text
@@ -41,7 +41,8 @@ from sqft.evaluation.harness import score_examples
 from sqft.evaluation.prepacked import stock_products
 from sqft.memory import costing
 from sqft.model.load import embedding_rows
-from sqft.model.opening import load_config, load_tokenizer
+from sqft.model.opening import load_config
+from sqft.stage import Stage
 from sqft.storage.checkpoint import Checkpoint, side_files
 from sqft.storage.integers import PackedCheckpoint
 from sqft.storage.masks import load_mask
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from sqft.context import Context
     from sqft.data.tasks import Example, Task
     from sqft.recipe import VerifyConfig
 
@@ -60,11 +62,10 @@ def run(
     base: Path,
     adapter: Path,
     out_file: Path,
+    context: Context,
     *,
     task: Task | None = None,
     examples: Sequence[Example] = (),
-    seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Check a merged model and write what was found; a failed check is a result, not an exception.
 
@@ -74,11 +75,10 @@ def run(
         base: the base's folder.
         adapter: the (sub-)adapter's folder.
         out_file: verify.json.
+        context: its seed is that of the random tokens.
         task: whose metric judges the accuracy; without one, accuracy is not checked and logits are compared on
             seeded random tokens.
         examples: held-out rows of the task.
-        seed: of the random tokens.
-        trust_remote_code: passed to transformers.
 
     Returns:
         {passed, checks: [{name, passed, value, bound, detail}]}.
@@ -94,21 +94,21 @@ def run(
         "task": task.name if task else None,
         "examples": digest_text(json.dumps([(e.prompt, e.answer) for e in examples])),
     }
-    description = describe("verify", settings, inputs, seed)
-    if (done := finished_result(out_file, description)) is not None:
-        return done
-    weights = BaseWeights(base, saved, trust_remote_code=trust_remote_code)
-    output = Checkpoint(merged)
-    found, not_finite = _weights(weights, saved, output)
-    checks = [_zeros_kept(weights, output, merged), *found]
-    # Two products against one, and their sum rounded to the model's precision. Onto a grid it is a loss, not rounding.
-    rounded = saved.kind == "dense" and not weights.any_packed
-    with costing() as cost:
-        checks += _behaviour(
-            config, rounded, merged, base, adapter, task, examples, seed, trust_remote_code, not_finite
-        )
-    result = {"passed": all(check["passed"] for check in checks), "checks": checks, "cost": cost}
-    return write_result(out_file, description, result)
+
+    def work() -> dict[str, Any]:
+        weights = BaseWeights(base, saved, trust_remote_code=context.trust_remote_code)
+        output = Checkpoint(merged)
+        found, not_finite = _weights(weights, saved, output)
+        checks = [_zeros_kept(weights, output, merged), *found]
+        # Two products against one, and their sum rounded to the model's precision. Onto a grid it is a loss, not
+        # rounding.
+        rounded = saved.kind == "dense" and not weights.any_packed
+        pair = ((base, adapter), (merged, None))
+        with costing() as cost:
+            checks += _behaviour(config, pair, task, examples, context, rounded=rounded, not_finite=not_finite)
+        return {"passed": all(check["passed"] for check in checks), "checks": checks, "cost": cost}
+
+    return Stage.of("verify", out_file, settings, inputs, context.seed).record(work)
 
 
 def _check(name: str, value: float, bound: float, detail: str) -> dict[str, Any]:
@@ -215,74 +215,116 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """What one of the two models computed: logits [tokens, vocabulary] a prompt, and which rows it answers right.
+
+    `finer` has the logits in a wider dtype, empty where they are not compared.
+    """
+
+    dtype: torch.dtype
+    logits: list[torch.Tensor]
+    finer: list[torch.Tensor]
+    right: list[bool]
+
+
 @torch.no_grad()
 def _behaviour(
     config: VerifyConfig,
-    rounded: bool,
-    merged: Path,
-    base: Path,
-    adapter: Path,
+    pair: tuple[tuple[Path, Path | None], ...],
     task: Task | None,
     examples: Sequence[Example],
-    seed: int,
-    trust_remote_code: bool,
+    context: Context,
+    *,
+    rounded: bool,
     not_finite: list[str],
 ) -> list[dict[str, Any]]:
-    """Run both models; one is in memory at a time."""
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    prompts = [encode(tokenizer, e.prompt, e.answer)[0] for e in examples[: config.prompts]]
-    if not prompts:
-        generator = torch.Generator().manual_seed(seed)
-        model_config = load_config(base, trust_remote_code=trust_remote_code)
-        vocabulary = int(model_config.get_text_config(decoder=True).vocab_size)
-        prompts = torch.randint(min(len(tokenizer), vocabulary), (config.prompts, 32), generator=generator).tolist()
-    logits: list[list[torch.Tensor]] = []
-    finer: list[list[torch.Tensor]] = []
-    answers: list[list[bool]] = []
-    for folder, attached in ((base, adapter), (merged, None)):
-        model = load_model(folder, attached, trust_remote_code=trust_remote_code)
-        check_vocabulary([token for ids in prompts for token in ids], embedding_rows(model), "verify", tokenizer)
-        own = next(model.parameters()).dtype
-        logits.append(_logits(model, prompts))
-        if task is not None:
-            rows = list(examples[: config.accuracy_rows])
-            with cached_weights(model), stock_products():
-                answers.append(score_examples(model, tokenizer, task, rows, batch=8))
-        if rounded:
-            finer.append(_logits(model.double() if own == torch.float32 else model.float(), prompts))
-        del model
+    """Run both models, one at a time in memory, and compare what they answer.
+
+    Args:
+        config: how many prompts and rows.
+        pair: (model, adapter) unmerged and merged.
+        task: whose metric judges.
+        examples: held-out rows.
+        context: of the run.
+        rounded: whether the merged weights are a sum that was rounded.
+        not_finite: tensors that hold NaN or Inf.
+    """
+    base = pair[0][0]
+    prompts = _prompts(config, base, examples, context)
+    rows = list(examples[: config.accuracy_rows])
+    live, merged = (_answers(*folders, prompts, task, rows, context, finer=rounded) for folders in pair)
     source = "held-out prompts" if examples else "random token sequences (no task was given)"
-    asked = f"over {sum(len(ids) for ids in prompts)} tokens of {len(prompts)} {source}"
-    broken = sum(int((~torch.isfinite(row)).sum()) for rows in (*logits, *finer) for row in rows)
-    checks = [_all_finite(not_finite, broken, asked)]
+    over = f"over {sum(len(ids) for ids in prompts)} tokens of {len(prompts)} {source}"
+    every = [row for model in (live, merged) for row in (*model.logits, *model.finer)]
+    broken = sum(int((~torch.isfinite(row)).sum()) for row in every)
+    checks = [_all_finite(not_finite, broken, over)]
     if broken:
         return checks
-    if rounded and config.logit_bound is None:
-        (moved, _), (noise, _) = _distances(*finer), _distances(logits[0], finer[0])
-        detail = (
-            f"merging moves a logit by {moved:.2g} on average {asked}, computing in {str(own).removeprefix('torch.')} "
-            f"by {noise:.2g}; the quotient"
-        )
-        checks.append(_check("logits_close", moved / max(noise, 1e-30), 1, detail))
-    else:
-        _, distance = _distances(*logits)
-        checks.append(
-            _check("logits_equal", distance, config.logit_bound or 0, f"largest difference of a logit {asked}")
-        )
+    checks.append(_logits_agree(config, live, merged, over, rounded=rounded))
     if task is not None:
-        live, after = answers
-        flipped = sum(a != b for a, b in zip(live, after, strict=True))
-        detail = f"{sum(live)} of {len(live)} right unmerged, {sum(after)} merged, {flipped} answers differ"
-        allowed = len(live) // 10 if rounded or config.logit_bound else 0
-        checks.append(_check("accuracy_equal", flipped, allowed, detail))
+        flipped = sum(a != b for a, b in zip(live.right, merged.right, strict=True))
+        counts = f"{sum(live.right)} of {len(rows)} right unmerged, {sum(merged.right)} merged"
+        allowed = len(rows) // 10 if rounded or config.logit_bound else 0
+        checks.append(_check("accuracy_equal", flipped, allowed, f"{counts}, {flipped} answers differ"))
     return checks
 
 
-def _all_finite(tensors: list[str], logits: int, asked: str) -> dict[str, Any]:
+def _prompts(config: VerifyConfig, base: Path, examples: Sequence[Example], context: Context) -> list[list[int]]:
+    """Return the token ids of the held-out prompts, or seeded random ones where there are none."""
+    tokenizer = context.tokenizer(base)
+    if examples:
+        return [encode(tokenizer, e.prompt, e.answer)[0] for e in examples[: config.prompts]]
+    generator = torch.Generator().manual_seed(context.seed)
+    model_config = load_config(base, trust_remote_code=context.trust_remote_code)
+    vocabulary = min(len(tokenizer), int(model_config.get_text_config(decoder=True).vocab_size))
+    ids: list[list[int]] = torch.randint(vocabulary, (config.prompts, 32), generator=generator).tolist()
+    return ids
+
+
+def _answers(
+    folder: Path,
+    adapter: Path | None,
+    prompts: list[list[int]],
+    task: Task | None,
+    rows: list[Example],
+    context: Context,
+    *,
+    finer: bool,
+) -> _Answers:
+    """Run one model as its users would."""
+    tokenizer = context.tokenizer(folder)
+    model = load_model(folder, adapter, trust_remote_code=context.trust_remote_code)
+    check_vocabulary([token for ids in prompts for token in ids], embedding_rows(model), "verify", tokenizer)
+    dtype = next(model.parameters()).dtype
+    logits, right = _logits(model, prompts), []
+    if task is not None:
+        with cached_weights(model), stock_products():
+            right = score_examples(model, tokenizer, task, rows, batch=8)
+    wide = _logits(model.double() if dtype == torch.float32 else model.float(), prompts) if finer else []
+    return _Answers(dtype, logits, wide, right)
+
+
+def _logits_agree(
+    config: VerifyConfig, live: _Answers, merged: _Answers, over: str, *, rounded: bool
+) -> dict[str, Any]:
+    """Return the check of the logits: against what rounding costs anyway for a sum, else against the bound."""
+    if not rounded or config.logit_bound is not None:
+        _, distance = _distances(live.logits, merged.logits)
+        return _check("logits_equal", distance, config.logit_bound or 0, f"largest difference of a logit {over}")
+    (moved, _), (noise, _) = _distances(live.finer, merged.finer), _distances(live.logits, live.finer)
+    detail = (
+        f"merging moves a logit by {moved:.2g} on average {over}, computing in "
+        f"{str(merged.dtype).removeprefix('torch.')} by {noise:.2g}; the quotient"
+    )
+    return _check("logits_close", moved / max(noise, 1e-30), 1, detail)
+
+
+def _all_finite(tensors: list[str], logits: int, over: str) -> dict[str, Any]:
     """Return the check that nothing is NaN or Inf; its value counts tensors and logits that are."""
-    detail = f"no weight and no logit {asked} is NaN or Inf"
+    detail = f"no weight and no logit {over} is NaN or Inf"
     if tensors or logits:
-        detail = f"NaN or Inf in tensors: {', '.join(tensors[:5]) or 'none'}; in {logits} logits {asked}"
+        detail = f"NaN or Inf in tensors: {', '.join(tensors[:5]) or 'none'}; in {logits} logits {over}"
     return _check("all_finite", len(tensors) + logits, 0, detail)
 
 

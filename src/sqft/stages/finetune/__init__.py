@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +23,13 @@ from sqft.adapters.attach import load_model
 from sqft.adapters.config import RANK_SPACE, SqftConfig
 from sqft.adapters.elastic import rank_space
 from sqft.adapters.layers import sqft_layers
-from sqft.artifact import Artifact, Draft, describe, finished, partial_of, writing
 from sqft.data.encode import check_vocabulary, encode
 from sqft.digests import digest_text
 from sqft.disk import check_space, write_json
 from sqft.errors import InputError, NumericalError, Problems, SqftError
+from sqft.memory import is_out_of_memory
 from sqft.model.load import embedding_rows, to_device
-from sqft.model.opening import load_tokenizer
+from sqft.stage import Stage
 from sqft.stages.finetune import loop
 from sqft.storage.archive import stored
 from sqft.storage.identity import identity
@@ -41,13 +40,27 @@ from sqft.training.batches import label_examples, pack_rows
 from sqft.training.isolation import check_isolation
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
+    from sqft.artifact import Artifact, Draft
+    from sqft.context import Context
     from sqft.core.ranks import RankSpace
     from sqft.recipe import FinetuneConfig
 
 Pair = tuple[str, str]
 _SHORT_ROW = 256  # tokens
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """The model with its adapters and the token rows that it is trained on."""
+
+    adapted: Any
+    rows: list[dict[str, list[int]]]
+    held_out: list[dict[str, list[int]]]
+    trainable: int
 
 
 def run(
@@ -56,10 +69,9 @@ def run(
     train: list[Pair],
     validation: list[Pair],
     out: Path,
+    context: Context,
     *,
-    seed: int,
     data: dict[str, Any],
-    trust_remote_code: bool = False,
 ) -> Artifact:
     """Train adapters on a base and save them as a PEFT adapter.
 
@@ -69,9 +81,8 @@ def run(
         train: (prompt, answer) pairs.
         validation: pairs for the validation loss; may be empty.
         out: the folder to make.
-        seed: of initialisation, data order and rank draws.
+        context: its seed is that of initialisation, data order and rank draws.
         data: what the pairs were drawn from; part of the key.
-        trust_remote_code: passed to transformers.
 
     Raises:
         InputError: targets that match nothing, examples that do not fit, or a model that cannot be packed.
@@ -81,13 +92,50 @@ def run(
         "data": data,
         "data_digest": digest_text(json.dumps([train, validation])),
     }
-    description = describe("finetune", settings, {"model": model}, seed)
-    if done := finished(out, description):
-        return done
-    processes.meet()
-    check_base(config, model, quantised_first=False)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    network = load_model(model, packed=True, attention=_attention(config), trust_remote_code=trust_remote_code)
+    stage = Stage.of("finetune", out, settings, {"model": model}, context.seed)
+
+    def ready() -> _Ready:
+        processes.barrier()
+        found = _open(config, model, train, validation, context)
+        # Adapter, two checkpoints of it with two moments each, all in float32.
+        check_space(out, found.trainable * 4 * 8, "training")
+        return found
+
+    def work(ready: _Ready, draft: Draft) -> dict[str, Any]:
+        started = time.monotonic()
+        padding = context.tokenizer(model).pad_token_id
+        arguments = (ready.adapted, ready.rows, ready.held_out, draft.checkpoints, context.seed, padding)
+        trainer = loop.make_trainer(config, *arguments)
+        resumed_at = loop.train(trainer, draft.checkpoints)
+        check_trained(ready.adapted)
+        if not processes.first():
+            return {}
+        space, log = rank_space(ready.adapted), trainer.state.log_history
+        _save(ready.adapted, space, log, draft.path)
+        start = config.start if config.kind == "quantized" else None
+        return {
+            "coverage": f"adapted {len(sqft_layers(ready.adapted))} linears in {len(space.groups)} rank groups",
+            "kind": config.kind,
+            "base_identity": identity(model, start),
+            "start": start,
+            "trainable_parameters": ready.trainable,
+            "steps": trainer.state.global_step,
+            "resumed_at_step": resumed_at,
+            "examples": len(train),
+            "packed_rows": len(ready.rows),
+            "tokens_per_epoch": sum(len(row["input_ids"]) for row in ready.rows),
+            "train_seconds": round(time.monotonic() - started, 2),
+            "final_loss": next((e["loss"] for e in reversed(log) if "loss" in e), None),
+        }
+
+    return stage.make(ready, work, shared=True)
+
+
+def _open(config: FinetuneConfig, model: Path, train: list[Pair], validation: list[Pair], context: Context) -> _Ready:
+    """Open the base, check the rows on it, and attach the adapters."""
+    check_precision(config, model, quantised_first=False)
+    tokenizer, trust = context.tokenizer(model), context.trust_remote_code
+    network = load_model(model, packed=True, attention=_attention(config), trust_remote_code=trust)
     to_device(network)  # flash attention has no kernel for a CPU, and packing is checked before the trainer moves it
     if config.attention == "auto":
         attend_by_example(network)
@@ -95,39 +143,9 @@ def run(
     held_out = label(config, tokenizer, validation, network.config) if validation else []
     if config.packing:
         check_isolation(network, min(len(tokenizer), embedding_rows(network)))
-    set_seed(seed)
+    set_seed(context.seed)
     adapted = attach(network, config)
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    # Adapter, two checkpoints of it with two moments each, all in float32.
-    check_space(out, trainable * 4 * 8, "training")
-    writes = writing(out, description) if processes.first() else nullcontext(Draft(partial_of(out)))
-    with writes as draft:
-        started = time.monotonic()
-        checkpoints = draft.checkpoints
-        trainer = loop.make_trainer(config, adapted, rows, held_out, checkpoints, seed, tokenizer.pad_token_id)
-        resumed_at = loop.train(trainer, checkpoints)
-        check_trained(adapted)
-        if processes.first():
-            space = rank_space(adapted)
-            log = trainer.state.log_history
-            _save(adapted, space, log, draft.path)
-            start = config.start if config.kind == "quantized" else None
-            draft.result = {
-                "coverage": f"adapted {len(sqft_layers(adapted))} linears in {len(space.groups)} rank groups",
-                "kind": config.kind,
-                "base_identity": identity(model, start),
-                "start": start,
-                "trainable_parameters": trainable,
-                "steps": trainer.state.global_step,
-                "resumed_at_step": resumed_at,
-                "examples": len(train),
-                "packed_rows": len(rows),
-                "tokens_per_epoch": sum(len(row["input_ids"]) for row in rows),
-                "train_seconds": round(time.monotonic() - started, 2),
-                "final_loss": next((e["loss"] for e in reversed(log) if "loss" in e), None),
-            }
-    processes.meet()
-    return Artifact.open(out)
+    return _Ready(adapted, rows, held_out, sum(p.numel() for p in adapted.parameters() if p.requires_grad))
 
 
 def _save(adapted: Any, space: RankSpace, log: list[dict[str, Any]], folder: Path) -> None:
@@ -207,7 +225,7 @@ def check(config: FinetuneConfig, network: PreTrainedModel) -> None:
                 problems.add(f"target module {target!r} {reason}; take it out (the others are {known})")
 
 
-def check_base(config: FinetuneConfig, base: Path, *, quantised_first: bool) -> None:
+def check_precision(config: FinetuneConfig, base: Path, *, quantised_first: bool) -> None:
     """Refuse a kind of adapter that the base's precision does not take, or a start that the base does not have.
 
     Args:
@@ -261,7 +279,9 @@ def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
         return get_peft_model(network, settings)
     except SqftError:
         raise
-    except Exception as error:  # PEFT's checks raise whatever fits them
+    except Exception as error:  # PEFT's checks raise errors of many classes
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"finetune: PEFT does not adapt {', '.join(config.target_modules)} of a {network.config.model_type}: "
             f"{error}; take what it names out of target_modules"

@@ -123,9 +123,9 @@ def train(trainer: PackedTrainer, checkpoints: Path) -> int:
         for folder in checkpoints.glob("checkpoint-*"):
             if not (folder / "DONE").is_file():
                 shutil.rmtree(folder)
-    processes.meet()
+    processes.barrier()
     whole = list(checkpoints.glob("checkpoint-*"))
-    processes.meet()  # before one of them makes the next
+    processes.barrier()  # before one of them makes the next
     latest = max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     at = 0 if latest is None else int(latest.name.rpartition("-")[2])
     if latest is not None:
@@ -144,7 +144,7 @@ class _Done(TrainerCallback):
     """Marks a checkpoint as whole, after its files are on disk."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        processes.meet()  # each has written its own part
+        processes.barrier()  # each has written its own part
         if not processes.first():
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

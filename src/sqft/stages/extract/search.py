@@ -1,63 +1,60 @@
-"""The search itself: an Optuna study over the ranks of each group, in one file that processes share.
+"""The search itself: an Optuna study over the ranks of each group (:mod:`sqft.stages.extract.study`).
 
 The model is loaded once and a configuration is switched in place: only the weights whose rank changed are made anew.
-The study is Optuna's journal, `OUT.study`: a search that was killed goes on from it, and a second process that is
+The study is Optuna's journal, `OUT.study`: a search that was killed continues from it, and a second process that is
 started with the same command, here or on another machine that sees the file, takes part. The hill climbing is a
 function of its record (:mod:`sqft.core.climb`), so it ends the same however it was interrupted or shared; random and
 nsga2 do so when one process at a time works on them.
-
-A trial whose process died is not waited for: on this machine as soon as its process is gone, elsewhere when it has
-taken three times as long as the slowest finished one.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import optuna
-import psutil
-from optuna.distributions import CategoricalDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from sqft.adapters.attach import load_model
 from sqft.adapters.cached import cached_weights, switch_ranks
 from sqft.artifact import key_of
-from sqft.core.climb import Climb, Configuration, as_configuration, climb
+from sqft.core.climb import Configuration, as_configuration
 from sqft.errors import InputError
 from sqft.evaluation.harness import evaluate_examples
-from sqft.locks import exclusive
 from sqft.model.load import to_device
-from sqft.model.opening import load_tokenizer
+from sqft.stages.extract.study import (
+    WORKER,
+    HillClimbing,
+    configuration_of,
+    distributions,
+    open_study,
+    running,
+    scores_of,
+    worker,
+)
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
     from sqft.adapters.saved import SavedAdapter
+    from sqft.context import Context
     from sqft.core.ranks import RankSpace
     from sqft.data.tasks import Example, Task
     from sqft.recipe import SearchConfig
+    from sqft.stage import Stage
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
-_STALE_FACTOR = 3.0
-_STALE_SECONDS = 60.0
 # Draws of random and nsga2 for each configuration of the budget, at most: one that is drawn again costs no evaluation.
 _DRAWS = 10
-_WORKER = "worker"
+Rows: TypeAlias = "Sequence[tuple[Task, Sequence[Example]]]"
 
 
 def search(
@@ -65,11 +62,9 @@ def search(
     adapter: SavedAdapter,
     space: RankSpace,
     base: Path,
-    rows: Sequence[tuple[Task, Sequence[Example]]],
-    out: Path,
-    description: Mapping[str, Any],
-    seed: int,
-    trust_remote_code: bool,
+    rows: Rows,
+    stage: Stage,
+    context: Context,
 ) -> dict[str, Any]:
     """Evaluate configurations until the budget is used up, and return the record.
 
@@ -81,156 +76,21 @@ def search(
             f"adapter {adapter.path}: has the one rank {space.max_rank}, so there is nothing to search; train with "
             "several finetune.ranks, or use strategy maximal"
         )
-    file = out.with_name(f"{out.name}.study")
+    file = stage.out.with_name(f"{stage.out.name}.study")
     file.parent.mkdir(parents=True, exist_ok=True)
-    study = open_study(file, key_of(description), pareto=config.strategy == "nsga2")
+    study = open_study(file, key_of(stage.description), pareto=config.strategy == "nsga2")
     sizes = _group_sizes(adapter, space)
-    searcher = _Searcher(config, space, study, seed)
+    searcher = _Searcher(config, space, study, context.seed)
     done = len(searcher.scores())
     if done:
         logger.info("search: going on from %s with %d of %d configurations evaluated", file, done, config.budget)
     if not searcher.finished():
-        _evaluate_all(searcher, adapter, base, rows, sizes, trust_remote_code)
+        _evaluate_all(searcher, adapter, base, rows, sizes, context)
     return searcher.record(rows, sizes)
 
 
-def open_study(file: Path, name: str, *, pareto: bool) -> Study:
-    """Return the study of that name in a journal file, made if it is not there.
-
-    It is an ordinary Optuna study: `optuna-dashboard OUT.study` shows it.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(file), cast("Any", _JournalLock(file)))),
-        study_name=name,
-        load_if_exists=True,
-        directions=["maximize", "minimize"] if pareto else ["maximize"],
-    )
-
-
-class _JournalLock:
-    """A lock that the kernel releases with its process; Optuna's own stands for half a minute after a kill.
-
-    Whoever takes it cuts off the half line that a process killed while it wrote may have left: the next line would be
-    joined to it, and the journal lost.
-    """
-
-    def __init__(self, journal: Path) -> None:
-        self._journal, self._held = journal, ExitStack()
-
-    def acquire(self) -> bool:
-        self._held.enter_context(exclusive(self._journal))
-        with open(self._journal, "r+b") as stream:
-            content = stream.read()
-            if content and not content.endswith(b"\n"):
-                stream.truncate(content.rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        self._held.close()
-
-
-class HillClimbing(optuna.samplers.BaseSampler):
-    """Algorithm 1 as an Optuna sampler: the next configuration that the climb wants and nobody works on.
-
-    >>> study = optuna.create_study(sampler=HillClimbing(space, turns=5, neighbours=8, steps=8))  # doctest: +SKIP
-    """
-
-    def __init__(self, space: RankSpace, *, turns: int, neighbours: int, steps: int, seed: int = 0) -> None:
-        """Take the rank space and T, N, S of Algorithm 1."""
-        self.space, self.turns, self.neighbours, self.steps, self.seed = space, turns, neighbours, steps, seed
-
-    def climb(self, study: Study) -> Climb:
-        """Return where the climb of a study stands."""
-        return climb(
-            self.space,
-            scores_of(study, self.space),
-            turns=self.turns,
-            neighbours=self.neighbours,
-            steps=self.steps,
-            seed=self.seed,
-        )
-
-    def free(self, study: Study) -> list[Configuration]:
-        """Return what the climb wants and no living process works on."""
-        taken = {_configuration(self.space, trial) for trial in _running(study) if self._asked(trial)}
-        return [configuration for configuration in self.climb(study).wanted if configuration not in taken]
-
-    def _asked(self, trial: FrozenTrial) -> bool:
-        """Tell whether a running trial has all its ranks; another process may be half-way through writing them."""
-        return len(trial.params) == len(self.space.groups)
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return one categorical rank a group."""
-        return cast("dict[str, BaseDistribution]", distributions(self.space))
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Return a wanted configuration; processes that ask at the same moment get different ones.
-
-        With all wanted ones taken it is one of those again, and after the end the anchor: neither hurts.
-        """
-        state = self.climb(study)
-        asking = sorted(t.number for t in _running(study) if not self._asked(t))
-        place = asking.index(trial.number) if trial.number in asking else 0
-        open_ = self.free(study) or list(state.wanted) or [cast("Configuration", state.anchor)]
-        return dict(zip(self.space.groups, open_[place % len(open_)], strict=True))
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Refuse a parameter that is no group of the space."""
-        raise InputError(f"hill climbing knows the ranks of {len(self.space.groups)} groups, and not {param_name!r}")
-
-
-def distributions(space: RankSpace) -> dict[str, CategoricalDistribution]:
-    """Return the search space as Optuna knows it."""
-    choices = sorted(set(space.choices))
-    return {group: CategoricalDistribution(choices) for group in space.groups}
-
-
-def scores_of(study: Study, space: RankSpace) -> dict[Configuration, float]:
-    """Return the accuracy of every configuration that a study has evaluated, in their order."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return {_configuration(space, trial): trial.values[0] for trial in trials}
-
-
-def _configuration(space: RankSpace, trial: FrozenTrial) -> Configuration:
-    return as_configuration(space, trial.params)
-
-
-def _running(study: Study) -> list[FrozenTrial]:
-    """Return the trials that a living process works on."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE))
-    slowest = max((t.duration.total_seconds() for t in trials if t.duration is not None), default=0.0)
-    patience = max(_STALE_SECONDS, _STALE_FACTOR * slowest)
-    return [t for t in trials if t.state == TrialState.RUNNING and _alive(t, patience)]
-
-
-def _alive(trial: FrozenTrial, patience: float) -> bool:
-    host, _, rest = str(trial.user_attrs.get(_WORKER, "")).partition(":")
-    if host == socket.gethostname():
-        process, _, born = rest.partition(":")
-        return _born(int(process)) == born
-    started = trial.datetime_start
-    return started is not None and (datetime.now() - started).total_seconds() < patience
-
-
-def _born(process: int) -> str | None:
-    """Return when a process began, None if there is none; a number alone may belong to another one by now."""
-    try:
-        return str(psutil.Process(process).create_time())
-    except psutil.NoSuchProcess:
-        return None
-
-
-def _worker() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid())}"
-
-
 class _Searcher:
-    """One process's part in a study: what to ask for, when to wait, when it is over."""
+    """One process's part in a study: the next trial, when to wait, when it is over."""
 
     def __init__(self, config: SearchConfig, space: RankSpace, study: Study, seed: int) -> None:
         self.config, self.space, self.study, self.seed = config, space, study, seed
@@ -265,7 +125,7 @@ class _Searcher:
         heuristic = self.space.heuristic()
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         asked = [trial.system_attrs.get("fixed_params") for trial in waiting]
-        asked += [trial.params for trial in _running(self.study)]
+        asked += [trial.params for trial in running(self.study)]
         if heuristic not in asked and as_configuration(self.space, heuristic) not in self.scores():
             self.study.enqueue_trial(heuristic)
 
@@ -276,16 +136,16 @@ class _Searcher:
                 ready = bool(self.hill.free(self.study))
             else:
                 self._ensure_heuristic()
-                running = _running(self.study)
-                begun = self._complete() + len(running)
+                current = running(self.study)
+                begun = self._complete() + len(current)
                 waiting = bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
                 groups = self.space.groups
-                taken = {*self.scores(), *(tuple(trial.params.get(group) for group in groups) for trial in running)}
+                taken = {*self.scores(), *(tuple(trial.params.get(group) for group in groups) for trial in current)}
                 ready = waiting or (len(taken) < self._wanted() and begun < _DRAWS * self.config.budget)
                 self.study.sampler = self._sampler(begun)
             if ready:
                 trial = self.study.ask(cast("dict[str, BaseDistribution]", distributions(self.space)))
-                trial.set_user_attr(_WORKER, _worker())
+                trial.set_user_attr(WORKER, worker())
                 return trial
             time.sleep(_POLL_SECONDS)
         return None
@@ -297,7 +157,7 @@ class _Searcher:
             return optuna.samplers.NSGAIISampler(population_size=self.config.neighbours, seed=seed)
         return optuna.samplers.RandomSampler(seed=seed)
 
-    def record(self, rows: Sequence[tuple[Task, Sequence[Example]]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    def record(self, rows: Rows, sizes: Mapping[str, int]) -> dict[str, Any]:
         """Return what `search.json` holds."""
         turn_of: dict[Configuration, int] = {}
         if self.hill is not None:
@@ -305,7 +165,7 @@ class _Searcher:
                 turn_of.update(dict.fromkeys(sampled, turn))
         trials: dict[Configuration, dict[str, Any]] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            configuration = _configuration(self.space, trial)
+            configuration = configuration_of(self.space, trial)
             assert trial.duration is not None
             trials.setdefault(
                 configuration,
@@ -361,13 +221,14 @@ def _evaluate_all(
     searcher: _Searcher,
     adapter: SavedAdapter,
     base: Path,
-    rows: Sequence[tuple[Task, Sequence[Example]]],
+    rows: Rows,
     sizes: Mapping[str, int],
-    trust_remote_code: bool,
+    context: Context,
 ) -> None:
+    """Evaluate configurations until none is wanted, with the model loaded once."""
     config, study = searcher.config, searcher.study
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    model = to_device(load_model(base, adapter.path, elastic=True, trust_remote_code=trust_remote_code))
+    tokenizer = context.tokenizer(base)
+    model = to_device(load_model(base, adapter.path, elastic=True, trust_remote_code=context.trust_remote_code))
     bar = tqdm(total=config.budget, desc="searching", unit="configuration", disable=None, leave=False)
     with cached_weights(model), bar:
         while (trial := searcher.ask()) is not None:
