@@ -176,9 +176,9 @@ def test_worked_examples_of_sums_may_differ_in_a_sign_alone(
 ) -> None:
     asked = [Example("p", " 2", question="6 / 3")]
     rows = {"train": [Example("q", " 18", question="6 * 3"), *asked]}
-    monkeypatch.setattr(evaluate, "load_examples", lambda _config, split, *_rest: rows[split])
+    monkeypatch.setattr(Data, "examples", lambda _data, _config, split, _seed: rows[split])
     sums = DataConfig(task="gym:basic_arithmetic")
-    task = evaluate.resolve_task(sums)
+    task = resolve_task(sums)
     assert evaluate._shots(sums.task, task, sums, asked, 1, Data(tiny_tokenizer), 0) == rows["train"][:1]
     own = DataConfig(task="own")
     with pytest.raises(InputError, match="own has 0 training rows"):
