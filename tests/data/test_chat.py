@@ -12,7 +12,7 @@ import pytest
 
 from sqft.data import chat
 from sqft.data.chat import as_chat, chat_example, uses_clock, with_date
-from sqft.data.load import load_examples, load_file
+from sqft.data.load import Data, load_examples
 from sqft.data.tasks import BUILTIN, Example
 from sqft.errors import InputError
 from sqft.recipe import DataConfig, Template
@@ -163,7 +163,7 @@ def test_tools_beside_a_prompt_are_refused_where_the_chat_template_asks(tmp_path
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "a", "completion": " b", "tools": [TOOL]}) + "\n")
     # As text the prompt is what it is; whoever wrote it has put its tools in.
-    assert load_file(file, None, tokenizer(TOOLS)) == [Example("a", " b")]
+    assert Data(tokenizer(TOOLS)).file(file, None) == [Example("a", " b")]
     with pytest.raises(InputError, match=r"rows.jsonl:1: has tools, which a prompt that is put into .*give messages"):
         load_examples(DataConfig(task=str(file), chat_template=True), "train", 0, tokenizer(TOOLS))
 

@@ -18,7 +18,7 @@ import pytest
 from datasets import Dataset
 
 from sqft.data.files import holds_rows, local_path, split_name
-from sqft.data.load import load_examples, load_file
+from sqft.data.load import Data, load_examples
 from sqft.data.tasks import Example
 from sqft.errors import InputError
 from sqft.recipe import DataConfig, Template
@@ -151,7 +151,7 @@ def test_a_file_of_another_kind_is_named_in_one_line(tmp_path: Path, name: str) 
 )
 def test_bad_rows_are_named_by_their_place(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_file(write(tmp_path / name, content), None, None)
+        Data().file(write(tmp_path / name, content), None)
 
 
 def test_numbers_and_dates_of_parquet(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_numbers_and_dates_of_parquet(tmp_path: Path) -> None:
     row = {"a": 7, "b": 1e-05, "c": Decimal("0.10"), "day": datetime.date(2024, 2, 29)}
     file = write(tmp_path / "rows.parquet", parquet([row]))
     template = Template(prompt="{a} {b} {c}", completion=" {a}")
-    assert load_file(file, template, None) == [Example("7 1e-05 0.10", " 7")]
+    assert Data().file(file, template) == [Example("7 1e-05 0.10", " 7")]
     with pytest.raises(InputError, match=r"rows.parquet, row 0: its column 'day' is .*, not text or a number"):
-        load_file(file, Template(prompt="{day}", completion=" {a}"), None)
+        Data().file(file, Template(prompt="{day}", completion=" {a}"))
 
 
 def test_chats_of_parquet_and_of_json_lines_read_the_same(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -186,10 +186,10 @@ def test_chats_of_parquet_and_of_json_lines_read_the_same(tmp_path: Path, tiny_t
         }
         for name, argument in (("weather", "city"), ("time", "zone"))
     ]
-    lines = load_file(write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows))), None, tokenizer)
-    assert load_file(write(tmp_path / "rows.parquet", parquet(rows)), None, tokenizer) == lines
+    lines = Data(tokenizer).file(write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows))), None)
+    assert Data(tokenizer).file(write(tmp_path / "rows.parquet", parquet(rows)), None) == lines
     as_text = [{name: json.dumps(value) for name, value in row.items()} for row in rows]
-    assert load_file(write(tmp_path / "text.parquet", parquet(as_text)), None, tokenizer) == lines
+    assert Data(tokenizer).file(write(tmp_path / "text.parquet", parquet(as_text)), None) == lines
     assert '{"city": "x"}' in lines[0].answer and "zone" not in lines[0].prompt + lines[0].answer
 
 

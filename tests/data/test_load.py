@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sqft.data.load import load_examples, load_file, resolve_task
+from sqft.data.load import Data, load_examples, resolve_task
 from sqft.data.sources import data_folder
 from sqft.data.tasks import BUILTIN, Example, normalise
 from sqft.errors import InputError
@@ -185,7 +185,7 @@ def test_malformed_chats_are_named(tmp_path: Path, tiny_tokenizer: Any, messages
 def test_a_byte_order_mark_and_line_separators_in_texts_are_read(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a\u2028b", "completion": " c"}\r\n\r\n'.encode())
-    assert load_file(file, None, None) == [Example("a\u2028b", " c")]
+    assert Data().file(file, None) == [Example("a\u2028b", " c")]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sqft.cli import commands
 from sqft.cli.flags import add_flags
@@ -22,11 +24,6 @@ from sqft.recipe import (
     SparsifyConfig,
     VerifyConfig,
 )
-
-# Commands that take a recipe find both in there.
-_DRAWING = ("sparsify", "quantize", "finetune", "search", "verify", "evaluate")
-_FETCHING = ("sparsify", "quantize", "finetune", "evaluate")
-_LOADING = (*_DRAWING, "merge", "inspect")
 
 
 def _path(text: str) -> Path:
@@ -46,7 +43,7 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
-class _Command(argparse.ArgumentParser):
+class _CommandParser(argparse.ArgumentParser):
     """Refuses arguments that it does not know with its own usage; argparse leaves that to the root, which has none."""
 
     def parse_known_args(  # type: ignore[override]
@@ -60,165 +57,242 @@ class _Command(argparse.ArgumentParser):
         return options, unknown
 
 
+class Argument:
+    """An argument of a command, as argparse's `add_argument` takes it."""
+
+    def __init__(self, *names: str, **options: Any) -> None:
+        self.names, self.options = names, options
+
+    def add_to(self, command: argparse.ArgumentParser) -> None:
+        """Add the argument to a command."""
+        command.add_argument(*self.names, **self.options)
+
+
+_FETCHED = "Hub id, folder, or .gguf file"
+_TASK = "a built-in task, gym:NAME, a Hub data set, or a file (JSONL, JSON, CSV or parquet) or folder of them"
+_CUT = "rows cut from them that {}: as many as the other commands are given (default 0)"
+_PLACED = "JSON file to write (default: one under runs/{} for these very arguments)"
+
+THREADS = Argument("--threads", type=_whole(1), help="CPU threads (default: PyTorch's choice)")
+VERBOSE = Argument("-v", "--verbose", action="store_true", help="show the libraries' own messages too")
+SEED = Argument("--seed", type=_whole(0, MAX_SEED), default=0, help="of everything drawn (default 0)")
+REVISION = Argument("--model-revision", help="branch, tag or commit of a Hub model (default: its main branch)")
+TRUST = Argument("--trust-remote-code", action="store_true", help="run code that a model's repository brings")
+JSON = Argument("--json", action="store_true", help="print JSON")
+RECIPE = Argument("recipe", type=_path, help="YAML file")
+SHARED_RECIPE = Argument("recipe", type=_path, help="YAML file: model, data and the settings that all rows share")
+SET = Argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
+SEEDS = Argument("--seeds", type=_whole(1), default=1, help="training seeds a row (default 1)")
+OUT = Argument("out", type=_path, help="folder to make")
+BASE = Argument("--base", type=_path, required=True, help="the base model's folder")
+SUPER = Argument("adapter", type=_path, help="the super-adapter's folder")
+CALIBRATION = (
+    Argument("--task", help=f"whose training rows calibrate: {_TASK}"),
+    Argument("--validation-rows", type=_whole(0), default=0, help=_CUT.format("search selects on")),
+    Argument("--test-rows", type=_whole(0), default=0, help=_CUT.format("are reported")),
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its function in :mod:`sqft.cli.commands` has the same name.
+
+    Attributes:
+        name: as it is typed.
+        help: one sentence without its point.
+        example: arguments for the end of its help.
+        arguments: in the order of its help.
+        settings: whose settings are flags of it.
+        defaults: of these settings, where they differ from a recipe's.
+    """
+
+    name: str
+    help: str
+    example: str
+    arguments: tuple[Argument, ...]
+    settings: tuple[type[Config], ...] = ()
+    defaults: Mapping[str, str] = field(default_factory=dict)
+
+
+COMMANDS = (
+    Command(
+        "run",
+        "take a recipe through all its stages; run it again to continue",
+        "recipes/quickstart.yaml",
+        (RECIPE, Argument("--out", type=_path, help="the run's folder (default runs/NAME)"), SET),
+    ),
+    Command(
+        "plan",
+        "say what a recipe will need before it runs: disk, memory and time of each stage",
+        "recipes/quickstart.yaml",
+        (RECIPE, Argument("--out", type=_path, help="where the run will stand (default runs/NAME)"), SET, JSON),
+    ),
+    Command(
+        "sparsify",
+        "set the least important weights of a model to zero",
+        "HuggingFaceTB/SmolLM2-135M sparse --task gsm8k --sparsity 0.5",
+        (SEED, REVISION, TRUST, Argument("model", help=_FETCHED), OUT, *CALIBRATION),
+        (SparsifyConfig,),
+    ),
+    Command(
+        "quantize",
+        "round a model's weights to an integer grid, keeping its zeros",
+        "sparse quantized --task gsm8k --bits 4 --group-size 64",
+        (
+            *(SEED, REVISION, TRUST),
+            Argument("model", help=f"{_FETCHED}: the float model, sparse or not"),
+            *(OUT, *CALIBRATION),
+            Argument("--sparsity", type=float, help="also prune this fraction of each row, in the same pass"),
+            Argument("--pruner", default="wanda", help="how --sparsity chooses weights (default wanda)"),
+        ),
+        (QuantizeConfig,),
+    ),
+    Command(
+        "finetune",
+        "train elastic, masked adapters on a frozen model",
+        "sparse adapter --task gsm8k --ranks 32 24 16",
+        (SEED, REVISION, TRUST, Argument("model", help="Hub id or folder"), OUT),
+        (FinetuneConfig, DataConfig),
+    ),
+    Command(
+        "extract",
+        "take a sub-adapter of given ranks out of a super-adapter; `search` looks for the best",
+        "adapter sub_adapter",
+        (
+            *(SUPER, OUT),
+            Argument(
+                "--strategy",
+                choices=["heuristic", "maximal", "minimal", "file"],
+                dest="set:strategy",
+                default="heuristic",
+                help="heuristic: the median rank of each group; file: the ranks in --ranks-file (default: heuristic)",
+            ),
+            Argument(
+                "--ranks-file",
+                dest="set:ranks_file",
+                metavar="FILE",
+                default=argparse.SUPPRESS,
+                help="JSON object {group: rank}",
+            ),
+        ),
+    ),
+    Command(
+        "search",
+        "find the best sub-adapter of a super-adapter on validation rows",
+        "adapter best --base sparse --task mawps",
+        (
+            *(SEED, TRUST, SUPER),
+            Argument(
+                "out", type=_path, help="folder to make; started twice with one OUT, two processes share the work"
+            ),
+            BASE,
+        ),
+        (SearchConfig, DataConfig),
+        {"strategy": "hill_climbing"},
+    ),
+    Command(
+        "compare",
+        "run the paper's methods on one model and task, and show one table",
+        "recipes/quickstart.yaml --seeds 3",
+        (
+            SHARED_RECIPE,
+            Argument(
+                "--out",
+                type=_path,
+                help="folder (default runs/NAME-compare); processes that share it share the work",
+            ),
+            Argument("--methods", nargs="+", metavar="METHOD", help="rows (default: the ten of the paper)"),
+            *(SEEDS, SET),
+        ),
+    ),
+    Command(
+        "sweep",
+        "compare methods over sparsity levels",
+        "recipes/math.yaml --levels 0 0.3 0.6 2:4",
+        (
+            SHARED_RECIPE,
+            Argument(
+                "--levels",
+                nargs="+",
+                default=["0", "0.3", "0.5", "0.7"],
+                metavar="LEVEL",
+                help="sparsities, 0 for none, and patterns such as 2:4 (default 0 0.3 0.5 0.7)",
+            ),
+            Argument("--out", type=_path, help="folder (default runs/NAME-sweep)"),
+            Argument("--methods", nargs="+", metavar="METHOD", help="rows (default: one rank and NLS of each)"),
+            *(SEEDS, SET),
+        ),
+    ),
+    Command(
+        "merge",
+        "merge an adapter into its base",
+        "sparse sub_adapter merged",
+        (
+            TRUST,
+            Argument("model", type=_path, help="the base model's folder"),
+            Argument("adapter", type=_path, help="the adapter's folder"),
+            OUT,
+        ),
+        (MergeConfig,),
+    ),
+    Command(
+        "verify",
+        "prove that a merged model is its base with its adapter",
+        "merged --base sparse --adapter sub_adapter",
+        (
+            *(SEED, TRUST),
+            Argument("merged", type=_path, help="the merged model's folder"),
+            BASE,
+            Argument("--adapter", type=_path, required=True, help="the adapter's folder"),
+            Argument("--out", type=_path, help=_PLACED.format("verify")),
+            JSON,
+        ),
+        (VerifyConfig, DataConfig),
+    ),
+    Command(
+        "inspect",
+        "show the zeros, patterns, precision and size of a model",
+        "merged --json",
+        (TRUST, Argument("model", type=_path, help="model folder"), JSON),
+    ),
+    Command(
+        "evaluate",
+        "measure a model on tasks through lm-eval",
+        "merged --task gsm8k --limit 100",
+        (
+            *(SEED, REVISION, TRUST),
+            Argument("model", help=_FETCHED),
+            Argument("--adapter", type=_path, help="an adapter to attach, unmerged"),
+            Argument("--out", type=_path, help=_PLACED.format("evaluate")),
+            JSON,
+        ),
+        (EvaluateConfig, DataConfig),
+    ),
+)
+
+
 def parser() -> argparse.ArgumentParser:
-    """Return the parser; the name of a command is that of its function in :mod:`sqft.cli.commands`."""
-    shared = _Command(add_help=False)
-    shared.add_argument("--threads", type=_whole(1), help="CPU threads (default: PyTorch's choice)")
-    shared.add_argument("-v", "--verbose", action="store_true", help="show the libraries' own messages too")
+    """Return the parser of the command line."""
     root = argparse.ArgumentParser(
         prog="sqft",
         description="Fine-tune a compressed language model and get one compressed model out, with the proof that "
         "merging changed nothing.",
         epilog="Start with: sqft run recipes/quickstart.yaml",
     )
-    subcommands = root.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
-
-    def add(
-        name: str, help_: str, *configs: type[Config], example: str, defaults: dict[str, str] | None = None
-    ) -> argparse.ArgumentParser:
+    subcommands = root.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
+    for command in COMMANDS:
         sub = subcommands.add_parser(
-            name,
-            parents=[shared],
-            help=help_,
-            description=f"{help_[0].upper()}{help_[1:]}.",
-            epilog=f"Example: sqft {name} {example}",
+            command.name,
+            help=command.help,
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
+            epilog=f"Example: sqft {command.name} {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for config in configs:
-            add_flags(sub, config, defaults=defaults or {})
-        if name in _DRAWING:
-            sub.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, help="of everything drawn (default 0)")
-        if name in _FETCHING:
-            sub.add_argument("--model-revision", help="branch, tag or commit of a Hub model (default: its main branch)")
-        if name in _LOADING:
-            sub.add_argument(
-                "--trust-remote-code", action="store_true", help="run code that a model's repository brings"
-            )
-        sub.set_defaults(command=getattr(commands, name))
-        return sub
-
-    task_help = "a built-in task, gym:NAME, a Hub data set, or a file (JSONL, JSON, CSV or parquet) or folder of them"
-
-    def calibrates(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--task", help=f"whose training rows calibrate: {task_help}")
-        for rows, use in (("validation", "search selects on"), ("test", "are reported")):
-            text = f"rows cut from them that {use}: as many as the other commands are given (default 0)"
-            sub.add_argument(f"--{rows}-rows", type=_whole(0), default=0, help=text)
-
-    sub = add(
-        "run",
-        "take a recipe through all its stages; run it again to continue",
-        example="recipes/quickstart.yaml",
-    )
-    sub.add_argument("recipe", type=_path, help="YAML file")
-    sub.add_argument("--out", type=_path, help="the run's folder (default runs/NAME)")
-    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
-
-    sub = add("plan", "say what a recipe will need before it runs: disk, memory and time of each stage",
-              example="recipes/quickstart.yaml")  # fmt: skip
-    sub.add_argument("recipe", type=_path, help="YAML file")
-    sub.add_argument("--out", type=_path, help="where the run will stand (default runs/NAME)")
-    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-
-    sub = add("sparsify", "set the least important weights of a model to zero", SparsifyConfig,
-              example="HuggingFaceTB/SmolLM2-135M sparse --task gsm8k --sparsity 0.5")  # fmt: skip
-    sub.add_argument("model", help="Hub id, folder, or .gguf file")
-    sub.add_argument("out", type=_path, help="folder to make")
-    calibrates(sub)
-
-    sub = add("quantize", "round a model's weights to an integer grid, keeping its zeros", QuantizeConfig,
-              example="sparse quantized --task gsm8k --bits 4 --group-size 64")  # fmt: skip
-    sub.add_argument("model", help="Hub id, folder, or .gguf file: the float model, sparse or not")
-    sub.add_argument("out", type=_path, help="folder to make")
-    calibrates(sub)
-    sub.add_argument("--sparsity", type=float, help="also prune this fraction of each row, in the same pass")
-    sub.add_argument("--pruner", default="wanda", help="how --sparsity chooses weights (default wanda)")
-
-    sub = add("finetune", "train elastic, masked adapters on a frozen model", FinetuneConfig, DataConfig,
-              example="sparse adapter --task gsm8k --ranks 32 24 16")  # fmt: skip
-    sub.add_argument("model", help="Hub id or folder")
-    sub.add_argument("out", type=_path, help="folder to make")
-
-    sub = add(
-        "extract",
-        "take a sub-adapter of given ranks out of a super-adapter; `search` looks for the best",
-        example="adapter sub_adapter",
-    )
-    sub.add_argument("adapter", type=_path, help="the super-adapter's folder")
-    sub.add_argument("out", type=_path, help="folder to make")
-    sub.add_argument(
-        "--strategy", choices=["heuristic", "maximal", "minimal", "file"], dest="set:strategy", default="heuristic",
-        help="heuristic: the median rank of each group; file: the ranks in --ranks-file (default: heuristic)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--ranks-file",
-        dest="set:ranks_file",
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="JSON object {group: rank}",
-    )
-
-    sub = add(
-        "search",
-        "find the best sub-adapter of a super-adapter on validation rows",
-        SearchConfig,
-        DataConfig,
-        example="adapter best --base sparse --task mawps",
-        defaults={"strategy": "hill_climbing"},
-    )
-    sub.add_argument("adapter", type=_path, help="the super-adapter's folder")
-    sub.add_argument("out", type=_path, help="folder to make; started twice with one OUT, two processes share the work")
-    sub.add_argument("--base", type=_path, required=True, help="the base model's folder")
-
-    sub = add("compare", "run the paper's methods on one model and task, and show one table",
-              example="recipes/quickstart.yaml --seeds 3")  # fmt: skip
-    sub.add_argument("recipe", type=_path, help="YAML file: model, data and the settings that all rows share")
-    sub.add_argument(
-        "--out", type=_path, help="folder (default runs/NAME-compare); processes that share it share the work"
-    )
-    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: the ten of the paper)")
-    sub.add_argument("--seeds", type=_whole(1), default=1, help="training seeds a row (default 1)")
-    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
-
-    sub = add(
-        "sweep",
-        "compare methods over sparsity levels",
-        example="recipes/math.yaml --levels 0 0.3 0.6 2:4",
-    )
-    sub.add_argument("recipe", type=_path, help="YAML file: model, data and the settings that all rows share")
-    sub.add_argument("--levels", nargs="+", default=["0", "0.3", "0.5", "0.7"], metavar="LEVEL",
-                     help="sparsities, 0 for none, and patterns such as 2:4 (default 0 0.3 0.5 0.7)")  # fmt: skip
-    sub.add_argument("--out", type=_path, help="folder (default runs/NAME-sweep)")
-    sub.add_argument("--methods", nargs="+", metavar="METHOD", help="rows (default: one rank and NLS of each)")
-    sub.add_argument("--seeds", type=_whole(1), default=1, help="training seeds a row (default 1)")
-    sub.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting, e.g. finetune.epochs=1")
-
-    sub = add("merge", "merge an adapter into its base", MergeConfig, example="sparse sub_adapter merged")
-    sub.add_argument("model", type=_path, help="the base model's folder")
-    sub.add_argument("adapter", type=_path, help="the adapter's folder")
-    sub.add_argument("out", type=_path, help="folder to make")
-
-    sub = add("verify", "prove that a merged model is its base with its adapter", VerifyConfig, DataConfig,
-              example="merged --base sparse --adapter sub_adapter")  # fmt: skip
-    sub.add_argument("merged", type=_path, help="the merged model's folder")
-    sub.add_argument("--base", type=_path, required=True, help="the base model's folder")
-    sub.add_argument("--adapter", type=_path, required=True, help="the adapter's folder")
-    sub.add_argument(
-        "--out", type=_path, help="JSON file to write (default: one under runs/verify for these very arguments)"
-    )
-    sub.add_argument("--json", action="store_true", help="print JSON")
-
-    sub = add("inspect", "show the zeros, patterns, precision and size of a model", example="merged --json")
-    sub.add_argument("model", type=_path, help="model folder")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-
-    sub = add("evaluate", "measure a model on tasks through lm-eval", EvaluateConfig, DataConfig,
-              example="merged --task gsm8k --limit 100")  # fmt: skip
-    sub.add_argument("model", help="Hub id, folder, or .gguf file")
-    sub.add_argument("--adapter", type=_path, help="an adapter to attach, unmerged")
-    sub.add_argument(
-        "--out", type=_path, help="JSON file to write (default: one under runs/evaluate for these very arguments)"
-    )
-    sub.add_argument("--json", action="store_true", help="print JSON")
+        for argument in (THREADS, VERBOSE):
+            argument.add_to(sub)
+        for config in command.settings:
+            add_flags(sub, config, defaults=command.defaults)
+        for argument in command.arguments:
+            argument.add_to(sub)
+        sub.set_defaults(command=getattr(commands, command.name))
     return root

@@ -1,44 +1,23 @@
-"""Every setting of a run, validated: YAML in, frozen pydantic models out.
-
-One recipe holds the three independent choices that span the paper's methods (base precision, adapter `kind`, `ranks`)
-and the data. Unknown keys are refused and the nearest right key is named; all problems of a file are listed at once.
-`None` means off. Units stand in each field's description, which is also what the JSON schema and `--help` show.
-"""
+"""The settings of the data and of each stage, with the unit of each in its description."""
 
 from __future__ import annotations
 
 import datetime
-import difflib
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from sqft.disk import refuse_depth
-from sqft.errors import InputError, Problems
+from sqft.recipe.base import MAX_SEED, Config, PathText, PositiveInt
 
 Kind = Literal["dense", "sparse", "quantized"]
-PositiveInt = Annotated[int, Field(ge=1)]
-MAX_SEED = 2**32 - 1  # NumPy's generators take no more
-
-
-class Config(BaseModel):
-    """Base of all settings: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class Template(Config):
@@ -49,14 +28,6 @@ class Template(Config):
 
     prompt: str = Field(description="for example 'Question: {question}\\nAnswer:'")
     completion: str = Field(description="for example ' {answer}'")
-
-
-def _home(path: str) -> str:
-    """Return a path with a leading `~` replaced by the home folder."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
-PathText = Annotated[str, AfterValidator(_home)]
 
 
 def _iso_date(value: Any) -> Any:
@@ -378,180 +349,3 @@ class EvaluateConfig(Config):
     baselines: list[PathText] = Field(
         [], description="eval.json files of earlier, labelled runs that the table shows beside (dense + LoRA, say)"
     )
-
-
-class Recipe(Config):
-    """One run: a model, a task, and the stages to take it through."""
-
-    name: str = Field(description="names the run's folder, runs/NAME, unless --out is given")
-    model: PathText = Field(
-        description="a Hub id, a folder, a .gguf file, or 'package:NAME/FILE.gguf' for one inside a Python package"
-    )
-    revision: str | None = Field(None, description="branch, tag or commit of a Hub model; null: its main branch")
-    data: DataConfig
-    seed: int = Field(0, ge=0, le=MAX_SEED)
-    threads: PositiveInt | None = Field(None, description="CPU threads; None leaves PyTorch's choice")
-    trust_remote_code: bool = Field(False, description="run code that the model's repository brings; off unless said")
-    note: str = Field("", description="what a reader of the report should know about this recipe")
-    sparsify: SparsifyConfig | None = None
-    quantize: QuantizeConfig | None = None
-    finetune: FinetuneConfig | None = FinetuneConfig()
-    search: SearchConfig = SearchConfig()
-    merge: MergeConfig | None = MergeConfig()
-    verify: VerifyConfig | None = VerifyConfig()
-    evaluate: EvaluateConfig | None = EvaluateConfig()
-
-    @model_validator(mode="after")
-    def _kinds(self) -> Self:
-        if self.finetune is not None and self.quantize is not None and self.finetune.kind == "sparse":
-            raise ValueError(
-                "finetune.kind sparse needs a float base and this recipe quantises it; use kind quantized (merged into "
-                "one quantised model) or dense (kept beside it)"
-            )
-        quantize, sparsify = self.quantize, self.sparsify
-        if self.finetune is not None and self.merge is not None and self.finetune.kind == "dense":
-            losses = [("sparsify", sparsify, "allow_sparsity_loss"), ("quantize", quantize, "allow_precision_loss")]
-            for stage, config, allowed in losses:
-                if config is not None and not getattr(self.merge, allowed):
-                    raise ValueError(
-                        f"a dense adapter cannot be merged into what {stage} makes without losing it; set merge: null "
-                        f"to keep the adapter beside it, or allow the loss with merge.{allowed}"
-                    )
-        if (
-            self.joint
-            and sparsify is not None
-            and sparsify.method == "sparsegpt"
-            and self.finetune is not None
-            and self.finetune.kind == "quantized"
-            and self.finetune.start == "float"
-        ):
-            raise ValueError(
-                "start: float needs the sparse float weights, which a joint pass with sparsegpt does not keep; set "
-                "quantize.joint: false, or use another start"
-            )
-        if (
-            self.joint
-            and quantize is not None
-            and sparsify is not None
-            and quantize.calibration not in (None, sparsify.calibration)
-        ):
-            raise ValueError(
-                "sparsify and quantize run jointly over one calibration text, but have different calibrations; leave "
-                "quantize.calibration out, or set quantize.joint: false"
-            )
-        return self
-
-    @property
-    def joint(self) -> bool:
-        """Whether sparsifying and quantising are one pass."""
-        return self.sparsify is not None and self.quantize is not None and self.quantize.joint
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of version 1.2: PyYAML's own reads `2:4` as 124 (base 60) and `3e-4` as text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$", re.IGNORECASE),
-    list("-+.0123456789"),
-)
-
-
-def read_yaml(text: str) -> Any:
-    """Return what a YAML text holds.
-
-    Raises:
-        ValueError: it is no YAML, or holds a value that is none, such as 2024-13-45.
-    """
-    try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-        refuse_depth(value)
-    except RecursionError as error:
-        raise ValueError("is nested too deeply") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # as of `!!bool x` and `!!int ''`
-        raise ValueError(f"holds a value that is not of the type it says ({error!r})") from error
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    return value
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe and apply `key.sub=value` overrides.
-
-    Args:
-        path: the YAML file.
-        overrides: as given to `--set`; values are parsed as YAML, so `--set finetune.ranks=[8,4]` works.
-
-    Raises:
-        InputError: the file is missing, is not YAML, or has wrong keys or values; every problem is listed.
-    """
-    path = Path(path).expanduser()
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except ValueError as error:
-        raise InputError(f"recipe {path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"recipe {path}: holds {type(values).__name__}, not a mapping of settings")
-    for override in overrides or []:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise InputError(f"--set {override}: write it as key=value, for example finetune.epochs=1")
-        node = values
-        *parents, last = key.split(".")
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise InputError(f"--set {override}: {parent} is a value, not a group of settings")
-            node = child
-        try:
-            node[last] = read_yaml(text)
-        except ValueError as error:
-            raise InputError(f"--set {override}: the value is not valid YAML: {error}") from error
-    return parse_config(Recipe, values, f"recipe {path}")
-
-
-ConfigT = TypeVar("ConfigT", bound=Config)
-
-
-def parse_config(model: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
-    """Validate `values` as `model`; unknown keys are named with the nearest right one.
-
-    Raises:
-        InputError: every problem, each with its dotted key.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        with Problems(where) as problems:
-            for item in error.errors():
-                key = ".".join(str(part) for part in item["loc"])
-                if item["type"] == "extra_forbidden":
-                    problems.add(f"unknown key {key!r}{_nearest(model, item['loc'])}")
-                else:
-                    problems.add(f"{key}: {item['msg'].removeprefix('Value error, ')}" if key else item["msg"])
-        raise AssertionError("a ValidationError has at least one problem") from error
-
-
-def _nearest(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """Return '; did you mean ...' for an unknown key at `location` inside `model`."""
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field is not None else None
-        candidates = [inner, *getattr(inner, "__args__", ())]
-        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not found:
-            return ""
-        model = found[0]
-    known = list(model.model_fields)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known keys are {', '.join(known)}"
