@@ -73,9 +73,9 @@ def calibration_tokens(
     needed = config.samples * config.length
     # Not for secrets: a seeded, portable choice of rows.
     generator = random.Random(seed)  # noqa: S311
-    stream = _take(
-        _source(config, data, read or Data(tokenizer), seed, generator), None if _is_text(config.data) else needed
-    )
+    read = read or Data(tokenizer)
+    enough = None if _is_text(config.data, read) else needed
+    stream = _take(_source(config, data, read, seed, generator), enough)
     if not stream:
         raise InputError(f"calibration data {config.data}: has no tokens; choose another source")
     if len(stream) < needed:
@@ -125,9 +125,11 @@ def perplexity_tokens(
     return torch.tensor(tokens, dtype=torch.int64)
 
 
-def _is_text(source: str) -> bool:
+def _is_text(source: str, read: Data) -> bool:
     """Return whether a source is one running text, which is read whole, and not rows in random order."""
-    return source == "wikitext2" or (source != "task" and not holds_rows(local_path(source)))
+    path = local_path(source)
+    # A name without an ending of rows is not enough: the first bytes are read, apart from the rest.
+    return source == "wikitext2" or (source != "task" and not read.once(("rows", str(path)), lambda: holds_rows(path)))
 
 
 def _take(parts: Iterable[list[int]], enough: int | None) -> list[int]:
@@ -156,7 +158,7 @@ def _source(
     path = local_path(config.data)
     if not path.is_file():
         raise InputError(f"calibration data {config.data!r}: is neither 'task' nor 'wikitext2' nor a file here")
-    if not holds_rows(path):
+    if _is_text(config.data, read):
         yield encode_prompt(tokenizer, read.once(("text", str(path)), lambda: read_text(path)))
         return
     date = None if data is None else data.date
