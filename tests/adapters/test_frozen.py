@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from sqft import SqftConfig, load_model
 from sqft.adapters.layers import sqft_layers
+from sqft.context import Context
 from sqft.core.grid import QuantizedWeight
 from sqft.recipe import CalibrationConfig, QuantizeConfig, SparsifyConfig
 from sqft.stages import quantize, sparsify
@@ -29,9 +30,11 @@ def bases(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     """A sparse and a sparse INT4 model, by the kind of adapter that they take."""
     out = tmp_path_factory.mktemp("bases")
     tokens = torch.randint(4, 250, (4, 16), generator=torch.Generator().manual_seed(0))
-    sparsify.run(SparsifyConfig(sparsity=0.5, method="magnitude"), tiny_model("llama"), tokens, out / "sparse", seed=0)
+    sparsify.run(
+        SparsifyConfig(sparsity=0.5, method="magnitude"), tiny_model("llama"), tokens, out / "sparse", Context()
+    )
     config = QuantizeConfig(group_size=16, calibration=CalibrationConfig(samples=4, length=16))
-    quantize.run(config, out / "sparse", tokens, out / "quantized", seed=0)
+    quantize.run(config, out / "sparse", tokens, out / "quantized", Context())
     return {"sparse": out / "sparse", "quantized": out / "quantized", "dense": out / "quantized"}
 
 

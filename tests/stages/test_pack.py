@@ -16,6 +16,7 @@ from safetensors.torch import load_file, safe_open
 from sqft.adapters.attach import load_model
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.layers import sqft_layers
+from sqft.context import Context
 from sqft.digests import digest_names, file_digests
 from sqft.errors import InputError
 from sqft.model.inspect import inspect_model
@@ -37,7 +38,7 @@ def tokens() -> torch.Tensor:
 
 def sparse(model: Path, out: Path, *, pattern: str | None = None, sparsity: float = 0.5) -> Path:
     amount = {"sparsity": sparsity} if pattern is None else {"pattern": pattern}
-    sparsify.run(SparsifyConfig(**amount), model, tokens(), out, seed=0)
+    sparsify.run(SparsifyConfig(**amount), model, tokens(), out, Context())
     return out
 
 
@@ -167,7 +168,7 @@ def test_an_archive_is_a_base_to_merge_into_and_verify_against(precision: str, t
 def test_what_does_not_shrink_is_refused(tiny_model: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"too few zeros to shrink.*weights of 16 bits shrink from 6.25 % zeros on"):
         pack(tiny_model("llama", "bfloat16"), tmp_path / "archive")
-    quantize.run(QuantizeConfig(group_size=16), tiny_model("llama"), tokens(), tmp_path / "q", seed=0)
+    quantize.run(QuantizeConfig(group_size=16), tiny_model("llama"), tokens(), tmp_path / "q", Context())
     with pytest.raises(InputError, match=r"weights of 4 bits shrink from 25 % zeros on"):
         pack(tmp_path / "q", tmp_path / "archive")
     assert not (tmp_path / "archive").exists()

@@ -553,7 +553,7 @@ def test_a_mask_in_the_joint_pass_says_how_many_it_prunes(tiny_model: Any, tmp_p
 
 def joint(base: Path, out: Path, sparsify: dict[str, Any], **settings: Any) -> Path:
     config = QuantizeConfig(**{"group_size": 16, **settings})
-    quantize.run(config, base, tokens(), out, seed=0, sparsify=SparsifyConfig(**sparsify))
+    quantize.run(config, base, tokens(), out, Context(), sparsify=SparsifyConfig(**sparsify))
     return out
 
 
@@ -620,7 +620,7 @@ def test_zeros_that_were_there_before_an_updated_joint_pass_stay(
     sparsify: dict[str, Any], tiny_model: Any, tmp_path: Path
 ) -> None:
     half = tmp_path / "half"
-    stage_sparsify.run(SparsifyConfig(sparsity=0.4), tiny_model("llama"), tokens(), half, seed=0)
+    stage_sparsify.run(SparsifyConfig(sparsity=0.4), tiny_model("llama"), tokens(), half, Context())
     folder = joint(half, tmp_path / "out", {"sparsity": 0.5, **sparsify})
     for name in PackedCheckpoint(folder).shapes:
         mask = load_mask(folder, name)
@@ -646,6 +646,6 @@ def test_a_given_mask_is_made_up_for_in_the_joint_pass(tiny_model: Any, tmp_path
 def test_an_update_without_text_is_refused(tiny_model: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"sparsify\.update needs calibration tokens"):
         quantize.run(
-            QuantizeConfig(group_size=16, method="rtn"), tiny_model("llama"), None, tmp_path / "out", seed=0,
+            QuantizeConfig(group_size=16, method="rtn"), tiny_model("llama"), None, tmp_path / "out", Context(),
             sparsify=SparsifyConfig(method="magnitude", update=True),
         )  # fmt: skip

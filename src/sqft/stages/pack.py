@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sqft.artifact import DESCRIPTION, MANIFEST, Artifact, describe, finished, partial_of, writing
+from sqft.artifact import DESCRIPTION, MANIFEST, Artifact, Draft, partial_of
 from sqft.digests import digest_file
 from sqft.disk import check_space, discard, sync_all
 from sqft.errors import InputError
 from sqft.locks import making
 from sqft.progress import progress
+from sqft.stage import Stage
 from sqft.storage.archive import SUFFIX, ArchiveFile, pack_file, place, unpack_file
 from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import PackedCheckpoint, quantization_config
@@ -54,32 +55,35 @@ def pack(model: str | Path, out: str | Path) -> Artifact:
         InputError: no model folder, an archive already, or too few zeros to shrink.
     """
     model, out = Path(model), Path(out)
-    description = describe("pack", {}, {"model": model}, seed=0)
-    if (found := finished(out, description)) is not None:
-        return found
-    packer = _Packer(model)
-    packer.check()
-    check_space(out.parent, packer.size, "the archive")
-    with writing(out, description) as draft, progress(packer.size // 1_000_000, "packing", "MB") as advance:
+
+    def check() -> _Packer:
+        packer = _Packer(model)
+        packer.check()
+        check_space(out.parent, packer.size, "the archive")
+        return packer
+
+    def work(packer: _Packer, draft: Draft) -> dict[str, Any]:
         layouts: dict[str, int] = {}
-        for file in _files(model):
-            target = draft.path / _place(file)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if file.suffix != ".safetensors":
-                shutil.copyfile(model / file, target)
-                continue
-            for layout, count in packer.pack(
-                file, draft.checkpoints, target, lambda n: advance(n // 1_000_000)
-            ).items():
-                layouts[layout] = layouts.get(layout, 0) + count
+        with progress(packer.size // 1_000_000, "packing", "MB") as advance:
+            for file in _files(model):
+                target = draft.path / _place(file)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if file.suffix != ".safetensors":
+                    shutil.copyfile(model / file, target)
+                    continue
+                found = packer.pack(file, draft.checkpoints, target, lambda n: advance(n // 1_000_000))
+                for layout, count in found.items():
+                    layouts[layout] = layouts.get(layout, 0) + count
         made = [draft.path / _place(file) for file in _files(model) if file.suffix == ".safetensors"]
         packed = sum(path.stat().st_size for path in made)
-        draft.result = {"bytes": packer.size, "packed_bytes": packed, "tensors": layouts}
-    logger.info(
-        "packed %.1f MB into %.1f MB (%.2f times smaller): %d tensors as bitmasks, %d as 2:4, %d as they were",
-        packer.size / 1e6, packed / 1e6, packer.size / packed, layouts["bitmask"], layouts["2:4"], layouts["plain"],
-    )  # fmt: skip
-    return Artifact.open(out)
+        logger.info(
+            "packed %.1f MB into %.1f MB (%.2f times smaller): %d tensors as bitmasks, %d as 2:4, %d as they were",
+            packer.size / 1e6, packed / 1e6, packer.size / packed,
+            layouts["bitmask"], layouts["2:4"], layouts["plain"],
+        )  # fmt: skip
+        return {"bytes": packer.size, "packed_bytes": packed, "tensors": layouts}
+
+    return Stage.of("pack", out, {}, {"model": model}, 0).make(check, work)
 
 
 def unpack(archive: str | Path, out: str | Path) -> Path:
