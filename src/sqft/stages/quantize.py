@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from sqft.artifact import Artifact, Draft
     from sqft.context import Context
     from sqft.recipe import QuantizeConfig, SparsifyConfig
-    from sqft.storage.allocate import Layout
+    from sqft.storage.checkpoint import Layout
 
 logger = logging.getLogger(__name__)
 
