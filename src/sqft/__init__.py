@@ -24,6 +24,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "merge",
+    "pack",
     "packed_config",
     "quantize",
     "rank_space",
@@ -33,6 +34,7 @@ __all__ = [
     "search",
     "set_ranks",
     "sparsify",
+    "unpack",
     "verify",
 ]
 
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from sqft.model.quantizer import packed_config
     from sqft.pipeline import run
     from sqft.recipe import Recipe, load_recipe
-    from sqft.verbs import evaluate, extract, finetune, merge, quantize, search, sparsify, verify
+    from sqft.verbs import evaluate, extract, finetune, merge, pack, quantize, search, sparsify, unpack, verify
 
 _HOME = {
     "ElasticRanks": "sqft.adapters.elastic",
@@ -61,6 +63,7 @@ _HOME = {
     "load_model": "sqft.adapters.attach",
     "load_recipe": "sqft.recipe",
     "merge": "sqft.verbs",
+    "pack": "sqft.verbs",
     "packed_config": "sqft.model.quantizer",
     "quantize": "sqft.verbs",
     "rank_space": "sqft.adapters.elastic",
@@ -70,6 +73,7 @@ _HOME = {
     "search": "sqft.verbs",
     "set_ranks": "sqft.adapters.elastic",
     "sparsify": "sqft.verbs",
+    "unpack": "sqft.verbs",
     "verify": "sqft.verbs",
 }
 

@@ -44,7 +44,7 @@ def sparse(model: Path, out: Path, *, pattern: str | None = None, sparsity: floa
 
 def quantized(model: Path, out: Path, *, pattern: str | None = None, **settings: Any) -> Path:
     pruning = SparsifyConfig(pattern=pattern) if pattern else SparsifyConfig(sparsity=0.5)
-    quantize.run(QuantizeConfig(**{"group_size": 64, **settings}), model, tokens(), out, seed=0, sparsify=pruning)
+    quantize.run(QuantizeConfig(**{"group_size": 64, **settings}), model, tokens(), out, Context(), sparsify=pruning)
     return out
 
 
@@ -154,13 +154,18 @@ def test_an_archive_is_a_base_to_merge_into_and_verify_against(precision: str, t
     live = load_model(archive, tmp_path / "adapter")(prompt).logits
     assert torch.equal(live, load_model(base, tmp_path / "adapter")(prompt).logits)
     for place, out in ((base, "merged"), (archive, "from_archive")):
-        merge.run(MergeConfig(), place, tmp_path / "adapter", tmp_path / out)
+        merge.run(MergeConfig(), place, tmp_path / "adapter", tmp_path / out, Context())
     for name in ("model.safetensors", "sqft/mask.safetensors"):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "from_archive" / name).read_bytes()
     pack(tmp_path / "merged", tmp_path / "merged_archive")
     for merged in ("from_archive", "merged_archive"):
         result = verify.run(
-            VerifyConfig(prompts=2), tmp_path / merged, archive, tmp_path / "adapter", tmp_path / f"{merged}.json"
+            VerifyConfig(prompts=2),
+            tmp_path / merged,
+            archive,
+            tmp_path / "adapter",
+            tmp_path / f"{merged}.json",
+            Context(),
         )
         assert result["passed"], result["checks"]
 

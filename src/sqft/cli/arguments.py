@@ -250,6 +250,18 @@ COMMANDS = (
         (VerifyConfig, DataConfig),
     ),
     Command(
+        "pack",
+        "make a sparse model small: zeros take one bit; `unpack` gives the same bytes back",
+        "merged archive",
+        (Argument("model", type=_path, help="folder of a sparse model, 16-bit, INT8 or INT4"), OUT),
+    ),
+    Command(
+        "unpack",
+        "give back the model that an archive was made of, file by file the same bytes",
+        "archive merged",
+        (Argument("archive", type=_path, help="folder that `pack` made"), OUT),
+    ),
+    Command(
         "inspect",
         "show the zeros, patterns, precision and size of a model",
         "merged --json",

@@ -194,6 +194,23 @@ def merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def pack(options: argparse.Namespace) -> int:
+    from sqft import verbs
+
+    made = verbs.pack(options.model, options.out)
+    result = made.manifest["result"]
+    before, after = result["bytes"], result["packed_bytes"]
+    print(f"{before / 1e6:.1f} MB in {after / 1e6:.1f} MB, {before / after:.2f} times smaller: {made.path}")
+    return 0
+
+
+def unpack(options: argparse.Namespace) -> int:
+    from sqft import verbs
+
+    print(f"every file has its SHA-256: {verbs.unpack(options.archive, options.out)}")
+    return 0
+
+
 def verify(options: argparse.Namespace) -> int:
     from sqft import verbs
 

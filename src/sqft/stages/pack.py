@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from sqft.stage import Stage
 from sqft.storage.archive import SUFFIX, ArchiveFile, pack_file, place, unpack_file
 from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import PackedCheckpoint, quantization_config
-from sqft.storage.layouts import Codes, Packed, decode, encode, encode_mask
+from sqft.storage.layouts import PARTS, Codes, Packed, decode, encode, encode_mask
 from sqft.storage.masks import MASK_FILE, load_mask
 
 if TYPE_CHECKING:
@@ -56,34 +57,33 @@ def pack(model: str | Path, out: str | Path) -> Artifact:
     """
     model, out = Path(model), Path(out)
 
-    def check() -> _Packer:
+    def ready() -> _Packer:
         packer = _Packer(model)
         packer.check()
         check_space(out.parent, packer.size, "the archive")
         return packer
 
-    def work(packer: _Packer, draft: Draft) -> dict[str, Any]:
-        layouts: dict[str, int] = {}
-        with progress(packer.size // 1_000_000, "packing", "MB") as advance:
-            for file in _files(model):
-                target = draft.path / _place(file)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if file.suffix != ".safetensors":
-                    shutil.copyfile(model / file, target)
-                    continue
-                found = packer.pack(file, draft.checkpoints, target, lambda n: advance(n // 1_000_000))
-                for layout, count in found.items():
-                    layouts[layout] = layouts.get(layout, 0) + count
-        made = [draft.path / _place(file) for file in _files(model) if file.suffix == ".safetensors"]
-        packed = sum(path.stat().st_size for path in made)
-        logger.info(
-            "packed %.1f MB into %.1f MB (%.2f times smaller): %d tensors as bitmasks, %d as 2:4, %d as they were",
-            packer.size / 1e6, packed / 1e6, packer.size / packed,
-            layouts["bitmask"], layouts["2:4"], layouts["plain"],
-        )  # fmt: skip
-        return {"bytes": packer.size, "packed_bytes": packed, "tensors": layouts}
+    return Stage.of("pack", out, {}, {"model": model}, seed=0).make(ready, partial(_write, model))
 
-    return Stage.of("pack", out, {}, {"model": model}, 0).make(check, work)
+
+def _write(model: Path, packer: _Packer, draft: Draft) -> dict[str, Any]:
+    """Fill the archive's folder, and return what its manifest says."""
+    layouts: Counter[str] = Counter()
+    packed = 0
+    with progress(packer.size // 1_000_000, "packing", "MB") as advance:
+        for file in _files(model):
+            target = draft.path / _place(file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".safetensors":
+                layouts += packer.pack(file, draft.checkpoints, target, lambda n: advance(n // 1_000_000))
+                packed += target.stat().st_size
+            else:
+                shutil.copyfile(model / file, target)
+    logger.info(
+        "packed %.1f MB into %.1f MB (%.2f times smaller): %d tensors as bitmasks, %d as 2:4, %d as they were",
+        packer.size / 1e6, packed / 1e6, packer.size / packed, layouts["bitmask"], layouts["2:4"], layouts["plain"],
+    )  # fmt: skip
+    return {"bytes": packer.size, "packed_bytes": packed, "tensors": {name: layouts[name] for name in PARTS}}
 
 
 def unpack(archive: str | Path, out: str | Path) -> Path:
@@ -170,7 +170,7 @@ class _Packer:
             raise AssertionError(f"{name}: layout {packed.layout} does not give it back")
         return packed
 
-    def pack(self, file: Path, finished_files: Path, target: Path, advance: Any) -> dict[str, int]:
+    def pack(self, file: Path, finished_files: Path, target: Path, advance: Any) -> Counter[str]:
         """Write one file's archive, or take it from an earlier process that was interrupted."""
         name = "-".join(target.parts[-1:] if file.parent == Path() else [*file.parent.parts, target.name])
         done = finished_files / name
@@ -182,10 +182,7 @@ class _Packer:
             os.rename(unfinished, done)
         os.link(done, target)
         self.made[str(file)] = made = ArchiveFile(target)
-        counts = {"plain": 0, "bitmask": 0, "2:4": 0, "mask": 0}
-        for tensor in made.tensors:
-            counts[made.layout(tensor)] += 1
-        return counts
+        return Counter(made.layout(tensor) for tensor in made.tensors)
 
     def check(self) -> None:
         """Pack a few weights and see whether they shrink.

@@ -6,7 +6,7 @@
     X.patterns, X.values          X in the 2:4 layout
     X                             X as it was, where it has too few zeros
 
-and nothing at all for a stored mask that the layout of its weight holds. All are padded to 8 bytes:
+and nothing at all for a stored mask that its weight says, by its layout or by its zeros. All are padded to 8 bytes:
 every part begins at a multiple of 8. The metadata `sqft.archive` holds the original file's header and SHA-256,
 how each tensor lies here, and a CRC-32 of its masks, patterns and offsets. These are checked when the file is opened,
 also against each other: a kernel that follows a wrong offset would read another row.
@@ -225,7 +225,7 @@ class ArchiveFile:
             ValueError: says what is wrong.
         """
         note = self._notes[name]
-        if note.layout in ("plain", "mask"):
+        if note.layout in ("plain", "mask", "nonzeros"):
             return
         rows, columns = shape_of(tuple(self.tensors[name]["shape"]), note.codes)
         parts = {s: stream.get_tensor(name + s) for s in PARTS[note.layout] if s != ".values"}

@@ -32,6 +32,7 @@ PARTS = {
     "bitmask": (".mask", ".values", ".offsets"),
     "2:4": (".patterns", ".values"),
     "mask": (),
+    "nonzeros": (),
 }
 """Of each layout the names of its parts, after the tensor's own."""
 
@@ -81,7 +82,7 @@ def _nibbles(words: torch.Tensor, bits: int) -> torch.Tensor:
     return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)
 
 
-Layout = Literal["plain", "bitmask", "2:4", "mask"]
+Layout = Literal["plain", "bitmask", "2:4", "mask", "nonzeros"]
 
 
 @dataclass(frozen=True)
@@ -176,15 +177,19 @@ def _sparse(values: torch.Tensor, kept: torch.Tensor, codes: Codes | None) -> It
 
 
 def encode_mask(mask: torch.Tensor, weight: str, source: Source) -> Packed:
-    """Return a stored mask: nothing, where the layout of its weight holds it; else as it is.
+    """Return a stored mask: nothing, where its weight says it; else as it is.
+
+    A weight says it by its layout, or by which values are not zero: a 2:4 layout holds two of each four, also where one
+    of them was zero before it was pruned.
 
     Args:
         mask: packed, uint8 [O, ceil(I / 8)].
         weight: the stored tensor of the weight or its codes.
         source: has that one's layout.
     """
-    repeats = torch.equal(pack_mask(source.kept(weight)), mask)
-    return Packed("mask", {}, weight=weight) if repeats else Packed("plain", {"": mask})
+    said: tuple[Packed, ...] = (Packed("mask", {}, weight=weight), Packed("nonzeros", {}, weight=weight))
+    same = (packed for packed in said if torch.equal(decode(packed, (), mask.dtype, source), mask))
+    return next(same, Packed("plain", {"": mask}))
 
 
 def kept_of(packed: Packed, shape: tuple[int, ...]) -> torch.Tensor:
@@ -222,6 +227,9 @@ def decode(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype, source: S
     if packed.layout == "mask":
         assert packed.weight is not None
         return pack_mask(source.kept(packed.weight))
+    if packed.layout == "nonzeros":
+        assert packed.weight is not None
+        return pack_mask(source.read(packed.weight) != 0)
     rows, columns = matrix = shape_of(shape, codes)
     integers = INTEGERS[dtype.itemsize]
     zeros = torch.zeros(matrix, dtype=integers) if codes is None else codes.zero_OI(source.read, matrix)
