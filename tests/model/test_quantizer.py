@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sqft import packed_config
+from sqft.context import Context
 from sqft.errors import InputError
 from sqft.model.load import open_model
 from sqft.model.packed import PackedLinear
@@ -35,7 +36,9 @@ def base(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]
 
     def make(arch: str = "llama", form: str = "compressed-tensors", dtype: str = "bfloat16", **settings: Any) -> Path:
         config = QuantizeConfig.model_validate({"format": form, "method": "rtn", "group_size": 16, **settings})
-        quantize.run(config, tiny_model(arch, dtype), torch.zeros(1, 8).long(), tmp_path / arch, seed=0, sparsify=None)
+        quantize.run(
+            config, tiny_model(arch, dtype), torch.zeros(1, 8).long(), tmp_path / arch, Context(), sparsify=None
+        )
         return tmp_path / arch
 
     return make
