@@ -287,6 +287,21 @@ def hashing(result: dict[str, Any]) -> str:
     )
 
 
+def columns(result: dict[str, Any]) -> str:
+    text = (
+        "One linear, or those that share an input as one, pruned to 50 % and quantised to 4 bits in groups of 64: median ms, the median "
+        f"over {result['rounds']} alternating rounds of the time to GPTQ's under a given mask, and the lost share of the outputs' energy on "
+        "random, correlated inputs. `gptq` compensates rounding alone; `update` compensates what the given mask prunes; `sparsegpt` chooses "
+        "its mask in the loop. Without `gptq` the weight stays float.\n\n"
+    )
+    names = list(next(iter(result["rows"].values())))
+    text += "| shape (out × in) | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|"
+    for shape, row in result["rows"].items():
+        cells = (f"{row[n]['ms']} ms, {row[n]['to_gptq']} ×, {row[n]['lost']}" for n in names)
+        text += f"\n| {shape} | " + " | ".join(cells) + " |"
+    return text
+
+
 def serving(result: dict[str, Any]) -> str:
     summary, difference = result["summary"], result["summary"]["logprob_difference"]
     return (
@@ -320,6 +335,7 @@ SECTIONS = {
         "python benchmarks/streaming.py --joint --samples 16 --threads 1",
         streaming,
     ),
+    "columns": ("One column loop", "python benchmarks/columns.py", columns),
     "compression": (
         "Pruning and quantising beside llm-compressor",
         "python benchmarks/compression.py runs/quickstart/dense --peer-python PEER/bin/python --windows 20",

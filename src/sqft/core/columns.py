@@ -87,7 +87,8 @@ class Choice:
             score_BO.masked_fill_(~allowed_BO, -1)
         if self.pattern.structure is not None:
             keep_n, group_m = self.pattern.structure
-            kept_BO = torch.cat([keep_highest(part_MO, keep_n) for part_MO in score_BO.split(group_m)])
+            parts = [keep_highest(part_MO, keep_n) for part_MO in score_BO.split(group_m)]
+            kept_BO = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
             stop = start + len(factor_B)
             # Whole counts per row add up over the blocks to int(I * sparsity), whatever the block's width.

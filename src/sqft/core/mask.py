@@ -7,6 +7,8 @@ what the reference's stable sort does. Packing is little-endian along the last d
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from sqft.errors import InputError, NumericalError
@@ -57,15 +59,27 @@ def mask_from_score(score_OI: torch.Tensor, sparsity: float, structure: tuple[in
 def keep_highest(score_MO: torch.Tensor, keep_n: int) -> torch.Tensor:
     """Keep the highest `keep_n` of M along the first dimension, bool [M, O]; among equals the last ones.
 
-    What :func:`mask_from_score` keeps of a group, by comparing pairs: a third of the time where M is small.
+    What :func:`mask_from_score` keeps of a group, by comparing all pairs at once: few operations where M is small.
     """
     group_m = len(score_MO)
-    above = torch.zeros_like(score_MO, dtype=torch.uint8)  # how many each one is above
-    for second in range(1, group_m):
-        not_above = score_MO[:second] <= score_MO[second]
-        above[second] += not_above.sum(dim=0, dtype=torch.uint8)
-        above[:second] += ~not_above
-    return above >= group_m - keep_n
+    not_above = torch.empty(group_m, *score_MO.shape, device=score_MO.device)
+    torch.le(score_MO.unsqueeze(1), score_MO.unsqueeze(0), out=not_above)
+    counts, first = _pair_counts(group_m)
+    above_MO = counts.to(score_MO.device) @ not_above.flatten(0, 1)
+    return above_MO >= (group_m - keep_n - first.to(score_MO.device))
+
+
+@cache
+def _pair_counts(group_m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (counts [M, M · M], first [M, 1]): of how many others each is above, from "i is not above k" of all pairs.
+
+    Of a pair i < k, k is above where i is not, and i is above otherwise; so a tie goes to the later one.
+    """
+    counts = torch.zeros(group_m, group_m, group_m)
+    for i in range(group_m):
+        for k in range(i + 1, group_m):
+            counts[k, i, k], counts[i, i, k] = 1, -1
+    return counts.flatten(1), torch.arange(group_m - 1, -1, -1.0).unsqueeze(1)
 
 
 def _lowest(score_RC: torch.Tensor, count: int) -> torch.Tensor:
