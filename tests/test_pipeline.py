@@ -419,6 +419,15 @@ def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str
     assert f"Example: sqft {command}" in capsys.readouterr().out
 
 
+def test_magnitude_needs_text_only_to_update(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sparsify", str(tiny_model("llama")), str(tmp_path / "o"), "--method", "magnitude"]
+    assert cli.run([*command, "--update"]) == 2
+    assert "this method looks at text" in capsys.readouterr().err
+    assert cli.run([*command, "--no-update"]) == 0
+
+
 def test_sparsify_without_text_says_what_to_give(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

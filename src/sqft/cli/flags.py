@@ -44,12 +44,13 @@ def add_flags(
         default = defaults.get(name, default)
         required = field.is_required() and config is DataConfig and parser.prog.split()[-1] != "verify"
         text = (field.description or "").replace("%", "%%")
-        if not required:
+        switch = inner is bool or set(typing.get_args(inner)) == {bool, type(None)}
+        if not required and not (switch and default is None):
             text += f"{' ' if text else ''}(default: {'off' if default is None else default})"
         given = defaults.get(name, argparse.SUPPRESS)
         options: dict[str, Any] = {"dest": f"set:{prefix}{name}", "help": text, "default": given}
         flag = f"--{prefix}{name.replace('_', '-')}"
-        if inner is bool:
+        if switch:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
             continue
         choices = _choices(inner)
