@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,8 +25,10 @@ def when_imported(name: str, action: Callable[[], object]) -> None:
         sys.meta_path.insert(0, _Finder(name, action))
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Lets the other finders find the module, and adds the action to its loader."""
+
+    # Not a subclass of importlib.abc's: importing that takes longer than all of `import sqft`.
 
     def __init__(self, name: str, action: Callable[[], object]) -> None:
         self.name, self.action = name, action

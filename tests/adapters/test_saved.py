@@ -160,11 +160,11 @@ def test_what_a_trainer_saved_of_an_elastic_adapter_is_its_rank_space(
         ({}, []),
         ({"use_rslora": True, "lora_dropout": 0.5, "init_lora_weights": "orthogonal"}, []),
         ({"use_dora": True}, ["use_dora"]),
-        ({"lora_bias": True}, ["lora_bias (parameters lora_B.asked.bias)"]),
+        ({"lora_bias": True}, ["lora_bias (parameters lora_B.probe.bias)"]),
         ({"init_lora_weights": "mica"}, ["init_lora_weights: mica, which rewrites the base's weights"]),
     ],
 )
-def test_plain_lora_is_asked_of_peft(options: dict[str, Any], beyond: list[str]) -> None:
+def test_plain_lora_is_found_out_by_a_probe(options: dict[str, Any], beyond: list[str]) -> None:
     before = torch.random.get_rng_state()
     assert beyond_plain(LoraConfig(**options)) == beyond
     assert torch.equal(before, torch.random.get_rng_state())

@@ -1,8 +1,8 @@
-"""What hangs on a linear: configuration, layers, elastic ranks, saving and attaching, W' from folders.
+"""LoRA layers on masked and quantised linears: configuration, elastic ranks, saving, loading and merging.
 
-Importing the room makes PEFT load masked adapters. PEFT's own ways are used for all of it, private ones where there are
-no others: `LoraConfig._custom_modules` and the constructor of its layers, `PEFT_TYPE_TO_CONFIG_MAPPING`, and the
-variants that a configuration asks for; nothing of PEFT is replaced.
+Importing this package registers the peft_type SQFT with PEFT. Its private interfaces are used where it has no public
+ones: `LoraConfig._custom_modules`, the constructor of its layers, `PEFT_TYPE_TO_CONFIG_MAPPING`, and the LoRA variants
+that a configuration declares. Nothing of PEFT is replaced.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

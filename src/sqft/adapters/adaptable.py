@@ -1,10 +1,10 @@
-"""Which of a model's linears an adapter's target names reach, and which names PEFT will not take; asked of PEFT itself.
+"""Which of a model's linears an adapter's target names match, and which names the installed PEFT refuses.
 
 A name reaches the linears of the decoder's blocks alone: in a model of text and images, its vision tower has a q_proj
 too. Where transformers holds routed experts in one tensor, PEFT takes the experts' old names (up_proj) for that tensor,
 though a shared expert beside them has linears of these names; it has no masked adapter for a tensor. PEFT also knows
-linears that a model reads past their forward (Mamba's out_proj). Both are asked of the installed PEFT, by private
-hooks of it: the conversion of a configuration for transformers 5, and a tuner's check of a target.
+linears whose weight a model reads without calling them (Mamba's out_proj). Both are found by private hooks of PEFT: the
+conversion of a configuration for transformers 5, and a tuner's check of a target.
 """
 
 from __future__ import annotations

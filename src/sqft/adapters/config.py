@@ -118,7 +118,7 @@ class _SavedConfig:
 
 
 def adapt(target: nn.Module, adapter_name: str, config: SqftConfig, **kwargs: Any) -> nn.Module | None:
-    """Return a target with an adapter; PEFT asks for each target that has none yet.
+    """Wrap a target module in a layer with an adapter; PEFT calls this for each target that has no adapter yet.
 
     Returns:
         The layer of the configuration's kind. None for what is no linear leaves a dense adapter to PEFT.

@@ -83,7 +83,7 @@ class SqftLinear(LoraLinear):
             name: the linear's.
 
         Raises:
-            InputError: the base has not what the kind needs, or has it for another weight.
+            InputError: the base lacks what the kind needs, or has it in another shape.
         """
         self.freeze("mask_packed", None)
 
@@ -110,7 +110,7 @@ class SqftLinear(LoraLinear):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        """What a configuration may ask of the layer beyond plain LoRA, for PEFT."""
+        """The LoRA variants that the layer has, for PEFT's check: none but plain LoRA."""
         return {(): None}
 
     @classmethod
@@ -255,7 +255,7 @@ class SqftLinear(LoraLinear):
             )
 
     def merged_tensor(self, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Return what merging puts in the place of the base's tensor, in the base's own layout."""
+        """Return the tensor that replaces the base's when merged, in the base's own layout."""
         return self._in_layout(effective_weight(self.float_weight(), lora_A, lora_B, scaling, self.mask_packed))
 
     def float_weight(self) -> torch.Tensor:

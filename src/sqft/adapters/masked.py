@@ -2,7 +2,7 @@
 
     y = x W'ᵀ + bias        W' = W + scaling · (B A) ⊙ M        (SparsePEFT: SQFT, equations 1 and 2)
 
-One matmul with W', which is computed anew in forward and in backward (:mod:`sqft.core.delta`). Merging assigns the very
+One matmul with W', computed in forward and again in backward (:mod:`sqft.core.delta`). Merging assigns the
 W' of the forward, so merged outputs are equal to the bit.
 
 Dropout drops input columns of A, one draw a micro-batch: dropping single tokens' inputs would need a second matmul.

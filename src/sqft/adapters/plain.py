@@ -1,4 +1,4 @@
-"""Whether an adapter is plain LoRA, W + scaling · B A, asked of PEFT itself.
+"""Whether an adapter is plain LoRA, W + scaling · B A, found out by a probe.
 
 PEFT adds ways of training and starting adapters with every release (DoRA, PiSSA, aLoRA, BD-LoRA, ...). A list of them
 would be out of date, so a tiny layer is built with the configuration in question and observed: does PEFT take it, does
@@ -50,23 +50,23 @@ def _observed(config: LoraConfig) -> list[str]:
     torch.manual_seed(0)
     base = nn.Linear(_WIDTH, _WIDTH)
     config = copy.deepcopy(config)
-    vars(config)["needs_sqft_layers"] = False  # what a masked adapter does beyond its mask is asked of a stock layer
+    vars(config)["needs_sqft_layers"] = False  # the probe is a stock layer, which would refuse the mask
     try:
-        layer = LoraLinear(base, "asked", config, r=_RANK, lora_alpha=2 * _RANK)
+        layer = LoraLinear(base, "probe", config, r=_RANK, lora_alpha=2 * _RANK)
     except Exception as error:  # PEFT's checks raise whatever fits them
         return [f"{', '.join(variants) or 'its settings'} (PEFT: {error})"]
     if layer.lora_variant:
-        return variants or [type(layer.lora_variant["asked"]).__name__]
+        return variants or [type(layer.lora_variant["probe"]).__name__]
     trained = {name for name, parameter in layer.named_parameters() if not name.startswith("base_layer.")}
-    if trained != {"lora_A.asked.weight", "lora_B.asked.weight"}:
-        more = sorted(trained - {"lora_A.asked.weight", "lora_B.asked.weight"})
+    if trained != {"lora_A.probe.weight", "lora_B.probe.weight"}:
+        more = sorted(trained - {"lora_A.probe.weight", "lora_B.probe.weight"})
         return [f"{'lora_bias' if config.lora_bias else 'more'} (parameters {', '.join(more)})"]
-    lora_A, lora_B = (cast(torch.Tensor, part["asked"].weight) for part in (layer.lora_A, layer.lora_B))
+    lora_A, lora_B = (cast(torch.Tensor, part["probe"].weight) for part in (layer.lora_A, layer.lora_B))
     nn.init.normal_(lora_A)
     nn.init.normal_(lora_B)
     layer.eval()
     x = torch.randn(3, _WIDTH)
-    plain = base(x) + layer.scaling["asked"] * (x @ lora_A.T @ lora_B.T)
+    plain = base(x) + layer.scaling["probe"] * (x @ lora_A.T @ lora_B.T)
     return (
         [] if torch.allclose(layer(x), plain, rtol=1e-4, atol=1e-4) else ["a forward other than W x + scaling · B A x"]
     )

@@ -95,9 +95,9 @@ class SavedAdapter:
             for name, low in modules.items():
                 _check_factors(name, low, _rank(config, name), problems)
             if known.target_modules not in (None, "all-linear"):
-                strangers = [name for name in modules if not check_target_module_exists(known, name)]
-                if strangers:
-                    problems.add(f"target_modules does not name {_listed(strangers)}, of which it has tensors")
+                unnamed = [name for name in modules if not check_target_module_exists(known, name)]
+                if unnamed:
+                    problems.add(f"target_modules does not name {_listed(unnamed)}, of which it has tensors")
         return cls(path, config, known, modules)
 
     def rank_space(self) -> RankSpace:
