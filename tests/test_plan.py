@@ -12,11 +12,14 @@ import torch
 
 from sqft import artifact, pipeline
 from sqft.artifact import Artifact
+from sqft.data.load import Data
 from sqft.disk import read_json, write_json
 from sqft.errors import InputError
 from sqft.evaluation import perplexity
 from sqft.model.opening import load_config
-from sqft.plan import _asked, _figures, _on_copy, _short_search, as_json, blocks_differ, plan
+from sqft.plan import as_json, blocks_differ, plan
+from sqft.plan.copies import on_copy
+from sqft.plan.probe import _figures, _short_search, rows_of
 from sqft.recipe import EvaluateConfig, Recipe
 
 
@@ -70,7 +73,7 @@ def test_copies_lay_weights_out_anew_only_if_the_model_is_small_enough(
         return {"evaluate dense": {"disk": 0, "memory": 1, "seconds": 1}}
 
     monkeypatch.setattr("sqft.plan.MOST_BYTES", most)
-    monkeypatch.setattr("sqft.plan._run_apart", run)
+    monkeypatch.setattr("sqft.plan.run_apart", run)
     plan(make_recipe(tiny_model("llama", "bfloat16", num_hidden_layers=8), tmp_path), tmp_path / "out")
     assert told == [expected, expected]
 
@@ -94,7 +97,7 @@ def test_the_second_copy_is_longer_where_the_first_was_quick_and_nothing_shrinks
             "verify": {"disk": 0, "memory": 50 + 10 * count, "seconds": 1},
         }
 
-    monkeypatch.setattr("sqft.plan._run_apart", run)
+    monkeypatch.setattr("sqft.plan.run_apart", run)
     monkeypatch.setattr("sqft.plan._QUICK_SECONDS", 0.0 if slow else 1e9)
     recipe = make_recipe(tiny_model("llama", "bfloat16", num_hidden_layers=blocks), tmp_path)
     merge, verify = plan(recipe, tmp_path / "out")
@@ -140,9 +143,9 @@ def test_a_text_for_perplexity_counts_in_windows(
     recipe = make_recipe(tiny_model("llama"), tmp_path)
     own = recipe.data.task
     for limit, expected in ((None, [12, 12]), (5, [5, 5])):
-        asked = _asked(recipe, EvaluateConfig(tasks=["wikitext2", own], limit=limit), tiny_tokenizer)
+        asked = rows_of(recipe, EvaluateConfig(tasks=["wikitext2", own], limit=limit), Data(tiny_tokenizer))
         assert list(asked.values()) == expected
-    assert _asked(recipe, EvaluateConfig(tasks=["wikitext2"]), tiny_tokenizer) == {"wikitext2": 12}
+    assert rows_of(recipe, EvaluateConfig(tasks=["wikitext2"]), Data(tiny_tokenizer)) == {"wikitext2": 12}
 
 
 def test_patterns_of_layers_that_the_copy_lacks_are_left_out(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -150,14 +153,14 @@ def test_patterns_of_layers_that_the_copy_lacks_are_left_out(tiny_model: Callabl
     assert recipe.sparsify is not None
     late = recipe.sparsify.model_copy(update={"ignore": ["*.layers.3.*", "up_proj", "no_such"]})
     model, copy = Path(recipe.model), tiny_model("llama")
-    made = _on_copy(recipe.model_copy(update={"sparsify": late}), model, copy)
+    made = on_copy(recipe.model_copy(update={"sparsify": late}), model, copy)
     assert made.sparsify is not None
     # What matches nowhere stays: the probe says so as the run would.
     assert (made.sparsify.targets, made.sparsify.ignore) == (["*"], ["up_proj", "no_such"])
     assert made.model == str(copy)
     only = recipe.sparsify.model_copy(update={"targets": ["*.layers.3.*"]})
     with pytest.raises(InputError, match=r"sparsify.targets .* name late layers alone"):
-        _on_copy(recipe.model_copy(update={"sparsify": only}), model, copy)
+        on_copy(recipe.model_copy(update={"sparsify": only}), model, copy)
 
 
 def test_blocks_that_differ_are_told_from_those_that_do_not(tiny_model):

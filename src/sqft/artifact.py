@@ -19,10 +19,8 @@ renaming it first, so that no half-deleted one passes for work.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,11 +34,11 @@ from sqft.disk import discard, disk_is_full, read_json, sync, sync_all, write_js
 from sqft.errors import InputError, Problems
 from sqft.locks import making
 from sqft.memory import costing
+from sqft.versions import versions
 
 MANIFEST = Path("sqft") / "manifest.json"
 DESCRIPTION = Path("sqft") / "description.json"
 CHECKPOINTS = ".checkpoints"
-PACKAGES = ("sqft", "torch", "transformers", "peft", "lm_eval", "safetensors")
 DESCRIBED = {"stage": str, "config": dict, "inputs": dict, "seed": int}
 _RECORDED = {**DESCRIBED, "digest": str, "files": dict, "result": dict}
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")  # the Hub's cache
@@ -164,17 +162,6 @@ def hashed_files(path: Path) -> list[Path]:
     if (path / MANIFEST).is_file():
         return [path / name for name in Artifact.open(path).manifest["files"] if not is_document(name)]
     return model_files(path)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
 
 
 def describe(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | Path], seed: int) -> dict[str, Any]:

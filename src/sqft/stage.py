@@ -23,12 +23,12 @@ from sqft.artifact import (
     partial_of,
     refuse_foreign,
     reuse,
-    versions,
     writing,
 )
 from sqft.disk import read_json, write_json
 from sqft.errors import InputError
 from sqft.locks import exclusive
+from sqft.versions import versions
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ and the data. Unknown keys are refused and the nearest right key is named; all p
 `None` means off. Units stand in each field's description, which is also what the JSON schema and `--help` show.
 """
 
-from sqft.recipe.base import MAX_SEED, Config, PositiveInt, parse_config
+from sqft.recipe.base import MAX_SEED, Config, PositiveInt, parse_config, parse_pattern
 from sqft.recipe.file import load_recipe, read_yaml
 from sqft.recipe.settings import (
     CalibrationConfig,
@@ -19,7 +19,6 @@ from sqft.recipe.settings import (
     SparsifyConfig,
     Template,
     VerifyConfig,
-    parse_pattern,
 )
 from sqft.recipe.whole import Recipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -26,6 +27,20 @@ def _home(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_home)]
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """Return (keep_n, group_m) of an 'N:M' pattern, None for 'unstructured'.
+
+    Raises:
+        ValueError: neither form, or not 0 < N < M.
+    """
+    if pattern == "unstructured":
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not match or not 0 < int(match[1]) < int(match[2]):
+        raise ValueError(f"pattern is {pattern!r}; use 'unstructured' or 'N:M' with 0 < N < M, such as '2:4'")
+    return int(match[1]), int(match[2])
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -15,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from sqft.recipe.base import MAX_SEED, Config, PathText, PositiveInt
+from sqft.recipe.base import MAX_SEED, Config, PathText, PositiveInt, parse_pattern
 
 Kind = Literal["dense", "sparse", "quantized"]
 
@@ -76,7 +75,7 @@ class DataConfig(Config):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub data set; null: its newest")
     date: Annotated[str | None, BeforeValidator(_iso_date)] = Field(
         None,
-        description="what a chat template that asks for the date is told, such as 2026-01-31 or 2026-01-31T09:30:00; "
+        description="the date for a chat template that asks for one, such as 2026-01-31 or 2026-01-31T09:30:00; "
         "null: the moment the command begins",
     )
 
@@ -174,20 +173,6 @@ class SparsifyConfig(Config):
         """Fraction of the weights that become zero, by whichever of `pattern` and `sparsity` says it."""
         structure = parse_pattern(self.pattern)
         return self.sparsity if structure is None else 1 - structure[0] / structure[1]
-
-
-def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """Return (keep_n, group_m) of an 'N:M' pattern, None for 'unstructured'.
-
-    Raises:
-        ValueError: neither form, or not 0 < N < M.
-    """
-    if pattern == "unstructured":
-        return None
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"pattern is {pattern!r}; use 'unstructured' or 'N:M' with 0 < N < M, such as '2:4'")
-    return int(match[1]), int(match[2])
 
 
 def _whole_number(value: Any) -> Any:

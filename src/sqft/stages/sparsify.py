@@ -107,35 +107,43 @@ def run(
     }
     inputs = {"model": model} | ({} if config.mask is None else {"mask": config.mask})
     stage = Stage.of("sparsify", out, settings, inputs, context.seed)
+    return stage.make(
+        lambda: _open(config, model, tokens, out, context),
+        lambda ready, draft: _work(config, model, tokens, context, ready, draft),
+    )
 
-    def ready() -> _Ready:
-        if quantization_config(model) is not None:
-            raise InputError(f"model {model}: is quantised; sparsify the float model, then quantise it")
-        source = Checkpoint(model)
-        network = skeleton(model, trust_remote_code=context.trust_remote_code)
-        check_whole(network, source)
-        targets, skipped = find_targets(network, config.targets, config.ignore)
-        pruner = make_pruner(config, DiskNames(network, source), targets)
-        check(config, network, targets, tokens)
-        check_space(out, int(source.size_bytes * 1.1), "the sparse model")
-        source.check_finite()
-        return _Ready(source, network, targets, skipped, pruner)
 
-    def work(ready: _Ready, draft: Draft) -> dict[str, Any]:
-        pruning = _Pruning(ready.pruner, copy_model(model, draft.path))
-        visit_blocks(
-            model,
-            ready.targets,
-            tokens,
-            pruning,
-            batch=config.calibration.batch,
-            hessian=ready.pruner.needs_hessian,
-            trust_remote_code=context.trust_remote_code,
-        )
-        write_masks(draft.path, pruning.masks, pruning.shapes)
-        return _result(config, ready, pruning, tokens)
+def _open(config: SparsifyConfig, model: Path, tokens: torch.Tensor | None, out: Path, context: Context) -> _Ready:
+    """Open the model and check what it must have."""
+    if quantization_config(model) is not None:
+        raise InputError(f"model {model}: is quantised; sparsify the float model, then quantise it")
+    source = Checkpoint(model)
+    network = skeleton(model, trust_remote_code=context.trust_remote_code)
+    check_whole(network, source)
+    targets, skipped = find_targets(network, config.targets, config.ignore)
+    pruner = make_pruner(config, DiskNames(network, source), targets)
+    check(config, network, targets, tokens)
+    check_space(out, int(source.size_bytes * 1.1), "the sparse model")
+    source.check_finite()
+    return _Ready(source, network, targets, skipped, pruner)
 
-    return stage.make(ready, work)
+
+def _work(
+    config: SparsifyConfig, model: Path, tokens: torch.Tensor | None, context: Context, ready: _Ready, draft: Draft
+) -> dict[str, Any]:
+    """Prune the model block by block, and return what the manifest says was done."""
+    pruning = _Pruning(ready.pruner, copy_model(model, draft.path))
+    visit_blocks(
+        model,
+        ready.targets,
+        tokens,
+        pruning,
+        batch=config.calibration.batch,
+        hessian=ready.pruner.needs_hessian,
+        trust_remote_code=context.trust_remote_code,
+    )
+    write_masks(draft.path, pruning.masks, pruning.shapes)
+    return _result(config, ready, pruning, tokens)
 
 
 def _result(config: SparsifyConfig, ready: _Ready, pruning: _Pruning, tokens: torch.Tensor | None) -> dict[str, Any]:

@@ -94,21 +94,30 @@ def run(
         "task": task.name if task else None,
         "examples": digest_text(json.dumps([(e.prompt, e.answer) for e in examples])),
     }
+    stage = Stage.of("verify", out_file, settings, inputs, context.seed)
+    return stage.record(lambda: _prove(config, merged, saved, base, task, examples, context))
 
-    def work() -> dict[str, Any]:
-        weights = BaseWeights(base, saved, trust_remote_code=context.trust_remote_code)
-        output = Checkpoint(merged)
-        found, not_finite = _weights(weights, saved, output)
-        checks = [_zeros_kept(weights, output, merged), *found]
-        # Two products against one, and their sum rounded to the model's precision. Onto a grid it is a loss, not
-        # rounding.
-        rounded = saved.kind == "dense" and not weights.any_packed
-        pair = ((base, adapter), (merged, None))
-        with costing() as cost:
-            checks += _behaviour(config, pair, task, examples, context, rounded=rounded, not_finite=not_finite)
-        return {"passed": all(check["passed"] for check in checks), "checks": checks, "cost": cost}
 
-    return Stage.of("verify", out_file, settings, inputs, context.seed).record(work)
+def _prove(
+    config: VerifyConfig,
+    merged: Path,
+    saved: SavedAdapter,
+    base: Path,
+    task: Task | None,
+    examples: Sequence[Example],
+    context: Context,
+) -> dict[str, Any]:
+    """Return {passed, checks, cost}."""
+    weights = BaseWeights(base, saved, trust_remote_code=context.trust_remote_code)
+    output = Checkpoint(merged)
+    found, not_finite = _weights(weights, saved, output)
+    checks = [_zeros_kept(weights, output, merged), *found]
+    # Two products against one, and their sum rounded to the model's precision. Onto a grid it is a loss, not rounding.
+    rounded = saved.kind == "dense" and not weights.any_packed
+    pair = ((base, saved.path), (merged, None))
+    with costing() as cost:
+        checks += _behaviour(config, pair, task, examples, context, rounded=rounded, not_finite=not_finite)
+    return {"passed": all(check["passed"] for check in checks), "checks": checks, "cost": cost}
 
 
 def _check(name: str, value: float, bound: float, detail: str) -> dict[str, Any]:
@@ -217,10 +226,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What one of the two models computed: logits [tokens, vocabulary] a prompt, and which rows it answers right.
-
-    `finer` has the logits in a wider dtype, empty where they are not compared.
-    """
+    """One model's logits [tokens, vocabulary] per prompt, also in a wider dtype, and which rows it answers right."""
 
     dtype: torch.dtype
     logits: list[torch.Tensor]

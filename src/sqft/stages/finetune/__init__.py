@@ -93,46 +93,46 @@ def run(
         "data_digest": digest_text(json.dumps([train, validation])),
     }
     stage = Stage.of("finetune", out, settings, {"model": model}, context.seed)
-
-    def ready() -> _Ready:
-        processes.barrier()
-        found = _open(config, model, train, validation, context)
-        # Adapter, two checkpoints of it with two moments each, all in float32.
-        check_space(out, found.trainable * 4 * 8, "training")
-        return found
-
-    def work(ready: _Ready, draft: Draft) -> dict[str, Any]:
-        started = time.monotonic()
-        padding = context.tokenizer(model).pad_token_id
-        arguments = (ready.adapted, ready.rows, ready.held_out, draft.checkpoints, context.seed, padding)
-        trainer = loop.make_trainer(config, *arguments)
-        resumed_at = loop.train(trainer, draft.checkpoints)
-        check_trained(ready.adapted)
-        if not processes.first():
-            return {}
-        space, log = rank_space(ready.adapted), trainer.state.log_history
-        _save(ready.adapted, space, log, draft.path)
-        start = config.start if config.kind == "quantized" else None
-        return {
-            "coverage": f"adapted {len(sqft_layers(ready.adapted))} linears in {len(space.groups)} rank groups",
-            "kind": config.kind,
-            "base_identity": identity(model, start),
-            "start": start,
-            "trainable_parameters": ready.trainable,
-            "steps": trainer.state.global_step,
-            "resumed_at_step": resumed_at,
-            "examples": len(train),
-            "packed_rows": len(ready.rows),
-            "tokens_per_epoch": sum(len(row["input_ids"]) for row in ready.rows),
-            "train_seconds": round(time.monotonic() - started, 2),
-            "final_loss": next((e["loss"] for e in reversed(log) if "loss" in e), None),
-        }
-
-    return stage.make(ready, work, shared=True)
+    return stage.make(
+        lambda: _open(config, model, train, validation, out, context),
+        lambda ready, draft: _train(config, model, context, ready, draft) | {"examples": len(train)},
+        shared=True,
+    )
 
 
-def _open(config: FinetuneConfig, model: Path, train: list[Pair], validation: list[Pair], context: Context) -> _Ready:
+def _train(config: FinetuneConfig, model: Path, context: Context, ready: _Ready, draft: Draft) -> dict[str, Any]:
+    """Train, save the adapter, and return what the manifest says was done."""
+    started = time.monotonic()
+    padding = context.tokenizer(model).pad_token_id
+    arguments = (ready.adapted, ready.rows, ready.held_out, draft.checkpoints, context.seed, padding)
+    trainer = loop.make_trainer(config, *arguments)
+    resumed_at = loop.train(trainer, draft.checkpoints)
+    check_trained(ready.adapted)
+    if not processes.first():
+        return {}
+    space, log = rank_space(ready.adapted), trainer.state.log_history
+    _save(ready.adapted, space, log, draft.path)
+    start = config.start if config.kind == "quantized" else None
+    return {
+        "coverage": f"adapted {len(sqft_layers(ready.adapted))} linears in {len(space.groups)} rank groups",
+        "kind": config.kind,
+        "base_identity": identity(model, start),
+        "start": start,
+        "trainable_parameters": ready.trainable,
+        "steps": trainer.state.global_step,
+        "resumed_at_step": resumed_at,
+        "packed_rows": len(ready.rows),
+        "tokens_per_epoch": sum(len(row["input_ids"]) for row in ready.rows),
+        "train_seconds": round(time.monotonic() - started, 2),
+        "final_loss": next((e["loss"] for e in reversed(log) if "loss" in e), None),
+    }
+
+
+def _open(
+    config: FinetuneConfig, model: Path, train: list[Pair], validation: list[Pair], out: Path, context: Context
+) -> _Ready:
     """Open the base, check the rows on it, and attach the adapters."""
+    processes.barrier()
     check_precision(config, model, quantised_first=False)
     tokenizer, trust = context.tokenizer(model), context.trust_remote_code
     network = load_model(model, packed=True, attention=_attention(config), trust_remote_code=trust)
@@ -145,7 +145,10 @@ def _open(config: FinetuneConfig, model: Path, train: list[Pair], validation: li
         check_isolation(network, min(len(tokenizer), embedding_rows(network)))
     set_seed(context.seed)
     adapted = attach(network, config)
-    return _Ready(adapted, rows, held_out, sum(p.numel() for p in adapted.parameters() if p.requires_grad))
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    # Adapter, two checkpoints of it with two moments each, all in float32.
+    check_space(out, trainable * 4 * 8, "training")
+    return _Ready(adapted, rows, held_out, trainable)
 
 
 def _save(adapted: Any, space: RankSpace, log: list[dict[str, Any]], folder: Path) -> None:

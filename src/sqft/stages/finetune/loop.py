@@ -55,9 +55,28 @@ def make_trainer(
         seed: of the data order and the rank draws.
         pad_token_id: what rows are filled up with.
     """
-    batch, accumulation = _share(config)
-    steps = config.max_steps or max(1, round(config.epochs * _steps_per_epoch(config, len(rows))))
     evaluate = config.evaluate_every is not None and bool(held_out)
+    arguments = _arguments(config, len(rows), checkpoints, seed, evaluate=evaluate)
+    loss_scale = LossScale(
+        model, float16=any(layer.base_dtype == torch.float16 for layer in sqft_layers(model).values())
+    )
+    trainer = PackedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=[{**row, "seq_lengths": [len(row["input_ids"])]} for row in held_out] or None,
+        data_collator=lambda batch: collate(batch, pad_token_id),
+        callbacks=[ElasticRanks(seed), loss_scale, _Done(), _Log()],
+        loss_scale=loss_scale,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(config: FinetuneConfig, rows: int, checkpoints: Path, seed: int, *, evaluate: bool) -> TrainingArguments:
+    """Return transformers' settings for a training on so many packed rows."""
+    batch, accumulation = _share(config)
+    steps = config.max_steps or max(1, round(config.epochs * _steps_per_epoch(config, rows)))
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -90,20 +109,7 @@ def make_trainer(
     if arguments.n_gpu > 1:
         # One process trains on one device; transformers would wrap the model in DataParallel, which packing cannot.
         arguments._n_gpu = 1
-    loss_scale = LossScale(
-        model, float16=any(layer.base_dtype == torch.float16 for layer in sqft_layers(model).values())
-    )
-    trainer = PackedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=[{**row, "seq_lengths": [len(row["input_ids"])]} for row in held_out] or None,
-        data_collator=lambda batch: collate(batch, pad_token_id),
-        callbacks=[ElasticRanks(seed), loss_scale, _Done(), _Log()],
-        loss_scale=loss_scale,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return arguments
 
 
 def _share(config: FinetuneConfig) -> tuple[int, int]:
