@@ -111,9 +111,10 @@ def test_every_block_of_the_page_runs(place: Path) -> None:
     values = {"name": "mine", "model": "model", "data": {"task": "my_data"}, "sparsify": {"calibration": CALIBRATION}}
     Path("mine.yaml").write_text(yaml.safe_dump({**values, "finetune": TRAINING}))
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
-        # A machine without a GPU, and a moment instead of three epochs.
-        exec(block.replace('SFTConfig("out")', 'SFTConfig("out", use_cpu=True, bf16=False, max_steps=1)'), {})
+        # A machine without a GPU, a moment instead of three epochs, and a model with rows of 32.
+        block = block.replace('SFTConfig("out")', 'SFTConfig("out", use_cpu=True, bf16=False, max_steps=1)')
+        exec(block.replace('"int4", sparsity', '"int4", group_size=16, sparsity'), {})
     assert Path("runs/mine/report.html").is_file()
     assert json.loads(next(Path("runs/verify").glob("*.json")).read_text())["passed"]

@@ -110,7 +110,7 @@ class Data:
 
     def task(self, config: DataConfig) -> Task:
         """Return :func:`resolve_task`."""
-        return self.once(("task", config.model_dump_json()), lambda: resolve_task(config))
+        return self.once(("task", repr(config)), lambda: resolve_task(config))
 
     def examples(self, config: DataConfig, split: Split, seed: int) -> list[Example]:
         """Return the examples of a split, guarded against the other splits.
@@ -136,7 +136,7 @@ class Data:
         Raises:
             InputError: as for :meth:`examples`.
         """
-        return self.once(("tasks", split, config.model_dump_json()), lambda: self._tasks(config, split))
+        return self.once(("tasks", split, repr(config)), lambda: self._tasks(config, split))
 
     def _tasks(self, config: DataConfig, split: Split) -> list[tuple[Task, list[Example]]]:
         members = member_configs(config)

@@ -63,7 +63,7 @@ class Reader:
         self.task = task
         self.once = once
         # The same rows, however many of them are cut off or taken.
-        self.key = config.model_dump_json(exclude={"train_limit", "validation_rows", "test_rows"})
+        self.key = repr(config.model_dump(exclude={"train_limit", "validation_rows", "test_rows"}))
         self.where = f"data {config.task}"
         self.build = task.build or own_builder(
             config.template, tokenizer, self.where, date=config.date, chat_template=config.chat_template
