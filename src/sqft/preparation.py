@@ -153,7 +153,7 @@ def _check_quantised_targets(recipe: Recipe, network: PreTrainedModel) -> None:
     assert recipe.quantize is not None
     assert recipe.finetune is not None
     left = find_targets(network, recipe.quantize.targets, recipe.quantize.ignore)[1]
-    for module in recipe.finetune.target_modules:
+    for module in recipe.finetune.target_modules or ():  # left out: those that are quantised
         found = [name for name in left if name == module or name.endswith(f".{module}")]
         if found:
             raise InputError(

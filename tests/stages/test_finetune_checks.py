@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftModel
 
+import sqft
 from sqft.adapters.attach import load_model
 from sqft.adapters.layers import sqft_layers
 from sqft.errors import InputError
@@ -74,8 +76,6 @@ def test_bare_names_reach_the_text_model_alone(tiny_model: Callable[..., Path], 
     adapted = finetune.attach(network, config("q_proj"))
     assert sorted(sqft_layers(adapted)) == [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
     # Put on again from its folder, it is on the same linears.
-    from peft import PeftModel
-
     adapted.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(load_model(tiny_model("gemma3")), str(tmp_path))
     assert sqft_layers(again).keys() == sqft_layers(adapted).keys()
@@ -86,3 +86,48 @@ def test_a_name_outside_the_blocks_alone_is_refused(tiny_model: Callable[..., Pa
         finetune.check(config("fc1"), skeleton(tiny_model("gemma3")))
     with pytest.raises(InputError, match=r"'w1' matches no linear of the model; it has down_proj, gate_proj"):
         finetune.check(config("w1"), skeleton(tiny_model("llama")))
+
+
+# ---- no targets named: every linear that can be adapted ----
+
+
+@pytest.mark.parametrize(
+    ("arch", "names"),
+    [
+        ("llama", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+         "mlp.gate_proj mlp.up_proj mlp.down_proj"),
+        ("gpt2", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),
+        ("phi3", "self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj"),
+        ("mixtral", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"),  # experts and router are not
+        ("mamba", "mixer.in_proj mixer.x_proj mixer.dt_proj"),  # PEFT refuses out_proj
+        ("gemma3", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+         "mlp.gate_proj mlp.up_proj mlp.down_proj"),  # and none of the vision tower
+    ],
+)  # fmt: skip
+def test_no_targets_mean_all_that_can_be_adapted(arch: str, names: str, tiny_model: Callable[..., Path]) -> None:
+    adapted = finetune.attach(load_model(tiny_model(arch)), FinetuneConfig(kind="sparse", ranks=[4, 2]))
+    found = {name.split(".", next(i for i, part in enumerate(name.split(".")) if part.isdigit()) + 1)[-1]
+             for name in sqft_layers(adapted)}  # fmt: skip
+    assert found == set(names.split())
+    assert len(sqft_layers(adapted)) == 2 * len(names.split())
+    config = adapted.peft_config["default"]
+    assert config.lora_alpha == 8  # twice the largest rank
+
+
+def test_of_a_quantised_base_all_that_is_quantised_is_adapted(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    left = "model.layers.0.self_attn.q_proj"
+    base = tmp_path / "int4"
+    sqft.quantize(tiny_model("llama"), base, method="rtn", group_size=16, ignore=[left, "o_proj"])
+    settings = FinetuneConfig(kind="quantized", ranks=[4, 2], start="dequantized")
+    adapted = finetune.attach(load_model(base, packed=True), settings)
+    layers = sqft_layers(adapted)
+    assert len(layers) == 11
+    assert left not in layers
+    assert not any("o_proj" in name for name in layers)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(load_model(base, packed=True), str(tmp_path / "adapter"))
+    assert sqft_layers(again).keys() == layers.keys()
+    with pytest.raises(InputError, match="q_proj"):  # named, it reaches the float one too
+        finetune.attach(
+            load_model(base, packed=True), settings.model_copy(update={"target_modules": ["q_proj"]})
+        )

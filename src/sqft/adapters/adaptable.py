@@ -17,7 +17,8 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sqft.model.targets import decoder_blocks
+from sqft.model.packed import PackedLinear
+from sqft.model.targets import decoder_blocks, fit_matrices
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +37,18 @@ def reached(network: PreTrainedModel, target: str) -> tuple[list[str], list[str]
 def block_linears(network: PreTrainedModel) -> list[str]:
     """Return the last names of the linears in the decoder's blocks, sorted."""
     prefix = f"{decoder_blocks(network)[0]}."
-    return sorted({name.rpartition(".")[2] for name in _linears(network) if name.startswith(prefix)})
+    return sorted({_last(name) for name in _linears(network) if name.startswith(prefix)})
+
+
+def all_linears(network: PreTrainedModel) -> list[str]:
+    """Return the full names of the linears that are adapted where none are named.
+
+    They are all of the decoder's blocks but routers and what PEFT refuses; of a quantised model, those quantised.
+    """
+    packed = [name for name, module in network.named_modules() if isinstance(module, PackedLinear)]
+    every = [] if packed else [t.module for t in fit_matrices(network) if t.parameter == "weight" and t.index is None]
+    kept = {last for last in {_last(name) for name in packed or every} if refused(network, last) is None}
+    return [name for name in packed or every if _last(name) in kept]
 
 
 def excluded(network: PreTrainedModel, targets: Iterable[str]) -> list[str]:
@@ -71,6 +83,10 @@ def refused(network: PreTrainedModel, target: str) -> str | None:
     except ValueError as error:
         return f"is not adapted in a {kind}, says PEFT: {error}"
     return None
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _linears(network: PreTrainedModel) -> list[str]:

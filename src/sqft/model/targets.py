@@ -160,6 +160,12 @@ def every_matrix(model: PreTrainedModel) -> tuple[list[Target], dict[Target, str
     return every, {**_routers(model, prefix, every, stacks), **unfit}
 
 
+def fit_matrices(model: PreTrainedModel) -> list[Target]:
+    """Return the matrices of :func:`every_matrix` that are not left out."""
+    every, unfit = every_matrix(model)
+    return [target for target in every if target not in unfit]
+
+
 def _matrices(module: str, parameter: str, use: Use) -> list[Target]:
     """Return the matrices of a parameter that is no linear's; one whose use is unclear counts as one."""
     if isinstance(use, str):

@@ -222,10 +222,15 @@ class FinetuneConfig(Config):
     ranks: list[PositiveInt] = Field(
         [48, 32, 16], min_length=1, description="ranks an elastic adapter may take; one rank is plain LoRA"
     )
-    lora_alpha: float = Field(64, gt=0, description="the delta is scaled by lora_alpha / max(ranks)")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="the delta is scaled by lora_alpha / max(ranks); null: twice the largest rank"
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="probability")
-    target_modules: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], description="last parts of the names of linears"
+    target_modules: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="last parts of the names of linears; null: all linears of the decoder's blocks that can be "
+        "adapted, of a quantised base all that are quantised",
     )
     rank_groups: list[list[str]] = Field(
         [["q_proj", "k_proj", "v_proj"]], description="target modules of one layer that share a rank"
@@ -257,6 +262,11 @@ class FinetuneConfig(Config):
     save_every: PositiveInt = Field(50, description="optimiser steps between checkpoints")
     evaluate_every: PositiveInt | None = Field(None, description="optimiser steps between validation losses")
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field([], description="where metrics go besides JSON")
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha`, or its default."""
+        return 2 * max(self.ranks) if self.lora_alpha is None else self.lora_alpha
 
 
 class SearchConfig(Config):

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel, set_seed
 
 from sqft import processes
-from sqft.adapters.adaptable import block_linears, excluded, reached, refused
+from sqft.adapters.adaptable import all_linears, block_linears, excluded, reached, refused
 from sqft.adapters.attach import load_model
 from sqft.adapters.config import RANK_SPACE, SqftConfig
 from sqft.adapters.elastic import rank_space
@@ -214,7 +214,7 @@ def check(config: FinetuneConfig, network: PreTrainedModel) -> None:
                 f"a step has {config.batch * config.accumulation} rows (batch times accumulation), which "
                 f"{processes.count()} processes cannot share evenly; start another number of processes, or change them"
             )
-        for target in config.target_modules:
+        for target in config.target_modules or ():
             inside, elsewhere = reached(network, target)
             if elsewhere and not inside:
                 problems.add(
@@ -266,15 +266,16 @@ def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
         InputError: adapters that the model cannot take, also where PEFT says so.
     """
     check(config, network)
+    targets, beside = _targets(config, network)
     settings = SqftConfig(
         task_type="CAUSAL_LM",
         kind=config.kind,
         ranks=list(config.ranks),
         rank_groups=[list(group) for group in config.rank_groups],
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, and documents int
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes floats, and documents int
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.target_modules),
-        exclude_modules=excluded(network, config.target_modules) or None,
+        target_modules=targets,
+        exclude_modules=beside or None,
         start=config.start,
         derive_mask=config.derive_mask,
     )
@@ -286,9 +287,21 @@ def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"finetune: PEFT does not adapt {', '.join(config.target_modules)} of a {network.config.model_type}: "
+            f"finetune: PEFT does not adapt {', '.join(targets)} of a {network.config.model_type}: "
             f"{error}; take what it names out of target_modules"
         ) from error
+
+
+def _targets(config: FinetuneConfig, network: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Return PEFT's target_modules, and its exclude_modules: what the targets' names match besides."""
+    if config.target_modules is not None:
+        return list(config.target_modules), excluded(network, config.target_modules)
+    chosen = all_linears(network)
+    if not chosen:
+        raise InputError("finetune: no linear of the model can be adapted; see target_modules")
+    targets = sorted({name.rpartition(".")[2] for name in chosen})
+    matched = {name for target in targets for name in reached(network, target)[0]}
+    return targets, [*excluded(network, targets), *sorted(matched - set(chosen))]
 
 
 def _attention(config: FinetuneConfig) -> str | None:
