@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from sqft.compare.methods import METHODS
+from sqft.compare.summary import compare_pair, summarise
 from sqft.compare.sweep import chart
-from sqft.compare.table import compare_pair, page, summarise
+from sqft.compare.table import page
 from sqft.pages.charts import Dot, dot_plot
 from sqft.pages.render import form
 from sqft.recipe import load_recipe

@@ -17,7 +17,8 @@ from sqft.cli.commands import _any_failed
 from sqft.compare import sweep
 from sqft.compare.methods import METHODS, PAPER, method_recipe, with_level
 from sqft.compare.run import _run_row, row_file, run
-from sqft.compare.table import compare_pair, page, summarise
+from sqft.compare.summary import compare_pair, summarise
+from sqft.compare.table import page
 from sqft.errors import InputError
 from sqft.pages.blocks import Table
 from sqft.pages.render import form
@@ -223,6 +224,28 @@ def test_pairs_are_compared_row_by_row() -> None:
     same = compare_pair(one, one)
     assert same is not None
     assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
+
+
+def test_likelihoods_are_compared_row_by_row() -> None:
+    def with_nll(seed: int, nats: list[float], tokens: list[int]) -> dict[str, Any]:
+        found = row(seed, "1110"[: len(nats)])
+        (task,) = found["tasks"].values()
+        task["a_nll"] = {"metric": "nll", "value": sum(nats) / sum(tokens), "rows": nats, "tokens": tokens}
+        return found
+
+    one = [with_nll(0, [1.0, 3.0, 2.0], [1, 2, 1]), with_nll(1, [2.0, 5.0, 2.0], [1, 2, 1])]  # over seeds 1.5, 4, 2
+    other = [with_nll(0, [1.0, 1.0, 2.0], [1, 2, 1]), with_nll(1, [1.0, 1.0, 2.0], [1, 2, 1])]
+    found = compare_pair(one, other)
+    assert found is not None
+    difference = (0.5 + 3 + 0) / 4
+    residuals = [0.5 - difference, 3 - 2 * difference, 0 - difference]
+    half = 1.959964 * (3 / 2 * sum(r * r for r in residuals)) ** 0.5 / 4
+    assert found["nll"] == pytest.approx(
+        {"difference": difference, "low": difference - half, "high": difference + half}
+    )
+    without = compare_pair(one, [row(0, "111"), row(1, "110")])
+    assert without is not None
+    assert "nll" not in without
 
 
 def test_means_have_errors_over_rows_and_over_seeds(recipe: Recipe, tmp_path: Path) -> None:

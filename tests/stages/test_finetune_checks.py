@@ -98,7 +98,7 @@ def test_a_name_outside_the_blocks_alone_is_refused(tiny_model: Callable[..., Pa
          "mlp.gate_proj mlp.up_proj mlp.down_proj"),
         ("gpt2", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),
         ("phi3", "self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj"),
-        ("mixtral", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"),  # experts and router are not
+        ("mixtral", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"),  # no experts, no router
         ("mamba", "mixer.in_proj mixer.x_proj mixer.dt_proj"),  # PEFT refuses out_proj
         ("gemma3", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
          "mlp.gate_proj mlp.up_proj mlp.down_proj"),  # and none of the vision tower
@@ -128,6 +128,4 @@ def test_of_a_quantised_base_all_that_is_quantised_is_adapted(tiny_model: Callab
     again = PeftModel.from_pretrained(load_model(base, packed=True), str(tmp_path / "adapter"))
     assert sqft_layers(again).keys() == layers.keys()
     with pytest.raises(InputError, match="q_proj"):  # named, it reaches the float one too
-        finetune.attach(
-            load_model(base, packed=True), settings.model_copy(update={"target_modules": ["q_proj"]})
-        )
+        finetune.attach(load_model(base, packed=True), settings.model_copy(update={"target_modules": ["q_proj"]}))

@@ -14,6 +14,7 @@ from sqft.data.encode import encode, encode_prompt
 from sqft.errors import InputError
 from sqft.evaluation.attention import pads_freely
 from sqft.evaluation.decoding import generate, likelihoods
+from sqft.evaluation.reader import fit
 from sqft.progress import progress
 
 
@@ -62,15 +63,9 @@ class TrainedTokens(HFLM):  # type: ignore[misc]
         return answers
 
     def _fit(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        excess = len(prompt) + len(answer) - 1 - self.max_length
-        if excess <= 0:
-            return prompt, answer
-        if excess >= len(prompt):
-            raise InputError(
-                f"an answer of {len(answer)} tokens leaves no room for its prompt in the model's {self.max_length}"
-            )
-        self.shortened += 1
-        return prompt[excess:], answer
+        kept, answer = fit(prompt, answer, self.max_length)
+        self.shortened += len(kept) < len(prompt)
+        return kept, answer
 
     def _end_tokens(self) -> set[int]:
         """Return the ids that end an answer: the tokenizer's, and those of the model's generation settings."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from sqft.errors import InputError
 from sqft.evaluation.attention import (
     RoomyLayer,
     inner_model,
@@ -53,6 +54,20 @@ class Likelihood:
 def whole(pair: tuple[Tokens, Tokens]) -> list[int]:
     """Return prompt and answer as one sequence."""
     return [*pair[0], *pair[1]]
+
+
+def fit(prompt: list[int], answer: list[int], most: float) -> tuple[list[int], list[int]]:
+    """Return a pair whose prompt is cut from the left so that all but the last token are at most `most`.
+
+    Raises:
+        InputError: the answer leaves no room for a prompt.
+    """
+    excess = len(prompt) + len(answer) - 1 - most
+    if excess <= 0:
+        return prompt, answer
+    if excess >= len(prompt):
+        raise InputError(f"an answer of {len(answer)} tokens leaves no room for its prompt in the model's {most}")
+    return prompt[int(excess) :], answer
 
 
 def common_length(group: Sequence[tuple[Tokens, Tokens]]) -> int:

@@ -6,8 +6,9 @@ A result file that was made with the same settings, model, adapter and data is r
 
 eval.json: {tasks: {name: {metric, value, stderr, n, version, correct, ...}}, seed, fewshot, cost, versions, made_from}.
 `correct` has a 1 or a 0 for each row. Beside these a task has acc_norm where lm-eval has it, and for MAWPS
-`mawps_unseen` {value, stderr, n}: the rows whose wording, numbers aside, stands in no other split. `cost` is {seconds,
-peak_memory_bytes} of the whole, loading the model included, and `answering` {task: seconds} of its rows alone.
+`mawps_unseen` {value, stderr, n}: the rows whose wording, numbers aside, stands in no other split. Without worked
+examples it has `<task>_nll` {metric, value, stderr, n, tokens, rows}: see :mod:`sqft.evaluation.likelihood`. `cost` is
+{seconds, peak_memory_bytes} of the whole, loading the model included, and `answering` {task: seconds} of its rows.
 """
 
 from __future__ import annotations
@@ -184,6 +185,7 @@ def _evaluate_all(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Return the results and the seconds that answering took, by task."""
     from sqft.evaluation.harness import evaluate_examples
+    from sqft.evaluation.likelihood import answer_nll
     from sqft.evaluation.perplexity import perplexity
 
     tokenizer = context.tokenizer(model_dir)
@@ -200,6 +202,8 @@ def _evaluate_all(
                 drawn = (shots, config.fewshot, context.seed)
                 scores = evaluate_examples(model, tokenizer, task, examples, config.batch, *drawn)
                 results[name] = _entry(task, examples, scores)
+                if not config.fewshot:  # it is that of the question alone
+                    results[name][f"{task.name}_nll"] = answer_nll(model, tokenizer, examples, config.batch)
             answering[name] = round(time.monotonic() - started, 2)
             entry = results[name]
             logger.info("%s: %s %.4f on %d rows", name, entry["metric"], entry["value"], entry["n"])

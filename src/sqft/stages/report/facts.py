@@ -64,7 +64,8 @@ class Facts:
         titles: dict[str, str] = {}
         for model in self.models:
             for column, score in model.scores.items():
-                titles.setdefault(column, f"{column} {score.metric}".strip())
+                named = f"{column.removesuffix('_nll')} NLL, nats a token" if score.metric == "nll" else ""
+                titles.setdefault(column, named or f"{column} {score.metric}".strip())
         return titles
 
     @property

@@ -157,7 +157,8 @@ def _scores(value: dict[str, Any], path: Path) -> dict[str, Score]:
             main[task] = Score(str(entry["metric"]), float(entry["value"]), entry.get("stderr"), entry.get("n"))
             for name, part in entry.items():
                 if isinstance(part, dict) and "value" in part:
-                    further[name] = Score(str(entry["metric"]), float(part["value"]), part.get("stderr"), part.get("n"))
+                    metric = str(part.get("metric", entry["metric"]))
+                    further[name] = Score(metric, float(part["value"]), part.get("stderr"), part.get("n"))
                 elif name == "acc_norm":
                     further[f"{task} normalised"] = Score(name, float(part), None, entry.get("n"))
     except (KeyError, TypeError, AttributeError) as error:

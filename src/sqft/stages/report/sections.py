@@ -100,6 +100,8 @@ def results_table(facts: Facts, this: str = "") -> Table:
         rows.append(Row([name, *scores, *rest], f"`{model.artefact}` `{model.source}`", model.key))
     heads = ["Model", *facts.columns.values(), "Zeros", "Precision", "Weights on disk"]
     caption = "Value ± one standard error. Zeros: share of the weights of the targeted linears."
+    if any(score.metric == "nll" for model in facts.models for score in model.scores.values()):
+        caption += " NLL: mean negative log-likelihood of the right answers' tokens, lower is better."
     return Table(heads, rows, caption, notes="" if this else "Artefact")
 
 
