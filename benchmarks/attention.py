@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from common import alternate, peak_memory, save
+from common import ADAPTERS, alternate, peak_memory, save
 from sqft.adapters.attach import load_model
 from sqft.recipe import FinetuneConfig
 from sqft.stages.finetune import attach
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = FinetuneConfig(kind="sparse", ranks=[32])
+    config = FinetuneConfig(kind="sparse", **ADAPTERS)
     models = {}
     for kind in KINDS:
         model = load_model(options.model, attention="eager" if kind == "eager" else "sdpa")

@@ -15,6 +15,12 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+# The adapters that the committed results were measured with.
+ADAPTERS: dict[str, Any] = {
+    "ranks": [32],
+    "lora_alpha": 64,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+}
 
 
 def machine() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from common import peak_memory, save
+from common import ADAPTERS, peak_memory, save
 from sqft.adapters.attach import load_model
 from sqft.adapters.layers import sqft_layers
 from sqft.context import Context
@@ -46,7 +46,7 @@ PROMPT, NEW, SERVED = 64, 8, 32
 def adapter(base: Path, kind: str, out: Path) -> int:
     """Save an adapter with random factors; return what a training step holds at its highest."""
     torch.manual_seed(0)
-    model = attach(load_model(base, packed=True, attention="eager"), FinetuneConfig(kind=kind, ranks=[32])).train()  # type: ignore[arg-type]
+    model = attach(load_model(base, packed=True, attention="eager"), FinetuneConfig(kind=kind, **ADAPTERS)).train()  # type: ignore[arg-type]
     for layer in sqft_layers(model).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
     model.save_pretrained(str(out))

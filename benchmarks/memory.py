@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import save
+from common import ADAPTERS, save
 
 RUNS = {
     "LoRA on 16 bit": ("sparse", "dense"),
@@ -45,7 +45,7 @@ def one(base: str, kind: str, out: str, steps: int, threads: int) -> None:
     libraries = peak_memory_bytes()
     pairs = [(f"{a} plus {b} makes", f" {a + b}") for a in range(40) for b in range(40)]
     config = FinetuneConfig.model_validate(
-        {"kind": kind, "ranks": [32], "max_steps": steps, "length": 256, "batch": 2, "attention": "eager"}
+        {**ADAPTERS, "kind": kind, "max_steps": steps, "length": 256, "batch": 2, "attention": "eager"}
     )
     artifact = finetune.run(config, Path(base), pairs, [], Path(out), Context(), data={})
     found = {"peak": artifact.manifest["peak_memory_bytes"], "libraries": libraries}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common import RESULTS, save
+from common import ADAPTERS, RESULTS, save
 from sqft.context import Context
 from sqft.data.calibration import calibration_tokens
 from sqft.data.load import load_examples
@@ -69,7 +69,7 @@ def main() -> None:
             for start in STARTS:
                 out = base.with_name(f"{base.name}-{start}-{seed}")
                 config = FinetuneConfig(
-                    kind="quantized", start=start, ranks=[32], max_steps=options.steps, learning_rate=1e-3, length=256,
+                    kind="quantized", start=start, **ADAPTERS, max_steps=options.steps, learning_rate=1e-3, length=256,
                     batch=4,
                 )  # fmt: skip
                 adapter, merged = out / "adapter", out / "merged"

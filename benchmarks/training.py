@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
-from common import alternate, peak_memory, ratio, save
+from common import ADAPTERS, alternate, peak_memory, ratio, save
 from sqft.adapters.attach import load_model
 from sqft.adapters.layers import SqftLinear
 from sqft.data.encode import encode
@@ -93,7 +93,7 @@ def main() -> None:
 
     def ours(kind: str, folder: Path = options.model) -> Any:
         network = load_model(folder, packed=True, attention="eager")
-        return attach(network, FinetuneConfig(kind=kind, ranks=[32])).train()  # type: ignore[arg-type]
+        return attach(network, FinetuneConfig(kind=kind, **ADAPTERS)).train()  # type: ignore[arg-type]
 
     stock = get_peft_model(
         load_model(options.model), LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS, task_type="CAUSAL_LM")
