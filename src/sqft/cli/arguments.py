@@ -116,6 +116,12 @@ class Command:
 
 COMMANDS = (
     Command(
+        "doctor",
+        "say what is here and what each stage would use, and take a tiny model through all of them",
+        "--json",
+        (JSON,),
+    ),
+    Command(
         "run",
         "take a recipe through all its stages; run it again to continue",
         "recipes/quickstart.yaml",

@@ -281,8 +281,28 @@ def evaluate(options: argparse.Namespace) -> int:
     for name, entry in result["tasks"].items():
         error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
         print(f"{name}: {entry['metric']} {entry['value']:.4f}{error} on {entry['n']} rows")
+        for nll in (part for key, part in entry.items() if key.endswith("_nll")):
+            print(f"{name}: NLL of the right answers {nll['value']:.4f} nats a token")
     print(f"written: {result.path}")
     return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from sqft import doctor as examination
+
+    found = examination.examine()
+    if not options.json:
+        for name, text in examination.lines(found):
+            print(f"{name:<10} {text}", flush=True)
+    test = examination.self_test(_announce)
+    if options.json:
+        print(json.dumps(found | {"self_test": test}, indent=2))
+    elif test["passed"]:
+        print(f"self-test  passed in {test['seconds']} s: {', '.join(test['checks'])}")
+    else:
+        failed = [name for name, passed in test["checks"].items() if not passed]
+        print(f"self-test  FAILED: {test['error'] or ', '.join(failed)}")
+    return 0 if test["passed"] else 1
 
 
 def _drawn(options: argparse.Namespace) -> dict[str, Any]:
