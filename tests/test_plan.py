@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from sqft import artifact, pipeline
 from sqft.artifact import Artifact
@@ -20,7 +22,7 @@ from sqft.model.opening import load_config
 from sqft.plan import as_json, blocks_differ, plan
 from sqft.plan.copies import on_copy
 from sqft.plan.probe import _figures, _short_search, rows_of
-from sqft.recipe import EvaluateConfig, Recipe
+from sqft.recipe import EvaluateConfig, Recipe, TeacherConfig
 
 
 def make_recipe(model: Path, folder: Path) -> Recipe:
@@ -54,6 +56,29 @@ def test_disk_is_forecast_to_the_byte_but_for_headers(tiny_model: Callable[..., 
         assert forecasts[stage].disk_bytes == pytest.approx(made, rel=0.05)
         assert forecasts[stage].fits
     assert as_json(list(forecasts.values()))["peak_memory_bytes"] == max(f.memory_bytes for f in forecasts.values())
+
+
+@pytest.mark.slow
+def test_a_teacher_is_forecast_with_its_adapter_shortened_as_the_model_is(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model("llama", "bfloat16", num_hidden_layers=8)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    teacher = TeacherConfig(adapter=str(tmp_path / "adapter"))
+    values = {"finetune": None, "evaluate": None, "teacher": teacher}
+    recipe = make_recipe(model, tmp_path).model_copy(update=values)
+    forecasts = {forecast.stage: forecast for forecast in plan(recipe, tmp_path / "out")}
+    assert list(forecasts) == ["teacher", "quantize"]
+    pipeline.run(recipe, tmp_path / "out")
+    made = Artifact.open(tmp_path / "out" / "teacher").manifest["size_bytes"]
+    assert forecasts["teacher"].disk_bytes == pytest.approx(made, rel=0.05)
+
+
+def test_a_tuned_model_stands_in_for_itself_in_a_forecast(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, copy = tiny_model("llama", num_hidden_layers=4), tiny_model("llama")
+    recipe = make_recipe(model, tmp_path).model_copy(update={"teacher": TeacherConfig(model="mine", revision="v1")})
+    assert on_copy(recipe, model, copy, model).teacher == TeacherConfig(model=str(copy))
 
 
 def test_what_has_no_shorter_form_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The whole flow on one screen: dense → sparse → INT4 → super-adapter → sub-adapter → merged → verified → evaluated.
 
+A teacher, where the recipe has one, is the dense model tuned, and takes its place from then on.
+
 Each stage writes a folder (or a JSON file) under the run's folder and is skipped when it is already there with the same
 settings and inputs, so a run that was interrupted continues by the same command. Everything that can be checked without
 work is checked before the first stage (:mod:`sqft.preparation`).
@@ -25,7 +27,7 @@ from sqft.errors import InputError
 from sqft.locks import run_lock
 from sqft.model.sources import local_folder
 from sqft.preparation import Inputs, prepare
-from sqft.stages import evaluate, extract, finetune, merge, quantize, report, sparsify, verify
+from sqft.stages import evaluate, extract, finetune, merge, quantize, report, sparsify, teacher, verify
 
 if TYPE_CHECKING:
     from sqft.recipe import Recipe
@@ -80,9 +82,11 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
             processes.barrier()
         announce("reading model and data")
         dense = local_folder(recipe.model, out, recipe.revision)
+        given = teacher.locate(recipe.teacher, out)
         context = Context(recipe.seed, recipe.trust_remote_code)
         recipe = fix_date(recipe, context, dense, out)
-        flow = _Flow(recipe, out, context, prepare(recipe, context, dense), announce, dense)
+        flow = _Flow(recipe, out, context, prepare(recipe, context, dense, given), announce, dense)
+        flow.teach(given)
         flow.sparsify()
         flow.quantize()
         flow.finetune()
@@ -119,6 +123,19 @@ class _Flow:
     def _made(self, name: str) -> None:
         self.base = self.out / name
         self.models[name] = (self.base, None)
+
+    def teach(self, given: Path | None) -> None:
+        """Make the tuned dense model; `given` is the adapter or the model that the recipe names."""
+        config = self.recipe.teacher
+        if config is None or given is None:
+            return
+        if config.adapter is None:
+            self.base = given
+            self.models["teacher"] = (given, None)
+            return
+        self.announce("merge the adapter into the dense model")
+        teacher.run(self.base, given, self.recipe.model, self.out / "teacher", self.context)
+        self._made("teacher")
 
     def sparsify(self) -> None:
         config, tokens = self.recipe.sparsify, self.inputs.tokens
@@ -230,7 +247,7 @@ def _write_summary(out: Path, results: dict[str, dict[str, Any]], seed: int) -> 
     """Write eval.json: the result of the model furthest along the flow in the stable form, with all rows beside it."""
     if not results:
         return
-    final = next(row for row in ("merged", "tuned", "quantized", "sparse", "dense") if row in results)
+    final = next(row for row in ("merged", "tuned", "quantized", "sparse", "teacher", "dense") if row in results)
     rows = {row: result["tasks"] for row, result in results.items()}
     write_json(
         out / "eval.json",

@@ -12,7 +12,7 @@ from sqft.data.tasks import question_key
 from sqft.errors import InputError, Problems
 from sqft.model.targets import find_targets, skeleton
 from sqft.recipe import SparsifyConfig
-from sqft.stages import evaluate, finetune, quantize, report, sparsify
+from sqft.stages import evaluate, finetune, quantize, report, sparsify, teacher
 
 if TYPE_CHECKING:
     import torch
@@ -49,13 +49,14 @@ class Inputs:
     selection: list[tuple[Task, list[Example]]] = field(default_factory=list)
 
 
-def prepare(recipe: Recipe, context: Context, dense: Path) -> Inputs:
+def prepare(recipe: Recipe, context: Context, dense: Path, given: Path | None = None) -> Inputs:
     """Read the data of a run and check everything that needs no work.
 
     Args:
         recipe: the recipe.
         context: of the run; it keeps what is read.
         dense: the folder of the recipe's model.
+        given: the folder of the adapter or tuned model that its section teacher names.
 
     Raises:
         InputError: all that is wrong with recipe, model and data.
@@ -64,6 +65,7 @@ def prepare(recipe: Recipe, context: Context, dense: Path) -> Inputs:
     with Problems(f"recipe {recipe.name}") as problems:
         reported = _read_rows(recipe, context.data(dense), inputs, problems)
         problems.attempt(lambda: report.check_baselines(recipe))
+        problems.attempt(lambda: _check_teacher(recipe, dense, given))
         network = problems.attempt(lambda: skeleton(dense, trust_remote_code=context.trust_remote_code))
         _read_calibration(recipe, context, dense, inputs, problems)
         if network is not None:
@@ -114,6 +116,11 @@ def _read_calibration(recipe: Recipe, context: Context, dense: Path, inputs: Inp
         inputs.quantize_tokens = inputs.tokens
     elif grid.method != "rtn":
         inputs.quantize_tokens = draw(_quantize_calibration(recipe))
+
+
+def _check_teacher(recipe: Recipe, dense: Path, given: Path | None) -> None:
+    if recipe.teacher is not None and given is not None:
+        teacher.check(recipe.teacher, dense, given, recipe.model, trust_remote_code=recipe.trust_remote_code)
 
 
 def _check_compression(

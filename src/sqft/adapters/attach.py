@@ -135,7 +135,18 @@ def check_trained_on(base: str | Path, adapter: SavedAdapter) -> None:
             )
         check_identity(base, trained_on, adapter.config.get("start", SqftConfig.start), where)
         return
-    if (adapter.path / MANIFEST).is_file():
-        trained_on = Artifact.open(adapter.path).check().manifest["result"].get("base_identity")
+    trained_on = recorded_base(adapter.path) or trained_on
     if trained_on is not None:
         check_identity(base, trained_on, None, where)
+
+
+def recorded_base(adapter: Path) -> dict[str, str] | None:
+    """Return the digests of the base that a folder of ours was trained on; None of an adapter made elsewhere.
+
+    Raises:
+        InputError: the folder has changed since its manifest was written.
+    """
+    if not (adapter / MANIFEST).is_file():
+        return None
+    found: dict[str, str] | None = Artifact.open(adapter).check().manifest["result"].get("base_identity")
+    return found

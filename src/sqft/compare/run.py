@@ -69,6 +69,8 @@ def run(
     """
     with Problems("compare") as problems:
         check_methods(methods, problems)
+        if recipe.teacher is not None:
+            problems.add("the recipe has a teacher, and every method starts at its model; leave it out")
         if recipe.evaluate is None:
             problems.add("the recipe has evaluate: null, so there would be nothing to compare")
         if recipe.sparsify is None and any(name in ("sparse", "lora", "shears") for name in methods):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,30 +24,64 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def local_folder(model: str, workspace: Path, revision: str | None = None) -> Path:
+def local_folder(model: str, workspace: Path, revision: str | None = None, *, name: str = "dense") -> Path:
     """Return a local folder with the model's config, tokenizer and safetensors.
 
     Args:
         model: the reference, as in a recipe.
-        workspace: where a GGUF file is unpacked (`workspace/dense`).
+        workspace: where a GGUF file is unpacked (`workspace/NAME`).
         revision: branch, tag or commit of a Hub model; None is its main branch.
+        name: the folder that a GGUF file becomes.
 
     Raises:
         InputError: there is no such model, it has no safetensors, or a local one is given a revision.
     """
     path = _package_file(model) if model.startswith("package:") else Path(model).expanduser()
-    local = path.suffix == ".gguf" or path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    local = path.suffix == ".gguf" or _is_path(model)
     if local and revision is not None:
         raise InputError(f"model {model}: revision is {revision}, which only a model of the Hub has; leave it out")
     if path.suffix == ".gguf":
-        return _unpack_gguf(path, workspace)
+        return _unpack_gguf(path, workspace / name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model {model}: the folder has no config.json; give a Hugging Face model folder")
         return path
     if local:
         raise InputError(f"model {model}: no such folder")
-    return _download(model, revision)
+    return _download(f"model {model}", model, revision)
+
+
+def adapter_folder(adapter: str, revision: str | None = None) -> Path:
+    """Return a local folder of an adapter.
+
+    Args:
+        adapter: a folder or a Hub id.
+        revision: branch, tag or commit of a Hub adapter; None is its main branch.
+
+    Raises:
+        InputError: there is no such adapter, or a local one is given a revision.
+    """
+    if not _is_path(adapter):
+        return _download(f"adapter {adapter}", adapter, revision)
+    if revision is not None:
+        raise InputError(
+            f"adapter {adapter}: revision is {revision}, which only an adapter of the Hub has; leave it out"
+        )
+    path = Path(adapter).expanduser()
+    if not path.is_dir():
+        raise InputError(f"adapter {adapter}: no such folder")
+    return path
+
+
+def is_hub_id(reference: str) -> bool:
+    """Tell whether a reference looks like 'owner/name' on the Hub, and is no folder or file here."""
+    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", reference) is not None
+    return looks and not reference.endswith(".gguf") and not Path(reference).exists()
+
+
+def _is_path(reference: str) -> bool:
+    here = Path(reference).expanduser().exists()
+    return here or reference.startswith((".", "/", "~")) or reference.count("/") > 1
 
 
 def _package_file(reference: str) -> Path:
@@ -57,22 +92,22 @@ def _package_file(reference: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / name
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(what: str, name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise InputError(
-            f"model {model}{at}: neither a folder here nor reachable on the Hub ({str(error).splitlines()[0]}); "
+            f"{what}{at}: neither a folder here nor reachable on the Hub ({str(error).splitlines()[0]}); "
             "check the name, or download it and give the folder"
         ) from error
 
 
-def _unpack_gguf(file: Path, workspace: Path) -> Path:
+def _unpack_gguf(file: Path, folder: Path) -> Path:
     """Dequantise a GGUF file into a bfloat16 model folder, once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,7 +115,6 @@ def _unpack_gguf(file: Path, workspace: Path) -> Path:
 
     if not file.is_file():
         raise InputError(f"model {file}: no such file")
-    folder = workspace / "dense"
     description = describe("unpack", {"format": "gguf", "dtype": "bfloat16"}, {"gguf": file}, seed=0)
     if reuse(folder, description):
         return folder

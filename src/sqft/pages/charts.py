@@ -29,7 +29,14 @@ _NAMES += ("accent", "earlier", "held-out", "bad", "violet", "muted")
 _COLOURS = [f"#5af7{i:02x}" for i in range(len(_NAMES))]
 _INK, _MUTED, _, _CARD, _PLAIN, _ON_ACCENT, _SOFT, *_OF_SERIES = _COLOURS
 _ACCENT, _EARLIER, _HELD_OUT = _OF_SERIES[:3]
-_DOTS = {"tuned": _ACCENT, "merged": _ACCENT, "sparse": _SOFT, "quantized": _SOFT, "baseline": _EARLIER}
+_DOTS = {
+    "tuned": _ACCENT,
+    "merged": _ACCENT,
+    "sparse": _SOFT,
+    "quantized": _SOFT,
+    "baseline": _EARLIER,
+    "teacher": _EARLIER,
+}
 _MARK: dict[str, Any] = {"marker": "o", "ls": ""}
 _LINES: dict[str, dict[str, Any]] = {
     "main": {"color": _ACCENT, "lw": 1.6},

@@ -76,9 +76,11 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     from transformers import AutoConfig
 
     from sqft.model.sources import local_folder
+    from sqft.stages import teacher
 
     workspace.mkdir(parents=True, exist_ok=True)
     model = local_folder(recipe.model, workspace, recipe.revision)
+    given = teacher.locate(recipe.teacher, workspace)
     config = AutoConfig.from_pretrained(model, trust_remote_code=recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"model {recipe.model}: is quantised; a forecast needs a float model, whose copy it shortens")
@@ -98,7 +100,7 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
             announce(f"probe with {count} of {blocks} blocks")
             folder = Path(temporary) / str(count)
             shorten(model, config, count, folder / "model", trust_remote_code=recipe.trust_remote_code)
-            return run_apart(on_copy(recipe, model, folder / "model"), folder, laid_out=laid_out)
+            return run_apart(on_copy(recipe, model, folder / "model", given), folder, laid_out=laid_out)
 
         started = time.monotonic()
         at_few = probe(few_blocks)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from sqft.errors import InputError
-from sqft.model.targets import find_targets, skeleton
+from sqft.model.targets import decoder_blocks, find_targets, skeleton
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from sqft.recipe import Recipe
+    from sqft.recipe import Recipe, TeacherConfig
 
 
 def shorten(model: Path, config: PretrainedConfig, count: int, folder: Path, *, trust_remote_code: bool) -> None:
@@ -36,14 +37,39 @@ def shorten(model: Path, config: PretrainedConfig, count: int, folder: Path, *, 
     short.save_pretrained(folder)
 
 
-def on_copy(recipe: Recipe, model: Path, copy: Path) -> Recipe:
-    """Return the recipe without the patterns that match layers of the model and none of its shortened copy.
+def shorten_adapter(adapter: Path, copy: Path, folder: Path, *, trust_remote_code: bool) -> None:
+    """Write an adapter without what it has for blocks that a model's shortened copy lacks."""
+    from safetensors.torch import load_file, save_file
+
+    from sqft.adapters.saved import CONFIG, WEIGHTS
+    from sqft.disk import read_json, write_json
+
+    blocks, left = decoder_blocks(skeleton(copy, trust_remote_code=trust_remote_code))
+    block_of = re.compile(rf"base_model\.model\.{re.escape(blocks)}\.(\d+)\.")
+    tensors = load_file(adapter / WEIGHTS)
+    kept = {n: t for n, t in tensors.items() if (found := block_of.match(n)) is None or int(found[1]) < len(left)}
+    folder.mkdir(parents=True)
+    # The copy is another base than the one that the settings name.
+    write_json(folder / CONFIG, {**read_json(adapter / CONFIG), "base_model_name_or_path": None})
+    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def on_copy(recipe: Recipe, model: Path, copy: Path, given: Path | None = None) -> Recipe:
+    """Return the recipe on a shortened copy, without the patterns that match layers which only the model has.
+
+    Args:
+        recipe: the recipe.
+        model: its model's folder.
+        copy: the copy's folder.
+        given: the folder of the adapter or tuned model of its section teacher.
 
     Raises:
         InputError: no pattern of what to prune or quantise is left, so nothing can be drawn on from the copy.
     """
     whole, short = (skeleton(folder, trust_remote_code=recipe.trust_remote_code) for folder in (model, copy))
     values: dict[str, Any] = {"model": str(copy), "revision": None}
+    if recipe.teacher is not None and given is not None:
+        values["teacher"] = _teacher_on_copy(recipe.teacher, given, copy, trust_remote_code=recipe.trust_remote_code)
     for stage in ("sparsify", "quantize"):
         settings = getattr(recipe, stage)
         if settings is None:
@@ -61,6 +87,15 @@ def on_copy(recipe: Recipe, model: Path, copy: Path) -> Recipe:
             )
         values[stage] = settings.model_copy(update=kept)
     return recipe.model_copy(update=values)
+
+
+def _teacher_on_copy(config: TeacherConfig, given: Path, copy: Path, *, trust_remote_code: bool) -> TeacherConfig:
+    """Return the teacher of a copy: its adapter shortened as well, or for a tuned model the copy itself."""
+    if config.adapter is None:
+        return config.model_copy(update={"model": str(copy), "revision": None})
+    shorter = copy.with_name("adapter")
+    shorten_adapter(given, copy, shorter, trust_remote_code=trust_remote_code)
+    return config.model_copy(update={"adapter": str(shorter), "revision": None})
 
 
 def _names(network: PreTrainedModel, pattern: str) -> bool:

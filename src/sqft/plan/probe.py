@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_STEPS = 3
 _FOLDERS = {
+    "teacher": "teacher",
     "sparse": "sparsify",
     "quantized": "quantize",
     "adapter": "finetune",

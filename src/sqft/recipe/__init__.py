@@ -20,6 +20,7 @@ from sqft.recipe.settings import (
     Template,
     VerifyConfig,
 )
+from sqft.recipe.teacher import TeacherConfig
 from sqft.recipe.whole import Recipe
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Recipe",
     "SearchConfig",
     "SparsifyConfig",
+    "TeacherConfig",
     "Template",
     "VerifyConfig",
     "load_recipe",

@@ -337,8 +337,8 @@ class EvaluateConfig(Config):
         ge=0,
         description="worked examples before each question, drawn for each from the training rows as lm-eval does",
     )
-    rows: list[Literal["dense", "sparse", "quantized", "tuned", "merged"]] = Field(
-        ["dense", "sparse", "quantized", "tuned", "merged"],
+    rows: list[Literal["dense", "teacher", "sparse", "quantized", "tuned", "merged"]] = Field(
+        ["dense", "teacher", "sparse", "quantized", "tuned", "merged"],
         description="which models of the run are evaluated; those that the recipe does not make are left out",
     )
     baselines: list[PathText] = Field(

@@ -17,6 +17,7 @@ from sqft.recipe.settings import (
     SparsifyConfig,
     VerifyConfig,
 )
+from sqft.recipe.teacher import TeacherConfig
 
 
 class Recipe(Config):
@@ -32,6 +33,7 @@ class Recipe(Config):
     threads: PositiveInt | None = Field(None, description="CPU threads; None leaves PyTorch's choice")
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings; off unless said")
     note: str = Field("", description="what a reader of the report should know about this recipe")
+    teacher: TeacherConfig | None = None
     sparsify: SparsifyConfig | None = None
     quantize: QuantizeConfig | None = None
     finetune: FinetuneConfig | None = FinetuneConfig()

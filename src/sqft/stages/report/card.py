@@ -15,6 +15,7 @@ import yaml
 
 from sqft.digests import digest_file
 from sqft.disk import read_json
+from sqft.model.sources import is_hub_id
 from sqft.pages.blocks import Badge, Block, Code, Items, Page, Section, Text
 from sqft.pages.render import form
 from sqft.pages.text import ABSENT, model_name, percent_text
@@ -96,8 +97,10 @@ def model_card(facts: Facts, base: BaseCard) -> str:
     recipe, config, zeros = facts.recipe, facts.merged_config, zeros_of("merged", facts.manifests)
     sparse = recipe.sparsify is not None and zeros is not None
     limit = f", at most {recipe.data.train_limit:,} training rows" if recipe.data.train_limit else ""
+    tuned = recipe.teacher and (recipe.teacher.adapter or recipe.teacher.model)
     about = [
         f"Base model: `{recipe.model}`",
+        *([f"Tuned, before it was compressed, by: `{tuned}`"] if tuned else []),
         f"Data: `{recipe.data.task}`{limit}",
         f"Sparsity: {_sparsity(zeros, 'targeted') if sparse else 'none was made by this recipe'}",
         f"Precision: {_precision(config)}",
@@ -145,12 +148,6 @@ def _card(page: Page, base: BaseCard, tags: Sequence[str] = (), named: Mapping[s
     front["pipeline_tag"] = "text-generation"
     text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return form("card.md.j2", page=page, front=text, mark=MARK, heading=BASE_HEADING, base=base.text)
-
-
-def is_hub_id(reference: str) -> bool:
-    """Tell whether a model reference looks like 'owner/name' on the Hub, and is no folder or file here."""
-    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", reference) is not None
-    return looks and not reference.endswith(".gguf") and not Path(reference).exists()
 
 
 def _sparsity(zeros: float | None, which: str) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "dense": "unpack",
+    "teacher": "teacher",
     "sparse": "sparsify",
     "quantized": "quantize",
     "adapter": "finetune",
@@ -70,9 +71,9 @@ class Facts:
 
     @property
     def compressed(self) -> tuple[str, dict[str, Any]]:
-        """(folder, result) of the compressed base: `quantized`, else `sparse`, else ('dense', {})."""
+        """(folder, result) of the compressed base: `quantized`, else `sparse`, else a dense one and {}."""
         name = base_of(self.manifests)
-        return name, self.manifests.get(name, {}).get("result", {}) if name != "dense" else {}
+        return name, self.manifests.get(name, {}).get("result", {}) if name in ("sparse", "quantized") else {}
 
     @property
     def final(self) -> Model | None:
@@ -126,6 +127,7 @@ def _search(path: Path) -> dict[str, Any] | None:
 def _missing(out: Path, recipe: Recipe, manifests: Mapping[str, Any]) -> list[str]:
     merges = recipe.finetune is not None and recipe.merge is not None
     wanted = {
+        "teacher": recipe.teacher is not None and recipe.teacher.adapter is not None,
         "sparse": recipe.sparsify is not None and not recipe.joint,
         "quantized": recipe.quantize is not None,
         "adapter": recipe.finetune is not None,
@@ -137,6 +139,7 @@ def _missing(out: Path, recipe: Recipe, manifests: Mapping[str, Any]) -> list[st
     ]
     if recipe.verify is not None and merges and not (out / "verify.json").is_file():
         missing.append("verify.json (verify has not run, so the merge is unproven)")
+    wanted["teacher"] = recipe.teacher is not None  # a model that was given is evaluated too
     for key in recipe.evaluate.rows if recipe.evaluate else []:
         source = f"evaluations/{key}.json"
         if wanted.get("adapter" if key == "tuned" else key, True) and not (out / source).is_file():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sqft.recipe import Recipe
 
-ROWS = ("dense", "sparse", "quantized", "tuned", "merged")
+ROWS = ("dense", "teacher", "sparse", "quantized", "tuned", "merged")
 
 
 class Score(NamedTuple):
@@ -55,9 +55,9 @@ class Score(NamedTuple):
 class Model(NamedTuple):
     """A row of the results table.
 
-    It has a key (dense, sparse, quantized, tuned, merged, or baseline), the folders that hold it (artefact), the file
-    that its scores were read from (source) and says where a baseline comes from (note). `scores` begins with the first
-    task; `zeros` is the share of zeros in the targeted linears; seed and versions are those of the evaluation.
+    It has a key (of ROWS, or baseline), the folders that hold it (artefact), the file that its scores were read from
+    (source) and says where a baseline comes from (note). `scores` begins with the first task; `zeros` is the share of
+    zeros in the targeted linears; seed and versions are those of the evaluation.
     """
 
     key: str
@@ -80,6 +80,8 @@ def read_models(out: Path, recipe: Recipe, manifests: Mapping[str, dict[str, Any
         InputError: an evaluation or a baseline cannot be used.
     """
     base = base_of(manifests)
+    if base == "dense" and recipe.teacher is not None:
+        base = "teacher"  # a tuned model that was given, and lies elsewhere
     adapter = "sub_adapter" if "sub_adapter" in manifests or "adapter" not in manifests else "adapter"
     parts = ["sparse"] if recipe.sparsify is not None else []
     parts += [f"INT{recipe.quantize.bits}"] if recipe.quantize is not None else []
@@ -88,6 +90,7 @@ def read_models(out: Path, recipe: Recipe, manifests: Mapping[str, dict[str, Any
     models = []
     for key, label, *folders in (
         ("dense", "Dense, untuned", "dense"),
+        ("teacher", teacher_label(recipe), "teacher"),
         ("sparse", "Sparse, untuned", "sparse"),
         ("quantized", f"{compressed}, untuned", "quantized"),
         ("tuned", f"{compressed} + adapter, unmerged", base, adapter),
@@ -96,7 +99,8 @@ def read_models(out: Path, recipe: Recipe, manifests: Mapping[str, dict[str, Any
         source = f"evaluations/{key}.json"
         if (value := read_optional(out / source)) is None:
             continue
-        names = [recipe.model if name == "dense" and not (out / name).is_dir() else f"{name}/" for name in folders]
+        elsewhere = {"dense": recipe.model, "teacher": (recipe.teacher and recipe.teacher.model) or ""}
+        names = [f"{name}/" if (out / name).is_dir() else elsewhere.get(name) or f"{name}/" for name in folders]
         model, *beside = (out / name for name in folders)
         if not model.is_dir():  # the evaluation says what it was made from
             model = Path(value.get("made_from", {}).get("inputs", {}).get("model", {}).get("path") or model)
@@ -108,8 +112,13 @@ def read_models(out: Path, recipe: Recipe, manifests: Mapping[str, dict[str, Any
         models.append(
             _model(key, value | known | {"label": label, "artefact": " + ".join(names)}, source, out / source)
         )
-    after_dense = 1 if models and models[0].key == "dense" else 0
+    after_dense = sum(model.key in ("dense", "teacher") for model in models)
     return [*models[:after_dense], *_baselines(recipe), *models[after_dense:]]
+
+
+def teacher_label(recipe: Recipe) -> str:
+    """Return what the tuned dense model is called: a LoRA merged into it, or a model that was given."""
+    return "Dense, tuned" if recipe.teacher is not None and recipe.teacher.model is not None else "Dense + LoRA"
 
 
 def check_baselines(recipe: Recipe) -> None:
@@ -187,7 +196,7 @@ def _size(folders: list[Path]) -> int | None:
 def zeros_of(part: str, manifests: Mapping[str, dict[str, Any]]) -> float | None:
     """Return the share of zeros in the targeted linears of a model of the run, None where no file states it."""
     compressed = part if part in ("sparse", "quantized") else base_of(manifests)
-    if part == "dense" or compressed == "dense":
+    if part in ("dense", "teacher") or compressed in ("dense", "teacher"):
         return None
     result = manifests.get(compressed, {}).get("result", {})
     sparsity: float | None = result.get("sparsity")
@@ -203,8 +212,8 @@ def filled_zeros(manifests: Mapping[str, dict[str, Any]]) -> int:
 
 
 def base_of(manifests: Mapping[str, Any]) -> str:
-    """Return the folder of the base that was tuned: the quantised one, else the sparse one, else the dense one."""
-    return next((name for name in ("quantized", "sparse") if name in manifests), "dense")
+    """Return the folder of the base that was tuned: the quantised one, else the sparse one, else a dense one."""
+    return next((name for name in ("quantized", "sparse", "teacher") if name in manifests), "dense")
 
 
 def read_optional(path: Path) -> dict[str, Any] | None:

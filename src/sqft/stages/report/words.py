@@ -46,6 +46,7 @@ def headline(facts: Facts) -> str:
     task, score = next(iter(final.scores.items()))
     about = ", ".join(filter(None, [score.metric, score.cell.below]))
     others = [(model, "for the dense model untuned") for model in facts.models if model.key == "dense"]
+    others += [(model, f"for {model.label}, which was compressed") for model in facts.models if model.key == "teacher"]
     others += [(model, f"for {model.label} (an earlier run)") for model in facts.models if model.key == "baseline"]
     against = [f"{m.scores[task].text} {what}" for m, what in others if m is not final and task in m.scores]
     sentence = f"{subject}{',' if done else ''} scores {score.text} on {task} ({about})"
@@ -74,7 +75,7 @@ def notes(facts: Facts) -> list[str]:
         for model in baselines
     ]
     found += sparsity_notes(facts)
-    if facts.model("dense") is not None and facts.recipe.finetune and not baselines:
+    if facts.model("dense") is not None and facts.recipe.finetune and not (baselines or facts.model("teacher")):
         found.append(
             "There is no dense + LoRA row: this table does not show what sparsity costs a tuned model. "
             "Run the same recipe without sparsify and name its evaluation in evaluate.baselines."
