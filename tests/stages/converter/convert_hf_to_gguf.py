@@ -1,0 +1,15 @@
+"""The stand-in's command line."""
+
+import json
+import sys
+from pathlib import Path
+
+from conversion import ModelBase
+
+
+def main():
+    _, folder, _, outtype, _, out = sys.argv
+    config = json.loads((Path(folder) / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert outtype == "bf16"
+    ModelBase(Path(folder), Path(out)).write()
