@@ -18,12 +18,15 @@ from sqft.errors import InputError
 from sqft.recipe import FinetuneConfig
 from sqft.stages import finetune
 
+# Nothing after the training: test_an_int4_run_goes_on_alone_after_its_training has the rest.
+TRAINING = [part for setting in ("merge=null", "verify=null", "evaluate=null") for part in ("--set", setting)]
 ROWS = [{"prompt": f"Question: {a} + {b}?\nAnswer:", "completion": f" {a + b}"} for a in range(6) for b in range(6)]
 
 
-@pytest.fixture
-def recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
-    data = tmp_path / "data"
+@pytest.fixture(scope="module")
+def recipe(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("shared")
+    data = place / "data"
     data.mkdir()
     for split, rows in {"train": ROWS[:24], "validation": ROWS[24:30], "test": ROWS[30:]}.items():
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -41,7 +44,7 @@ def recipe(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
         },
         "verify": {"prompts": 2, "accuracy_rows": 2},
     }  # fmt: skip
-    file = tmp_path / "recipe.yaml"
+    file = place / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))
     return file
 
@@ -59,27 +62,35 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def alone(recipe: Path) -> Path:
+    """The run of one process."""
+    done = run(recipe, recipe.parent / "one", *TRAINING)
+    assert done.returncode == 0, done.stderr
+    return recipe.parent / "one"
+
+
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_rows_of_a_step(recipe: Path, tmp_path: Path, processes: int) -> None:
-    alone, shared = run(recipe, tmp_path / "one"), run(recipe, tmp_path / "many", processes=processes)
-    assert alone.returncode == 0, alone.stderr
+def test_processes_share_the_rows_of_a_step(recipe: Path, alone: Path, tmp_path: Path, processes: int) -> None:
+    out = tmp_path / "many"
+    shared = run(recipe, out, *TRAINING, processes=processes)
     assert shared.returncode == 0, shared.stderr
     assert shared.stdout.count("report:") == 1
-    one, many = adapter(tmp_path / "one"), adapter(tmp_path / "many")
+    one, many = adapter(alone), adapter(out)
     assert one.keys() == many.keys()
     for name, value in one.items():
         assert torch.allclose(value, many[name], atol=1e-4), name
-    logs = [
-        json.loads((tmp_path / out / "adapter" / "sqft" / "training_log.json").read_text()) for out in ("one", "many")
-    ]
+    logs = [json.loads((place / "adapter" / "sqft" / "training_log.json").read_text()) for place in (alone, out)]
     for kind, key in (("train", "loss"), ("eval", "eval_loss")):
         losses = [[entry[key] for entry in log[kind]] for log in logs]
         assert losses[0] == pytest.approx(losses[1], abs=2e-4)
     # The same key: a run that began with several processes goes on with one.
-    again = run(recipe, tmp_path / "many")
-    assert again.returncode == 0, again.stderr
-    keys = [Artifact.open(tmp_path / out / "adapter").manifest["key"] for out in ("one", "many")]
+    keys = [Artifact.open(place / "adapter").manifest["key"] for place in (alone, out)]
     assert keys[0] == keys[1]
+    if processes == 2:
+        again = run(recipe, out, *TRAINING)
+        assert again.returncode == 0, again.stderr
+        assert "step " not in again.stderr  # the training is there
 
 
 def test_an_int4_run_goes_on_alone_after_its_training(recipe: Path, tmp_path: Path) -> None:
