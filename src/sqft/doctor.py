@@ -196,6 +196,6 @@ def _write_model(folder: Path) -> None:
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
+        model: Any = LlamaForCausalLM(config)
+    model.bfloat16().save_pretrained(folder)
     wrapped.save_pretrained(folder)

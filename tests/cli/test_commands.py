@@ -15,7 +15,7 @@ from sqft.verbs.places import model_folder, result_file
 
 
 def test_two_gguf_files_are_unpacked_into_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sqft.model.sources._unpack_gguf", lambda file, workspace: workspace / "dense")
+    monkeypatch.setattr("sqft.model.sources._unpack_gguf", lambda file, folder: folder)
     first, again, other = (
         model_folder(str(tmp_path / name), tmp_path) for name in ("a/m.gguf", "a/m.gguf", "b/m.gguf")
     )

@@ -13,7 +13,7 @@ import pytest
 
 from sqft import pipeline
 from sqft.artifact import Artifact
-from sqft.cli.commands import _any_failed
+from sqft.cli.commands.showing import _any_failed
 from sqft.compare import sweep
 from sqft.compare.methods import METHODS, PAPER, method_recipe, with_level
 from sqft.compare.run import _run_row, row_file, run

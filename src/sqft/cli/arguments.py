@@ -292,6 +292,23 @@ COMMANDS = (
         (TRUST, Argument("model", type=_path, help="model folder"), JSON),
     ),
     Command(
+        "chat",
+        "talk to a model: its greedy answers, as they are made",
+        'merged --raw --prompt "What is 3 + 4?"',
+        (
+            TRUST,
+            Argument("model", type=_path, help="model folder"),
+            Argument("--adapter", type=_path, help="an adapter to attach, unmerged"),
+            Argument("--prompt", help="answer this and end (default: ask, until Control-D)"),
+            Argument(
+                "--raw",
+                action="store_true",
+                help="read each prompt as it is, alone (default: as a turn of a chat, if there is a template)",
+            ),
+            Argument("--max-tokens", type=_whole(1), default=256, help="of an answer (default 256)"),
+        ),
+    ),
+    Command(
         "evaluate",
         "measure a model on tasks through lm-eval",
         "merged --task gsm8k --limit 100",
