@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: help install quickstart serving test lint format types imports docs picture pytest fuzz crashes
+.PHONY: help install quickstart serving test lint format types imports docs picture pytest fuzz crashes gguf
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,6 +34,10 @@ quickstart: $(STAMP) ## compress and fine-tune a small model, merge it, verify i
 serving: $(STAMP) ## MODEL=path: serve a model with vLLM on the CPU, in its own environment, beside transformers
 	@test -n "$(MODEL)" || { echo "make serving: which model? Use: make serving MODEL=path/to/folder"; exit 2; }
 	@$(BIN)/python tests/serving/serve_vllm.py "$(MODEL)" $(SERVING_ARGS)
+
+gguf: $(STAMP) ## MODEL=path: export a quantised model to GGUF, run it in llama.cpp, beside transformers in float32
+	@test -n "$(MODEL)" || { echo "make gguf: which model? Use: make gguf MODEL=path/to/folder"; exit 2; }
+	@$(BIN)/python tests/llama/compare.py "$(MODEL)" $(GGUF_ARGS)
 
 test: lint types imports docs pytest ## everything that CI runs
 

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from sqft.core.blocks import BLOCK
 from sqft.digests import digest_file
 from sqft.disk import read_json
+from sqft.errors import InputError
 from sqft.model.sources import is_hub_id
 from sqft.pages.blocks import Badge, Block, Code, Items, Page, Section, Text
 from sqft.pages.render import form
 from sqft.pages.text import ABSENT, model_name, percent_text
 from sqft.stages.report import sections, words
 from sqft.stages.report.models import stored_precision, zeros_of
+from sqft.storage.integers import parse_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,6 +43,10 @@ _OPENS = {
 _ROUNDED = (
     "On CPUs with AMX vLLM rounds activations to 8 bits for 4-bit models unless `VLLM_CPU_INT4_W4A8=0` is set: "
     "faster, but no longer the model that was verified."
+)
+_GGUF = (
+    "llama.cpp and Ollama run it from a GGUF file that holds the same weights to the bit. Do not run `llama-quantize` "
+    "on that file: it would round them again."
 )
 _CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -166,4 +173,18 @@ def _loading(config: Mapping[str, Any], *, trust: bool) -> Section:
     code = _CODE.format(folder=FOLDER, trust=", trust_remote_code=True" if trust else "")
     serve = f"vllm serve {FOLDER}{' --trust-remote-code' if trust else ''}"
     blocks: list[Block] = [Text(opens), Code(code, "python"), Code(serve, "sh")]
-    return Section("loading", "Loading it", [*blocks, Text(_ROUNDED)] if quantization else blocks)
+    if quantization:
+        blocks.append(Text(_ROUNDED))
+    if _fits_gguf(config):
+        blocks += [Text(_GGUF), Code(f"sqft export {FOLDER} model.gguf", "sh")]
+    return Section("loading", "Loading it", blocks)
+
+
+def _fits_gguf(config: Mapping[str, Any]) -> bool:
+    """Tell whether the grid is one of those that `sqft export` writes; the scales' values decide the rest."""
+    quantization = config.get("quantization_config") or {}
+    try:
+        scheme = parse_scheme(quantization, "")
+    except InputError:
+        return False
+    return (scheme.group_size or BLOCK) % BLOCK == 0 and (scheme.symmetric or scheme.bits < 8)
