@@ -59,17 +59,20 @@ def test_disk_is_forecast_to_the_byte_but_for_headers(tiny_model: Callable[..., 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", [False, True])
 def test_a_teacher_is_forecast_with_its_adapter_shortened_as_the_model_is(
-    tiny_model: Callable[..., Path], tmp_path: Path
+    trained: bool, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama", "bfloat16", num_hidden_layers=8)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     teacher = TeacherConfig(adapter=str(tmp_path / "adapter"))
+    if trained:
+        teacher = TeacherConfig(ranks=[4], max_steps=4, length=64, batch=2)
     values = {"finetune": None, "evaluate": None, "teacher": teacher}
     recipe = make_recipe(model, tmp_path).model_copy(update=values)
     forecasts = {forecast.stage: forecast for forecast in plan(recipe, tmp_path / "out")}
-    assert list(forecasts) == ["teacher", "quantize"]
+    assert list(forecasts) == [*(["finetune the teacher"] if trained else []), "teacher", "quantize"]
     pipeline.run(recipe, tmp_path / "out")
     made = Artifact.open(tmp_path / "out" / "teacher").manifest["size_bytes"]
     assert forecasts["teacher"].disk_bytes == pytest.approx(made, rel=0.05)

@@ -27,10 +27,11 @@ from sqft.errors import InputError
 from sqft.locks import run_lock
 from sqft.model.sources import local_folder
 from sqft.preparation import Inputs, prepare
+from sqft.recipe import MergeConfig
 from sqft.stages import evaluate, extract, finetune, merge, quantize, report, sparsify, teacher, verify
 
 if TYPE_CHECKING:
-    from sqft.recipe import Recipe
+    from sqft.recipe import FinetuneConfig, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         InputError: something of the recipe, model or data cannot be used; before any work, and all at once where it can
             be.
     """
-    if processes.count() > 1 and recipe.finetune is None:
+    if processes.count() > 1 and not _trainings(recipe):
         raise InputError(
             f"recipe {recipe.name} trains nothing that {processes.count()} processes could share; start one"
         )
@@ -84,13 +85,14 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         dense = local_folder(recipe.model, out, recipe.revision)
         given = teacher.locate(recipe.teacher, out)
         context = Context(recipe.seed, recipe.trust_remote_code)
-        recipe = fix_date(recipe, context, dense, out)
+        recipe = fix_date(recipe, context, teacher.tuned_folder(recipe.teacher, dense, given), out)
         flow = _Flow(recipe, out, context, prepare(recipe, context, dense, given), announce, dense)
         flow.teach(given)
-        flow.sparsify()
-        flow.quantize()
-        flow.finetune()
-        if not processes.first():
+        if not flow.dismissed:
+            flow.sparsify()
+            flow.quantize()
+            flow.finetune()
+        if flow.dismissed:
             return RunResult(out, out / "report.html", None)
         flow.extract()
         flow.merge()
@@ -107,6 +109,7 @@ class _Flow:
     Attributes:
         base: the model that the next stage works on.
         models: what can be evaluated, as (model, adapter).
+        trained: how many trainings are done.
     """
 
     recipe: Recipe
@@ -116,6 +119,12 @@ class _Flow:
     announce: Callable[[str], None]
     base: Path
     models: dict[str, tuple[Path, Path | None]] = field(default_factory=dict)
+    trained: int = 0
+
+    @property
+    def dismissed(self) -> bool:
+        """Whether this process has nothing more to do: it is not the first, and all that is trained is."""
+        return not processes.first() and self.trained == len(_trainings(self.recipe))
 
     def __post_init__(self) -> None:
         self.models["dense"] = (self.base, None)
@@ -126,16 +135,37 @@ class _Flow:
 
     def teach(self, given: Path | None) -> None:
         """Make the tuned dense model; `given` is the adapter or the model that the recipe names."""
-        config = self.recipe.teacher
-        if config is None or given is None:
+        config, out = self.recipe.teacher, self.out / "teacher"
+        if config is None:
             return
-        if config.adapter is None:
-            self.base = given
-            self.models["teacher"] = (given, None)
-            return
-        self.announce("merge the adapter into the dense model")
-        teacher.run(self.base, given, self.recipe.model, self.out / "teacher", self.context)
-        self._made("teacher")
+        if config.training is not None:
+            self.announce("tune the dense model")
+            adapter = self.out / "teacher_adapter"
+            self._train(config.training, adapter)
+            if self.dismissed:
+                return
+            # Whatever zeros the dense model has are no promise: what is pruned is chosen afterwards.
+            merge.run(MergeConfig(allow_sparsity_loss=True), self.base, adapter, out, self.context)
+        elif config.adapter is not None and given is not None:
+            self.announce("merge the adapter into the dense model")
+            teacher.run(self.base, given, self.recipe.model, out, self.context)
+        self.base = out if config.model is None or given is None else given
+        self.models["teacher"] = (self.base, None)
+
+    def _train(self, config: FinetuneConfig, out: Path) -> None:
+        """Train adapters on what is there, together with the processes that have waited for it."""
+        inputs, context = self.inputs, self.context if config.seed is None else self.context.seeded(config.seed)
+        if processes.first():
+            processes.barrier()
+        train, validation = ([(e.prompt, e.answer) for e in rows] for rows in (inputs.train, inputs.validation))
+        held_out = validation if config.evaluate_every is not None else []
+        finetune.run(config, self.base, train, held_out, out, context, data=inputs.source)
+        self.trained += 1
+        last = self.trained == len(_trainings(self.recipe))
+        if processes.first() and last:
+            processes.leave_group()
+        elif not last and not processes.first():
+            processes.barrier()  # until the first has made what is trained on next
 
     def sparsify(self) -> None:
         config, tokens = self.recipe.sparsify, self.inputs.tokens
@@ -158,17 +188,11 @@ class _Flow:
         self._made("quantized")
 
     def finetune(self) -> None:
-        config, inputs = self.recipe.finetune, self.inputs
+        config = self.recipe.finetune
         if config is None:
             return
         self.announce("finetune")
-        if processes.first():
-            processes.barrier()
-        context = self.context if config.seed is None else self.context.seeded(config.seed)
-        train, validation = ([(e.prompt, e.answer) for e in rows] for rows in (inputs.train, inputs.validation))
-        finetune.run(config, self.base, train, validation, self.out / "adapter", context, data=inputs.source)
-        if processes.first():
-            processes.leave_group()
+        self._train(config, self.out / "adapter")
 
     def extract(self) -> None:
         config, out = self.recipe.search, self.out / "sub_adapter"
@@ -211,6 +235,12 @@ class _Flow:
                 file = self.out / "evaluations" / f"{row}.json"
                 results[row] = evaluate.run(config, data, *self.models[row], file, self.context)
         _write_summary(self.out, results, self.recipe.seed)
+
+
+def _trainings(recipe: Recipe) -> list[FinetuneConfig]:
+    """Return the trainings of a run, in order."""
+    tuned = None if recipe.teacher is None else recipe.teacher.training
+    return [config for config in (tuned, recipe.finetune) if config is not None]
 
 
 def fix_date(recipe: Recipe, context: Context, dense: Path, out: Path) -> Recipe:

@@ -13,6 +13,8 @@ from sqft.errors import InputError, Problems
 from sqft.model.targets import find_targets, skeleton
 from sqft.recipe import SparsifyConfig
 from sqft.stages import evaluate, finetune, quantize, report, sparsify, teacher
+from sqft.storage.archive import stored
+from sqft.storage.masks import MASK_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from sqft.context import Context
     from sqft.data.load import Data
     from sqft.data.tasks import Example, Task
-    from sqft.recipe import CalibrationConfig, Recipe
+    from sqft.recipe import CalibrationConfig, FinetuneConfig, Recipe
 
 
 @dataclass
@@ -62,32 +64,34 @@ def prepare(recipe: Recipe, context: Context, dense: Path, given: Path | None = 
         InputError: all that is wrong with recipe, model and data.
     """
     inputs = Inputs({"data": recipe.data.model_dump(mode="json")})
+    tuned = teacher.tuned_folder(recipe.teacher, dense, given)
     with Problems(f"recipe {recipe.name}") as problems:
-        reported = _read_rows(recipe, context.data(dense), inputs, problems)
+        reported = _read_rows(recipe, context.data(tuned), inputs, problems)
         problems.attempt(lambda: report.check_baselines(recipe))
-        problems.attempt(lambda: _check_teacher(recipe, dense, given))
-        network = problems.attempt(lambda: skeleton(dense, trust_remote_code=context.trust_remote_code))
-        _read_calibration(recipe, context, dense, inputs, problems)
+        problems.attempt(lambda: _check_teacher(recipe, context, dense, given, inputs.train))
+        network = problems.attempt(lambda: skeleton(tuned, trust_remote_code=context.trust_remote_code))
+        _read_calibration(recipe, context, tuned, inputs, problems)
         if network is not None:
-            _check_compression(recipe, dense, network, inputs, problems)
-            _check_finetune(recipe, context, dense, network, inputs.train, problems)
+            _check_compression(recipe, tuned, network, inputs, problems)
+            _check_finetune(recipe, context, tuned, network, inputs.train, problems)
         tuned_on = inputs.train
         if recipe.finetune is None and _calibrates_on_task(recipe, inputs):
-            read = partial(context.data(dense).examples, recipe.data, "train", recipe.seed)
+            read = partial(context.data(tuned).examples, recipe.data, "train", recipe.seed)
             tuned_on = problems.attempt(read) or []
-        problems.extend(_leaks(recipe, context.data(dense), tuned_on, inputs.selection, reported))
+        problems.extend(_leaks(recipe, context.data(tuned), tuned_on, inputs.selection, reported))
     return inputs
 
 
 def _read_rows(recipe: Recipe, data: Data, inputs: Inputs, problems: Problems) -> dict[str, evaluate.Reading]:
     """Read the rows that are trained, selected and verified on; return those that are reported, by task."""
     tuned, seed = recipe.finetune, recipe.seed
-    if tuned is not None:
+    trainings = [config for config in (recipe.teacher and recipe.teacher.training, tuned) if config is not None]
+    if trainings:
         inputs.train = problems.attempt(lambda: data.examples(recipe.data, "train", seed)) or []
-        if tuned.evaluate_every is not None:
+        if any(config.evaluate_every is not None for config in trainings):
             inputs.validation = problems.attempt(lambda: data.examples(recipe.data, "validation", seed)) or []
-        if recipe.search.searches:
-            inputs.selection = problems.attempt(lambda: data.tasks(recipe.data, "validation")) or []
+    if tuned is not None and recipe.search.searches:
+        inputs.selection = problems.attempt(lambda: data.tasks(recipe.data, "validation")) or []
     verifies = tuned is not None and recipe.merge is not None and recipe.verify is not None
     judged = recipe.evaluate is not None or verifies
     if judged and (test := problems.attempt(lambda: data.tasks(recipe.data, "test"))):
@@ -118,9 +122,18 @@ def _read_calibration(recipe: Recipe, context: Context, dense: Path, inputs: Inp
         inputs.quantize_tokens = draw(_quantize_calibration(recipe))
 
 
-def _check_teacher(recipe: Recipe, dense: Path, given: Path | None) -> None:
-    if recipe.teacher is not None and given is not None:
+def _check_teacher(recipe: Recipe, context: Context, dense: Path, given: Path | None, train: list[Example]) -> None:
+    """Refuse a teacher that is given and is no tuned form of the dense model, or a training that cannot be."""
+    if recipe.teacher is None:
+        return
+    if given is not None:
         teacher.check(recipe.teacher, dense, given, recipe.model, trust_remote_code=recipe.trust_remote_code)
+    elif (config := recipe.teacher.training) is not None:
+        network = skeleton(dense, trust_remote_code=context.trust_remote_code)
+        with Problems("teacher") as problems:
+            _check_training(config, context, dense, network, train, problems)
+            if stored(dense / MASK_FILE) is not None:
+                problems.add(f"{dense} has a mask, and a dense LoRA would fill its zeros; give the dense model")
 
 
 def _check_compression(
@@ -146,13 +159,26 @@ def _check_finetune(
     config = recipe.finetune
     if config is None:
         return
-    problems.attempt(lambda: finetune.check(config, network))
-    problems.attempt(lambda: finetune.check_precision(config, dense, quantised_first=recipe.quantize is not None))
+    _check_training(config, context, dense, network, train, problems, quantised_first=recipe.quantize is not None)
     if recipe.quantize is not None and config.kind == "quantized":
         problems.attempt(lambda: _check_quantised_targets(recipe, network))
+
+
+def _check_training(
+    config: FinetuneConfig,
+    context: Context,
+    base: Path,
+    network: PreTrainedModel,
+    train: list[Example],
+    problems: Problems,
+    *,
+    quantised_first: bool = False,
+) -> None:
+    problems.attempt(lambda: finetune.check(config, network))
+    problems.attempt(lambda: finetune.check_precision(config, base, quantised_first=quantised_first))
     if train:
         pairs = [(e.prompt, e.answer) for e in train]
-        problems.attempt(lambda: finetune.label(config, context.tokenizer(dense), pairs, network.config))
+        problems.attempt(lambda: finetune.label(config, context.tokenizer(base), pairs, network.config))
 
 
 def _check_quantised_targets(recipe: Recipe, network: PreTrainedModel) -> None:

@@ -103,6 +103,20 @@ def test_an_int4_run_goes_on_alone_after_its_training(recipe: Path, tmp_path: Pa
     assert (tmp_path / "int4" / "evaluations" / "merged.json").is_file()
 
 
+@pytest.mark.parametrize("after", ["{kind: sparse, ranks: [4], max_steps: 2, length: 128, batch: 2}", "null"])
+def test_processes_share_the_teachers_training_and_wait_for_the_base(recipe: Path, tmp_path: Path, after: str) -> None:
+    teacher = "teacher={ranks: [4], max_steps: 2, length: 128, batch: 2, accumulation: 2, packing: false}"
+    out, settings = tmp_path / "taught", ["--set", teacher, "--set", f"finetune={after}", "--set", "evaluate=null"]
+    shared = run(recipe, out, *settings, processes=2)
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.count("report:") == 1
+    made = {path.name for path in out.iterdir() if path.is_dir()}
+    tuned = set() if after == "null" else {"adapter", "sub_adapter", "merged"}
+    assert made == {"teacher_adapter", "teacher", "sparse"} | tuned
+    again = run(recipe, out, *settings)
+    assert again.returncode == 0, again.stderr
+
+
 def test_what_processes_cannot_share_is_refused(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]
 ) -> None:

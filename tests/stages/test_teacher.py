@@ -18,7 +18,7 @@ from sqft.context import Context
 from sqft.digests import digest_file
 from sqft.errors import InputError
 from sqft.pipeline import run
-from sqft.recipe import Recipe, load_recipe
+from sqft.recipe import FinetuneConfig, Recipe, TeacherConfig, load_recipe
 from sqft.stages import teacher
 from sqft.storage.checkpoint import Checkpoint
 
@@ -265,20 +265,71 @@ def test_all_that_is_wrong_with_a_recipe_is_said_at_once(recipe: Path, tmp_path:
     ("values", "message"),
     [
         ({"adapter": "a", "model": "b"}, "has an adapter (a) and a model (b)"),
-        ({}, "has neither adapter nor model"),
+        ({"adapter": "a", "epochs": 1, "length": 64}, "a is there already and is not trained, so epochs, length would"),
+        ({"revision": "v1"}, "revision is v1, which only an adapter or a model has"),
+        ({"ranks": [8, 4]}, "teacher.ranks: List should have at most 1 item"),
+        ({"kind": "sparse"}, "teacher.kind: Input should be 'dense'"),
         ({"adapters": "a"}, "unknown key 'teacher.adapters'; did you mean 'adapter'?"),
     ],
 )
-def test_one_key_says_what_the_teacher_is(values: dict[str, str], message: str, recipe: Path) -> None:
+def test_one_key_says_what_the_teacher_is(values: dict[str, Any], message: str, recipe: Path) -> None:
     with pytest.raises(InputError) as error:
         load_recipe(recipe, [f"teacher={json.dumps(values)}"])
     assert message in str(error.value)
 
 
-def test_without_a_teacher_nothing_of_it_is_in_a_recipe_but_null(recipe: Path) -> None:
-    made = load_recipe(recipe, ["teacher=null"])
-    assert Recipe(**{**made.model_dump(), "teacher": None}) == made
-    assert teacher.locate(None, Path("nowhere")) is None
+def test_a_recipe_holds_of_a_teacher_what_is_used(recipe: Path) -> None:
+    given, trained = TeacherConfig(adapter="a"), TeacherConfig(max_steps=2, length=64)
+    assert given.model_dump() == {"adapter": "a", "model": None, "revision": None}
+    assert given.training is None
+    assert trained.training == FinetuneConfig(kind="dense", ranks=[32], max_steps=2, length=64)
+    assert not {"adapter", "model", "revision"} & trained.model_dump().keys()
+    for teaching in (given, trained, None):
+        made = load_recipe(recipe, ["teacher=null"]).model_copy(update={"teacher": teaching})
+        assert Recipe(**made.model_dump()) == made
+
+
+def test_the_tokenizer_is_that_of_what_is_compressed() -> None:
+    dense, mine = Path("dense"), Path("mine")
+    assert teacher.tuned_folder(TeacherConfig(model="mine"), dense, mine) == mine
+    for config in (TeacherConfig(adapter="mine"), TeacherConfig(), None):
+        assert teacher.tuned_folder(config, dense, mine) == dense
+    assert teacher.locate(TeacherConfig(), dense) is None
+
+
+TRAINED = {"ranks": [4], "max_steps": 3, "length": 64, "batch": 2, "learning_rate": 0.02, "evaluate_every": 2}
+
+
+def test_the_dense_model_is_tuned_first_as_dense_and_lora_is(recipe: Path, tmp_path: Path) -> None:
+    out, more = tmp_path / "out", ["data.validation_rows=4"]
+    made = load_recipe(recipe, [f"teacher={json.dumps(TRAINED)}", *more])
+    assert run(made, out).verified
+    assert list(json.loads((out / "eval.json").read_text())["rows"])[:3] == ["dense", "teacher", "quantized"]
+    assert "by: a LoRA trained on the same data" in (out / "merged" / "README.md").read_text()
+    report = (out / "report.md").read_text()
+    assert "Dense + LoRA" in report
+    assert "finetune the teacher" in report
+    alone = json.dumps({**TRAINED, "kind": "dense"})
+    nothing_else = ["teacher=null", "sparsify=null", "quantize=null", f"finetune={alone}", *more]
+    run(load_recipe(recipe, nothing_else), tmp_path / "alone")
+    weights = [folder / "model.safetensors" for folder in (out / "teacher", tmp_path / "alone" / "merged")]
+    assert digest_file(weights[0]) == digest_file(weights[1])
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    run(made, out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+
+def test_a_training_of_the_dense_model_that_cannot_be_is_refused_before_work(recipe: Path, tmp_path: Path) -> None:
+    wrong = json.dumps({**TRAINED, "target_modules": ["nothing"], "length": 2})
+    with pytest.raises(InputError, match="teacher: 2 problems") as error:
+        run(load_recipe(recipe, [f"teacher={wrong}"]), tmp_path / "out")
+    assert "target module 'nothing'" in str(error.value)
+    assert "examples are longer than a row of 2 tokens" in str(error.value)
+    sparse = ["teacher=null", "quantize=null", "finetune=null", "evaluate=null"]
+    run(load_recipe(recipe, sparse), tmp_path / "pruned")
+    masked = [f"model={tmp_path / 'pruned' / 'sparse'}", f"teacher={json.dumps(TRAINED)}"]
+    with pytest.raises(InputError, match="has a mask, and a dense LoRA would fill its zeros"):
+        run(load_recipe(recipe, masked), tmp_path / "out")
 
 
 def test_an_adapter_that_is_nowhere(recipe: Path, tmp_path: Path) -> None:

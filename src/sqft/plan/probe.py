@@ -18,12 +18,13 @@ from sqft.model.opening import load_config
 
 if TYPE_CHECKING:
     from sqft.data.load import Data
-    from sqft.recipe import EvaluateConfig, Recipe, SearchConfig
+    from sqft.recipe import EvaluateConfig, FinetuneConfig, Recipe, SearchConfig
 
 logger = logging.getLogger(__name__)
 
 PROBE_STEPS = 3
 _FOLDERS = {
+    "teacher_adapter": "finetune the teacher",
     "teacher": "teacher",
     "sparse": "sparsify",
     "quantized": "quantize",
@@ -69,6 +70,8 @@ def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
     if recipe.finetune is not None:
         values["finetune"] = recipe.finetune.model_copy(update={"max_steps": PROBE_STEPS, "evaluate_every": None})
         values["search"] = _short_search(recipe.search)
+    if recipe.teacher is not None and recipe.teacher.training is not None:
+        values["teacher"] = recipe.teacher.model_copy(update={"max_steps": PROBE_STEPS, "evaluate_every": None})
     counts: dict[str, int] = {}
     judged = 0
     try:
@@ -128,18 +131,10 @@ def _figures(recipe: Recipe, run: Path, evaluated: Mapping[str, int], judged: in
             continue
         manifest = Artifact.open(run / name).manifest
         seconds = float(manifest["seconds"])
-        if stage == "finetune":
-            assert recipe.finetune is not None
-            result = manifest["result"]
-            steps = recipe.finetune.max_steps or max(
-                1,
-                round(
-                    recipe.finetune.epochs
-                    * result["packed_rows"]
-                    / (recipe.finetune.batch * recipe.finetune.accumulation)
-                ),
-            )
-            seconds += result["train_seconds"] / result["steps"] * (steps - result["steps"])
+        if name == "adapter" and recipe.finetune is not None:
+            seconds += _further_seconds(recipe.finetune, manifest["result"])
+        if name == "teacher_adapter" and recipe.teacher is not None and recipe.teacher.training is not None:
+            seconds += _further_seconds(recipe.teacher.training, manifest["result"])
         if stage == "search" and recipe.search.searches:
             record = read_json(run / name / extract.RECORD)
             each = statistics.mean(trial["seconds"] for trial in record["trials"])
@@ -161,3 +156,10 @@ def _figures(recipe: Recipe, run: Path, evaluated: Mapping[str, int], judged: in
             "seconds": cost["seconds"] + further,
         }
     return found
+
+
+def _further_seconds(config: FinetuneConfig, result: Mapping[str, Any]) -> float:
+    """Return what a training takes beyond the few steps that a probe took."""
+    epoch = result["packed_rows"] / (config.batch * config.accumulation)
+    steps = config.max_steps or max(1, round(config.epochs * epoch))
+    return float(result["train_seconds"] / result["steps"] * (steps - result["steps"]))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from sqft.recipe.base import Config, PathText
+from sqft.recipe.base import PathText, PositiveInt
+from sqft.recipe.settings import FinetuneConfig
+
+_GIVEN = ("adapter", "model", "revision")
 
 
-class TeacherConfig(Config):
-    """The tuned dense model that is compressed in place of `model` (stage `teacher`): one of its keys says which."""
+class TeacherConfig(FinetuneConfig):
+    """The tuned dense model that is compressed in place of `model`: an adapter, a model, or one that the run tunes."""
 
+    kind: Literal["dense"] = Field("dense", description="plain LoRA, merged into the dense model after its training")
+    ranks: list[PositiveInt] = Field([32], min_length=1, max_length=1, description="the rank of the LoRA")
     adapter: PathText | None = Field(
         None, description="a LoRA of `model`, a folder or a Hub id: PEFT merges it, and the result is compressed"
     )
     model: PathText | None = Field(
         None,
-        description="`model` as you have tuned it, in full or with an adapter merged: a folder, a file or a Hub id",
+        description="`model` as you have tuned it, in full or by a merged adapter: a folder, a file or a Hub id",
     )
     revision: str | None = Field(
         None, description="branch, tag or commit of an adapter or a model of the Hub; null: its main branch"
@@ -29,6 +34,31 @@ class TeacherConfig(Config):
             raise ValueError(
                 f"has an adapter ({self.adapter}) and a model ({self.model}); give the one that tunes the dense model"
             )
-        if self.adapter is None and self.model is None:
-            raise ValueError("has neither adapter nor model; give one, or set teacher: null to compress `model` itself")
+        if self.given is None:
+            if self.revision is not None:
+                raise ValueError(f"revision is {self.revision}, which only an adapter or a model has; leave it out")
+            return self
+        if settings := sorted(self.model_fields_set.difference(_GIVEN)):
+            raise ValueError(
+                f"{self.given} is there already and is not trained, so {', '.join(settings)} would do nothing; leave "
+                "them out, or leave out what is given to have the dense model tuned"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the settings of a training that does not happen, and else what is not given."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if (name in _GIVEN) == (self.given is not None)}
+
+    @property
+    def given(self) -> str | None:
+        """The adapter or the model that is there already; None where the run tunes the dense model itself."""
+        return self.adapter or self.model
+
+    @property
+    def training(self) -> FinetuneConfig | None:
+        """How the run tunes the dense model; None where an adapter or a model is given."""
+        if self.given is not None:
+            return None
+        return FinetuneConfig(**{name: getattr(self, name) for name in FinetuneConfig.model_fields})

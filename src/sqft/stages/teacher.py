@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def locate(config: TeacherConfig | None, workspace: Path) -> Path | None:
-    """Return the folder of the adapter or the tuned model that a recipe gives, None where it gives none.
+    """Return the folder of the adapter or the tuned model that a recipe gives; None where it gives none.
 
     Args:
         config: what the recipe says.
@@ -43,12 +43,16 @@ def locate(config: TeacherConfig | None, workspace: Path) -> Path | None:
     Raises:
         InputError: it is nowhere.
     """
-    if config is None:
+    if config is None or config.given is None:
         return None
     if config.adapter is not None:
         return adapter_folder(config.adapter, config.revision)
-    assert config.model is not None
-    return local_folder(config.model, workspace, config.revision, name="teacher")
+    return local_folder(config.given, workspace, config.revision, name="teacher")
+
+
+def tuned_folder(config: TeacherConfig | None, dense: Path, given: Path | None) -> Path:
+    """Return the folder whose tokenizer and shapes the run has: a tuned model's that is given, else the dense one's."""
+    return dense if config is None or config.model is None or given is None else given
 
 
 def check(config: TeacherConfig, dense: Path, given: Path, reference: str, *, trust_remote_code: bool = False) -> None:

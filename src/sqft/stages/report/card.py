@@ -104,10 +104,11 @@ def model_card(facts: Facts, base: BaseCard) -> str:
     recipe, config, zeros = facts.recipe, facts.merged_config, zeros_of("merged", facts.manifests)
     sparse = recipe.sparsify is not None and zeros is not None
     limit = f", at most {recipe.data.train_limit:,} training rows" if recipe.data.train_limit else ""
-    tuned = recipe.teacher and (recipe.teacher.adapter or recipe.teacher.model)
+    taught = recipe.teacher
+    tuned = taught and (f"`{taught.given}`" if taught.given else "a LoRA trained on the same data")
     about = [
         f"Base model: `{recipe.model}`",
-        *([f"Tuned, before it was compressed, by: `{tuned}`"] if tuned else []),
+        *([f"Tuned, before it was compressed, by: {tuned}"] if tuned else []),
         f"Data: `{recipe.data.task}`{limit}",
         f"Sparsity: {_sparsity(zeros, 'targeted') if sparse else 'none was made by this recipe'}",
         f"Precision: {_precision(config)}",

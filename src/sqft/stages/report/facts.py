@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "dense": "unpack",
+    "teacher_adapter": "finetune the teacher",
     "teacher": "teacher",
     "sparse": "sparsify",
     "quantized": "quantize",
@@ -127,7 +128,8 @@ def _search(path: Path) -> dict[str, Any] | None:
 def _missing(out: Path, recipe: Recipe, manifests: Mapping[str, Any]) -> list[str]:
     merges = recipe.finetune is not None and recipe.merge is not None
     wanted = {
-        "teacher": recipe.teacher is not None and recipe.teacher.adapter is not None,
+        "teacher_adapter": recipe.teacher is not None and recipe.teacher.training is not None,
+        "teacher": recipe.teacher is not None and recipe.teacher.model is None,
         "sparse": recipe.sparsify is not None and not recipe.joint,
         "quantized": recipe.quantize is not None,
         "adapter": recipe.finetune is not None,
