@@ -94,6 +94,22 @@ def _finetuned(folder: Path, out: Path) -> Path:
     return out
 
 
+def teacher(folder: Path) -> None:
+    """PEFT's merge of an adapter, written in place of a copy."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from sqft.stages import teacher as stage_
+
+    adapter = folder.parent.parent / "lora"
+    if not adapter.exists():
+        network = AutoModelForCausalLM.from_pretrained(_model(folder), dtype="auto")
+        settings = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        get_peft_model(network, settings).save_pretrained(adapter)
+    made = stage_.run(_model(folder), adapter, "model", folder / "teacher", Context())
+    assert made.manifest["result"]["tensors_changed"] == 4
+
+
 def sparsify(folder: Path) -> None:
     """Pruning, written in place of a copy."""
     from sqft.recipe import SparsifyConfig
@@ -155,7 +171,7 @@ def _prepare_model(places: Path) -> None:
     tokenizer.save_pretrained(places / "model")
 
 
-REAL = (sparsify, quantize, finetune, search, merge)
+REAL = (teacher, sparsify, quantize, finetune, search, merge)
 WORKS: dict[str, Work] = {work.__name__: work for work in (stage, resumed_stage, result, damaged_order, *REAL)}
 
 

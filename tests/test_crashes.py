@@ -28,7 +28,8 @@ def test_a_kill_at_any_change_of_a_folder(work: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("work", "stride"), [("sparsify", 47), ("quantize", 61), ("finetune", 41), ("search", 53), ("merge", 43)]
+    ("work", "stride"),
+    [("teacher", 17), ("sparsify", 47), ("quantize", 61), ("finetune", 41), ("search", 53), ("merge", 43)],
 )
 def test_a_kill_in_any_stage(work: str, stride: int, tmp_path: Path) -> None:
     """Some of the changes; `make crashes` takes every one."""
