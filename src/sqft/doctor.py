@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from sqft.core.bfloat16 import multiplies_bfloat16
 from sqft.disk import read_json
 from sqft.errors import SqftError
 from sqft.recipe import Recipe
@@ -51,7 +52,7 @@ def examine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "vector_units": torch.backends.cpu.get_cpu_capability(),
-        "fast_bfloat16": _fast_bfloat16(),
+        "multiplies_bfloat16": multiplies_bfloat16(),
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "disk_free_bytes": here.free,
@@ -97,7 +98,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         for i, gpu in enumerate(found["gpus"])
     ]
     why = "torch sees none" if found["cuda"] else "this torch is a CPU build"
-    bfloat16 = "fast" if found["fast_bfloat16"] else "slow: no AMX and no AVX-512 BF16"
+    bfloat16 = "by the processor" if found["multiplies_bfloat16"] else "in float32: no AMX and no AVX-512 BF16"
     optional = "; ".join(
         f"{name} {version or 'absent'} ({_OPTIONAL[name]})" for name, version in found["optional"].items()
     )
@@ -108,7 +109,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("versions", libraries),
         ("system", found["system"]),
         ("processor", f"{found['processor']}, {found['cores']} cores, {found['threads']} threads of torch"),
-        ("units", f"{found['vector_units']}; bfloat16 {bfloat16}"),
+        ("units", f"{found['vector_units']}; bfloat16 products {bfloat16}"),
         (
             "memory",
             f"{_gigabytes(found['memory_bytes'])}, of which {_gigabytes(found['memory_available_bytes'])} available",
@@ -135,11 +136,6 @@ def _gigabytes(count: float) -> str:
 def _processor() -> str:
     flags = _cpu_facts("model name")
     return flags or platform.processor() or platform.machine()
-
-
-def _fast_bfloat16() -> bool:
-    """Return whether the processor multiplies bfloat16 itself; without, such products take several times longer."""
-    return bool({"amx_bf16", "avx512_bf16"} & set(_cpu_facts("flags").split()))
 
 
 def _cpu_facts(name: str) -> str:

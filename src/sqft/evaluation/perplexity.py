@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sqft.core.bfloat16 import fast_products
 from sqft.data.calibration import perplexity_tokens
 from sqft.data.encode import beginning
 from sqft.progress import progress
@@ -50,7 +51,7 @@ def perplexity(
     """
     rows = windows(model.config, tokenizer, read)[:limit]
     losses = []
-    with progress(len(rows), "perplexity", "window") as advance:
+    with progress(len(rows), "perplexity", "window") as advance, fast_products(model):
         for row in rows:
             ids = row[None].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()

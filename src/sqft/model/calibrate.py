@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from sqft.core.bfloat16 import fast_products
 from sqft.core.mask import finite
 from sqft.core.statistics import Statistics
 from sqft.errors import NumericalError
@@ -251,11 +253,8 @@ class _Run:
                     return {name: cut(item) for name, item in value.items()}
                 return value
 
-            if observer is None:
+            with observer or nullcontext(), fast_products(block):
                 output = block(hidden[rows], *cut(args), **cut(kwargs))
-            else:
-                with observer:
-                    output = block(hidden[rows], *cut(args), **cut(kwargs))
             if kept is not None:
                 kept[rows] = output[0] if isinstance(output, tuple) else output
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
