@@ -54,6 +54,7 @@ def test_each_grid_goes_into_the_smallest_type_that_holds_it(
     written = json.loads((tmp_path / "proof.json").read_text())
     assert {key: written[key] for key in proof} == proof
     fields = GGUFReader(proof.path).fields
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"  # not what the converter guesses
     assert fields["general.file_type"].contents() == LlamaFileType[f"MOSTLY_{kind}"]
     assert nothing_but(tmp_path, "int4", "m.gguf", "proof.json")
 

@@ -18,7 +18,7 @@ from sqft.recipe import QuantizeConfig
 from sqft.stages import quantize
 from sqft.storage.gguf import prove
 from sqft.storage.integers import PackedCheckpoint
-from sqft.storage.tokenizer import mend_byte_fallback
+from sqft.storage.tokenizer import mend_byte_fallback, splits_as_gpt2
 
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 Content = dict[str, np.ndarray]
@@ -157,3 +157,25 @@ def test_a_flag_of_a_vocabulary_with_bytes_stays(tiny_model: Any, tmp_path: Path
     file.write_text(text)
     assert not mend_byte_fallback(tmp_path)
     assert file.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ('"use_regex": true', '"use_regex": false'),
+        ('"add_prefix_space": false', '"add_prefix_space": true'),
+        ('"type": "ByteLevel"', '"type": "Digits"'),
+        ('"normalizer": null', '"normalizer": {"type": "NFC"}'),
+    ],
+)
+def test_a_tokenizer_that_cuts_as_gpt2_is_told_from_others(tiny_model: Any, tmp_path: Path, was: str, now: str) -> None:
+    text = (tiny_model("llama") / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text)
+    assert splits_as_gpt2(tmp_path)
+    assert was in text
+    (tmp_path / "tokenizer.json").write_text(text.replace(was, now))
+    assert not splits_as_gpt2(tmp_path)
+
+
+def test_no_tokenizer_cuts_nothing(tmp_path: Path) -> None:
+    assert not splits_as_gpt2(tmp_path)

@@ -1,4 +1,4 @@
-"""A flag in tokenizer.json that says something else than the vocabulary does."""
+"""What tokenizer.json says of itself, where llama.cpp's converter would take it for something else."""
 
 from __future__ import annotations
 
@@ -25,3 +25,16 @@ def mend_byte_fallback(folder: Path) -> bool:
     text, found = re.subn(r'("byte_fallback":\s*)true', r"\1false", file.read_text(encoding="utf-8"), count=1)
     file.write_text(text, encoding="utf-8")
     return bool(found)
+
+
+def splits_as_gpt2(folder: Path) -> bool:
+    """Tell whether a text is cut by GPT-2's regular expression and nothing else before it becomes tokens.
+
+    The converter recognises how a tokenizer cuts by the tokens of one text, and takes one that transformers unpacked
+    from SmolLM2's GGUF file for SmolLM2's own, which cuts every digit off: the tokens of " ½" then differ.
+    """
+    file = folder / FILE
+    value = read_json(file) if file.is_file() else {}
+    cut = value.get("pre_tokenizer") or {}
+    plain = (value.get("normalizer") or {"normalizers": []}).get("normalizers") == []
+    return plain and cut.get("type") == "ByteLevel" and cut.get("use_regex") is True and not cut.get("add_prefix_space")

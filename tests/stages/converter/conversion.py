@@ -34,6 +34,7 @@ class ModelBase:
         return False
 
     def write(self):
+        self.gguf_writer.add_tokenizer_pre(self.get_vocab_base_pre(None))
         self.dequant_model()
         self.gguf_writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         for name, generate in self.model_tensors.items():
@@ -52,3 +53,8 @@ class ModelBase:
         self.gguf_writer.write_kv_data_to_file()
         self.gguf_writer.write_tensors_to_file()
         self.gguf_writer.close()
+
+
+class TextModel(ModelBase):
+    def get_vocab_base_pre(self, tokenizer):
+        return "guessed"

