@@ -1,4 +1,4 @@
-"""The rows of the paper's tables as three choices each: base, kind of adapter, and whether its ranks are elastic."""
+"""The rows of the paper's tables, each defined by base, kind of adapter, and one or elastic ranks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Start = Literal["compensated", "dequantized", "float"]
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices that make a row of the table.
+    """The choices that define a row of the table.
 
     Attributes:
-        label: as the paper calls it.
-        base: what is frozen.
-        kind: of the adapter; None is the base untuned.
-        elastic: several ranks (NLS) or the one that the heuristic would choose of them.
-        merged: one model comes out; verified.
+        label: the paper's name.
+        base: the frozen model.
+        kind: of the adapter; None is the untuned base.
+        elastic: several ranks (NLS), or only the median of them.
+        merged: whether the result is one merged, verified model.
         start: of quantisation-aware training; None is the recipe's.
     """
 
@@ -65,7 +65,7 @@ METHODS: dict[str, Choices] = {
     "gptq_lora": Choices("GPTQ + LoRA", "int4", "dense"),
     "sqft": Choices("SQFT", "int4", "dense", elastic=True),
     "qa_sparsepeft": Choices("SQFT + QA-SparsePEFT", "int4", "quantized", elastic=True, merged=True),
-    # Not in the paper's tables: the same with one rank (Tables 5, 9, 10), and from the other starting weights.
+    # Not in the default ten: the same with one rank (Tables 5, 9, 10), and from the other starting weights.
     "sparsepeft_lora": Choices("SparsePEFT, one rank", "sparse", "sparse", merged=True),
     "qa_lora": Choices("QA-SparsePEFT, one rank", "int4", "quantized", merged=True),
     "qa_dequantized": Choices(
@@ -79,8 +79,8 @@ PAPER = tuple(METHODS)[:10]
 
 
 def base_recipe(recipe: Recipe, base: Base, model: Path | None = None) -> Recipe:
-    """Return the recipe that makes a base and nothing more."""
-    # Apart, so that the sparse model stays on disk: it is a row of its own and the source of the INT4 one.
+    """Return the recipe that makes only a base."""
+    # Two passes, so that the sparse model is kept on disk: it is a row itself and the source of the INT4 base.
     quantize = (recipe.quantize or QuantizeConfig()).model_copy(update={"joint": False})
     return recipe.model_copy(
         update={
@@ -122,7 +122,7 @@ def method_recipe(recipe: Recipe, method: Choices, seed: int, model: Path | None
 
 
 def check_methods(methods: Sequence[str], problems: Problems) -> None:
-    """Add a problem for every name that is no method."""
+    """Add a problem for every unknown method."""
     for name in methods:
         if name not in METHODS:
             problems.add(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")

@@ -1,13 +1,13 @@
-"""Run every method with every seed, share what they share, and record each row in a file of its own.
+"""Run every method with every seed on shared bases, and record each row in its own file.
 
     OUT/shared/{dense,sparse,quantized}     bases, made once
     OUT/runs/METHOD-SEED/                   an ordinary run's folder; its bases are links into shared
-    OUT/rows/METHOD-SEED.json               the row: scores, proof, storage, cost, or why it failed
-    OUT/compare.{json,md,html}              the table over all rows that are there
+    OUT/rows/METHOD-SEED.json               the row: scores, checks, storage, cost, or the reason of a failure
+    OUT/compare.{json,md,html}              the table of all recorded rows
 
-A row that is recorded is not run again; a failed one is, and the others go on without it. Several processes may run the
-same command on one folder: each takes rows that no other is working on. Bases come from the recipe's seed, the training
-seeds vary initialisation, data order and rank draws; an untuned row has one seed.
+Recorded rows are not run again, except failed ones; a failure does not stop the other rows. Several processes may run
+the same command on one folder: each takes rows that no other is working on. Bases use the recipe's seed. Training seeds
+change initialisation, data order and rank sampling; an untuned row has one seed.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def run(
     """Run the grid and return the path of its table, compare.html.
 
     Args:
-        recipe: model, data, and the settings that all rows share.
+        recipe: model, data, and the settings shared by all rows.
         out: the folder of the comparison.
         methods: keys of METHODS, in the table's order.
         seeds: training seeds, 0 to seeds - 1, of the rows that train.
-        announce: told each row as it begins.
-        command: what the user typed, recorded in each row.
+        announce: called with each row as it starts.
+        command: the user's command line, recorded in each row.
 
     Raises:
         InputError: an unknown method, or a recipe without evaluation; before any work.
@@ -95,7 +95,7 @@ def run(
                 try:
                     held.enter_context(run_lock(out / "rows" / f".{name}-{seed}"))
                 except InputError:
-                    continue  # another process is at it
+                    continue  # another process is working on it
                 begun = True
                 if not _is_over(recipe, out, name, seed, data, began):
                     announce(f"{METHODS[name].label}, seed {seed}")
@@ -115,7 +115,7 @@ def _run_folder(out: Path, name: str, seed: int) -> Path:
 
 
 def row_file(out: Path, name: str, seed: int) -> Path:
-    """Return where a row's result stands."""
+    """Return the path of a row's result."""
     return out / "rows" / f"{name}-{seed}.json"
 
 
@@ -130,7 +130,7 @@ def _make_bases(recipe: Recipe, out: Path, bases: set[Base], announce: Callable[
 
 
 def _data_digest(recipe: Recipe, data: Data) -> str:
-    """Return a digest of the rows that every method trains on and is judged on."""
+    """Return a digest of the training and evaluation rows, which all methods share."""
     assert recipe.evaluate is not None
     parts = [data.examples(recipe.data, "train", recipe.seed)]
     for name in evaluate.task_names(recipe.evaluate, recipe.data):
@@ -145,12 +145,12 @@ def _key(recipe: Recipe, method: Choices, seed: int, data: str) -> str:
 
 
 def _is_over(recipe: Recipe, out: Path, name: str, seed: int, data: str, began: float) -> bool:
-    """Tell whether a row is done, or has failed in another process since this one began."""
+    """Return whether a row is done, or has failed in another process since this one started."""
     file = row_file(out, name, seed)
     if not file.is_file():
         return False
     row = read_json(file)
-    if row["status"] == "failed":  # tried again, whatever it failed with
+    if row["status"] == "failed":  # retried, whatever the reason
         return file.stat().st_mtime > began
     if row.get("key") != _key(recipe, METHODS[name], seed, data):
         raise InputError(f"{file}: was made with other settings or data; delete it, or choose another --out")
@@ -162,7 +162,7 @@ def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, data:
     method = METHODS[name]
     folder = _run_folder(out, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    # Those alone that the row stands on: a report shows every model that lies in its folder.
+    # Only the bases that the row uses: a report shows every model in its folder.
     for base in _BASES[method.base]:
         link, target = folder / base, out / "shared" / base
         if link.is_symlink() and not link.exists():
@@ -179,7 +179,7 @@ def _run_row(recipe: Recipe, out: Path, name: str, seed: int, dense: Path, data:
     }
     try:
         result = pipeline.run(made, folder, logger.info)
-    except Exception as error:  # whatever it is, the other rows go on
+    except Exception as error:  # no error stops the other rows
         expected = isinstance(error, SqftError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         logger.warning("%s, seed %d failed: %s", method.label, seed, reason, exc_info=not expected)
@@ -216,7 +216,7 @@ def _stored(method: Choices, folder: Path, dense: Path) -> int:
 
 
 def _precision(method: Choices, recipe: Recipe, dense: Path) -> str:
-    """Return what the row's weights are stored in: '16 bit', 'INT4', 'INT4 + adapter'."""
+    """Return the storage precision of the row's weights: '16 bit', 'INT4', 'INT4 + adapter'."""
     bits = (recipe.quantize or QuantizeConfig()).bits
     base = f"INT{bits}" if method.base == "int4" else f"{8 * Checkpoint(dense).dtype.itemsize} bit"
     return base if method.kind is None or method.merged else f"{base} + adapter"

@@ -1,9 +1,9 @@
-"""The numbers of a comparison: means over seeds with errors, and rows against each other on the very same questions.
+"""The numbers of a comparison: means over seeds with errors, and paired differences between methods.
 
-Two errors of a mean are shown, for they say different things: `rows`, how much the score would move with other test
-rows (binomial, over all tasks' rows), and `seeds`, how much it moves between training seeds (standard deviation over
-√seeds). Two methods are compared pair by pair: for each test row the difference of their seed-averaged correctness; its
-mean with a 95 % interval (normal, over rows). Their rows are the same, so what makes a question hard cancels.
+Each mean has two standard errors: `rows`, from sampling the test rows (binomial, over the rows of all tasks), and
+`seeds`, between training seeds (standard deviation / √seeds). Two methods are compared by the difference of their
+seed-averaged correctness on each test row: its mean with a 95 % interval (normal, over rows). The rows are the same, so
+the difficulty of a question cancels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sqft.recipe import QuantizeConfig
 if TYPE_CHECKING:
     from sqft.recipe import Recipe
 
-# (method, against): what each pair answers.
+# (method, against, question).
 PAIRS = (
     ("sparsepeft", "shears", "does masking cost accuracy? (merged against unmerged, float)"),
     ("sparsepeft", "lora", "one sparse model against a sparse base with LoRA beside it"),
@@ -45,7 +45,7 @@ _Z = 1.959964
 
 
 def summarise(recipe: Recipe, out: Path, methods: Sequence[str], seeds: int) -> dict[str, Any]:
-    """Return all that the table shows."""
+    """Return the content of the table."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in methods:
         files = [out / "rows" / f"{name}-{seed}.json" for seed in range(seeds)]
@@ -130,7 +130,7 @@ def _rows_per_second(done: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _one_model(name: str, done: Sequence[Mapping[str, Any]]) -> str:
-    """Say whether one model came out, by what verify found and not by what the method claims."""
+    """Return whether the row gives one merged model, according to verify."""
     if not METHODS[name].merged:
         return "–"
     if METHODS[name].kind != "dense":
@@ -173,11 +173,11 @@ def _correct(row: Mapping[str, Any]) -> list[int]:
 
 
 def compare_pair(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the difference of two methods over the seeds that both have; None where they share no rows.
+    """Return the difference of two methods over the seeds that both have; None if they share no rows.
 
     Returns:
-        {difference, low, high, n, by_seed}: mean of the paired differences and its 95 % interval over rows, which does
-        not hold what another seed would change; for that stand the differences of each seed.
+        {difference, low, high, n, by_seed}: mean of the paired differences, its 95 % interval over rows, which does not
+        include the variance between seeds, and the difference of each seed.
     """
     both = sorted({row["seed"] for row in one} & {row["seed"] for row in other})
     if not both:

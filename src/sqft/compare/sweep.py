@@ -1,8 +1,7 @@
 """Accuracy over sparsity levels (the paper's Figure 5), LoRA against NLS at each (Tables 5 and 9), none (Table 10).
 
-A level is an ordinary comparison in `OUT/sparsity-S`: shared bases, recorded rows, failures that stop no other row,
-processes that share the work. Level 0 prunes nothing: methods on a sparse float base are left out, those on a quantised
-base start from the dense model. A pattern such as 2:4 is also a level.
+A level is an ordinary comparison in `OUT/sparsity-S`. Level 0 prunes nothing: methods on a sparse float base are left
+out, those on a quantised base start from the dense model. A pattern such as 2:4 is also a level.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ DEFAULT = (
     *("sparse", "lora", "shears", "sparsepeft_lora", "sparsepeft"),
     *("int4", "gptq_lora", "sqft", "qa_lora", "qa_sparsepeft"),
 )
-# What a method on a sparse float base is called where nothing is pruned.
+# The names of methods on a sparse float base if nothing is pruned.
 _UNPRUNED = {"sparse": "dense", "lora": "dense_lora"}
 
 
@@ -47,16 +46,16 @@ def run(
     """Run a comparison at every level and return the path of sweep.html.
 
     Args:
-        recipe: model, data, and the settings that all share.
+        recipe: model, data, and the settings shared by all.
         out: the folder of the sweep.
         levels: sparsities such as '0.3', '0' for none, and patterns such as '2:4'.
         methods: keys of METHODS.
         seeds: training seeds.
         announce: called with each level and row as it starts.
-        command: what the user typed, recorded in each row.
+        command: the user's command line, recorded in each row.
 
     Raises:
-        InputError: a level that is neither, or as for a comparison; before any work.
+        InputError: an invalid level, or as for a comparison; before any work.
     """
     with Problems("sweep") as problems:
         check_methods(methods, problems)
@@ -69,7 +68,7 @@ def run(
 
 
 def methods_at(recipe: Recipe, methods: Sequence[str]) -> list[str]:
-    """Return the methods that a level can have, under the names that they have there."""
+    """Return the methods of a level, under their names at that level."""
     if recipe.sparsify is not None:
         return list(methods)
     named = [_UNPRUNED.get(name, name) for name in methods]
@@ -77,7 +76,7 @@ def methods_at(recipe: Recipe, methods: Sequence[str]) -> list[str]:
 
 
 def write_sweep(recipe: Recipe, out: Path, levels: Sequence[str], methods: Sequence[str]) -> Path:
-    """Write sweep.json, sweep.md and sweep.html from the levels that are there; return the last's path."""
+    """Write sweep.json, sweep.md and sweep.html from the finished levels; return the path of sweep.html."""
     summary: dict[str, Any] = {"model": recipe.model, "data": recipe.data.task, "levels": list(levels), "methods": {}}
     found = {level: out / f"sparsity-{_folder(level)}" / "compare.json" for level in levels}
     tables = {level: read_json(file)["methods"] for level, file in found.items() if file.is_file()}

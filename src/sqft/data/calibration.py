@@ -1,16 +1,15 @@
 """Token windows for calibration and the token stream for perplexity.
 
-Calibration text is one stream of tokens, cut at a random offset into windows of exactly `length` that do not overlap;
-`samples` of them are drawn. Every window begins as the model's own texts do: where the tokenizer puts a beginning token
-before a text, that is each window's first token, and as many tokens of the text fewer follow. Models that were only
-ever trained with it (Gemma) have other activations without.
+Calibration text is one stream of tokens, split at a random offset into non-overlapping windows of exactly `length`
+tokens, of which `samples` are drawn. If the tokenizer adds a BOS token, every window starts with it and has one text
+token less. Models that were only trained with a BOS token (Gemma) have other activations without it.
 
-Rows of a task are shuffled first and joined by the end token, prompt and answer as in training, so that the activations
-that a pruner or a quantiser sees are those of the task. A text too short for `samples` windows is repeated, which is
-logged: repeated windows add no information.
+Rows of a task are shuffled and joined by the EOS token, prompt and answer as in training, so that pruner and quantiser
+see the activations of the task. A text too short for `samples` windows is repeated, with a log message, because
+repeated windows add no information.
 
-WikiText-2 is the published, already tokenised text; calibration takes its validation part, perplexity its test part,
-rows joined by a blank line as in the GPTQ and Wanda papers.
+WikiText-2 is the published, already tokenised text. Calibration uses its validation part, perplexity its test part,
+with rows joined by a blank line as in the GPTQ and Wanda papers.
 """
 
 from __future__ import annotations
@@ -57,13 +56,13 @@ def calibration_tokens(
         data: the recipe's data, for source 'task'.
         tokenizer: the model's.
         seed: chooses rows and windows.
-        read: what the run has read; None reads anew.
+        read: the run's data cache; None reads without one.
 
     Returns:
         int64 [samples, length].
 
     Raises:
-        InputError: the source is not there or has no tokens.
+        InputError: the source does not exist or has no tokens.
     """
     first = beginning(tokenizer)
     if config.length <= len(first):
@@ -94,7 +93,7 @@ def calibration_tokens(
 
 
 def cut_windows(stream: Sequence[int], length: int, first: Sequence[int]) -> Iterator[list[int]]:
-    """Yield windows of `length` tokens that do not overlap, each with the beginning, which is not doubled."""
+    """Yield non-overlapping windows of `length` tokens; each starts with `first`, which is not doubled."""
     first, start = list(first), 0
     while True:
         begun = [] if list(stream[start : start + len(first)]) == first else first
@@ -108,16 +107,16 @@ def cut_windows(stream: Sequence[int], length: int, first: Sequence[int]) -> Ite
 def perplexity_tokens(
     name: str, split: Literal["validation", "test"], tokenizer: PreTrainedTokenizerBase, read: Data | None = None
 ) -> torch.Tensor:
-    """Return a whole text as one stream of tokens, with none that the tokenizer adds around it: int64 [tokens].
+    """Return a whole text as one stream of tokens, without special tokens: int64 [tokens].
 
     Args:
         name: 'wikitext2'.
-        split: which part of it.
+        split: its part.
         tokenizer: the model's.
-        read: what the run has read; None reads anew.
+        read: the run's data cache; None reads without one.
 
     Raises:
-        InputError: the text is unknown or nowhere.
+        InputError: the text is unknown or not found.
     """
     if name != "wikitext2":
         raise InputError(f"perplexity text {name!r}: known is wikitext2")
@@ -126,9 +125,9 @@ def perplexity_tokens(
 
 
 def _is_text(source: str, read: Data) -> bool:
-    """Return whether a source is one running text, which is read whole, and not rows in random order."""
+    """Return whether a source is one plain text, which is read as a whole, and not rows in random order."""
     path = local_path(source)
-    # A name without an ending of rows is not enough: the first bytes are read, apart from the rest.
+    # The suffix alone does not decide: the first bytes are read too.
     return source == "wikitext2" or (source != "task" and not read.once(("rows", str(path)), lambda: holds_rows(path)))
 
 
@@ -185,7 +184,7 @@ class _Texts:
 
 
 def _texts_or_rows(path: Path, date: str | None, tokenizer: PreTrainedTokenizerBase) -> _Texts | list[Example]:
-    """Return a file's column `text`, else its prompts and answers."""
+    """Return a file's column `text` if it has one, otherwise its prompts and answers."""
     rows, where = list(read_rows(path)), f"calibration data {path}"
     try:
         plain = bool(rows) and "text" in as_row(rows[0][1])
@@ -210,7 +209,7 @@ def _wikitext(split: Literal["validation", "test"], read: Data) -> str:
 
 
 def _wikitext_rows(split: Literal["validation", "test"]) -> list[str]:
-    """Return the rows of WikiText-2 as the Hub has them: a white line is empty, the others keep their line end."""
+    """Return the rows of WikiText-2 as on the Hub: a blank line is empty, all others keep their line end."""
     folder = data_folder()
     local = folder / "wikitext2" / _WIKITEXT_FILES[split] if folder else None
     if local is not None and local.is_file():
@@ -220,7 +219,7 @@ def _wikitext_rows(split: Literal["validation", "test"]) -> list[str]:
 
     try:
         return [str(row["text"]) for row in datasets.load_dataset(*_WIKITEXT, split=split)]
-    # As in sources.py: unrelated classes for one cause.
+    # As in sources.py: the libraries raise unrelated classes for the same cause.
     except Exception as error:
         here = f"the file {local}" if local else f"a local folder ({FOLDER_VARIABLE} is not set)"
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -1,13 +1,13 @@
-"""Chats: rows of `messages`, and plain prompts put into the tokenizer's chat template.
+"""Chats: rows of `messages`, and plain prompts rendered by the tokenizer's chat template.
 
-A chat's answer is its last turn; the prompt is everything before it. Training appends the end token itself, so the
+A chat's answer is its last turn; the prompt is everything before it. Training appends the EOS token, so the
 template's own is removed. A template receives the row's `tools` and `documents`, the entries of `chat_template_kwargs`,
-and every column named like one of its variables. A field that it does not render is an error, not dropped: a prompt
-without its tools would teach calls of tools that were never offered. Rendering without the field shows whether it is
-rendered. The same check covers tool calls in a turn, an answer's reasoning, text in parts, and empty text.
+and every column with the name of one of its variables. A field that it does not render raises an error: a prompt
+without its tools would teach calls of tools that were never offered. A field counts as rendered if rendering without
+it gives another text. The same check covers tool calls in a turn, an answer's reasoning, text in parts, and empty text.
 
-Some templates insert the date. They get `data.date` or, without it, the time of this process's first call, never the
-clock: two renderings in one run must give the same prompt.
+Some templates insert the date. They get `data.date` or, without it, the time of this process's first call, not the
+current time: two renderings in one run must give the same prompt.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sqft.recipe import DataConfig
 
 _CLOCK = "strftime_now"
-# Fields that a row gives a template besides the chat, whatever the template's variables are.
+# Inputs of any template besides the chat. A row with one that the template does not use raises an error.
 _INPUTS = ("tools", "documents", "functions", "system", "chat_template_kwargs")
 _CALLS = ("tool_calls", "function_call")
 _PART = re.compile(r"""(['"])type\1\s*:\s*(['"])text\2""")
@@ -56,21 +56,21 @@ def uses_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def with_date(data: DataConfig, tokenizer: PreTrainedTokenizerBase, moment: datetime) -> DataConfig:
-    """Return the data with a date for chat templates, if its rows may be chats and none is set."""
+    """Return the settings with a date for chat templates, if rows may be chats and no date is set."""
     if data.date is not None or not (data.chat_template or _may_be_chats(data)) or not uses_clock(tokenizer):
         return data
     return data.model_copy(update={"date": moment.isoformat(timespec="seconds")})
 
 
 def _may_be_chats(data: DataConfig) -> bool:
-    """Tell whether rows may be chats: own ones that no template and no task file words."""
+    """Return whether rows may be chats: the user's own, with neither a template nor a task file."""
     name = data.task
     worded = name in BUILTIN or mix_members(name) or name.startswith(PREFIX) or is_task_file(name)
     return data.template is None and not worded
 
 
 def chat_example(row: Row, tokenizer: PreTrainedTokenizerBase, date: str | None) -> Example:
-    """Return the example that a row of messages is.
+    """Return the example of a row of messages.
 
     Args:
         row: `messages`, and further inputs of the template.
@@ -78,7 +78,7 @@ def chat_example(row: Row, tokenizer: PreTrainedTokenizerBase, date: str | None)
         date: for the template, as ISO text.
 
     Raises:
-        ValueError: the messages are malformed, or the template refuses or does not show something of the row.
+        ValueError: the messages are malformed, or the template raises or does not render a field of the row.
     """
     turns = _turns(row["messages"])
     chat = _Chat(tokenizer, _moment(date), _inputs(row, tokenizer))
@@ -103,8 +103,8 @@ def as_chat(
     """Return an example whose prompt is in the tokenizer's chat template; answers lose their leading space.
 
     Raises:
-        InputError: there is no template, or it refuses a single question, or the choices are contexts, which a chat
-            cannot hold.
+        InputError: there is no template, or it raises for a single question, or the choices are contexts, which a chat
+            cannot express.
     """
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise InputError("data.chat_template: the model's tokenizer has no chat template; set it to false")
@@ -130,7 +130,7 @@ def as_chat(
 
 
 def refuse_inputs(row: Row) -> None:
-    """Refuse inputs for a chat template in a row whose prompt alone is used.
+    """Check that a row of which only the prompt is used has no inputs for a chat template.
 
     Raises:
         ValueError: it has some.
@@ -154,9 +154,9 @@ class _Chat:
         """Return a chat as text.
 
         Raises:
-            ValueError: the template refuses it: many do so with a system turn, or with turns that do not alternate.
+            ValueError: the template raises, as many do for a system turn or for turns that do not alternate.
         """
-        # Stands before transformers' function of this name.
+        # Overrides transformers' function of this name.
         clock: dict[str, Any] = {_CLOCK: self.moment.strftime} if uses_clock(self.tokenizer) else {}
         try:
             return str(
@@ -181,7 +181,7 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
     """Return a row's messages.
 
     Raises:
-        ValueError: they are no chat that ends with an answer.
+        ValueError: they are not a chat that ends with an answer.
     """
     messages = _parsed("messages", messages)
     form = "its messages are not a list of {role, content} with texts"
@@ -211,7 +211,7 @@ def _inputs(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the template's inputs besides the chat.
 
     Raises:
-        ValueError: an input is malformed, or no variable of the template is called by it.
+        ValueError: an input is malformed, or the template has no variable of its name.
     """
     given = {name: value for name, value in row.items() if name != "messages" and value is not None}
     further = given.pop("chat_template_kwargs", None) or {}
@@ -239,10 +239,10 @@ def _inputs(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _refuse_unseen(chat: _Chat, turns: list[dict[str, Any]], whole: str) -> None:
-    """Refuse a row with a field that the rendered chat does not contain.
+    """Check that the rendered chat contains all fields of the row.
 
     Raises:
-        ValueError: what, and in which turn.
+        ValueError: one is missing; which, and in which turn.
     """
 
     def same(inputs: Mapping[str, Any], turns: list[dict[str, Any]]) -> bool:
@@ -283,24 +283,24 @@ def _refuse_unseen(chat: _Chat, turns: list[dict[str, Any]], whole: str) -> None
 
 
 def _changed(turns: list[dict[str, Any]], place: int, name: str, value: Any) -> list[dict[str, Any]]:
-    """Return turns of which one has another value, or with None lacks it."""
+    """Return the turns with one field of one turn replaced, or removed if the value is None."""
     changed = copy.copy(turns)
     changed[place] = {n: v for n, v in turns[place].items() if n != name} | ({} if value is None else {name: value})
     return changed
 
 
 def _shows_parts(parts: list[Mapping[str, Any]], whole: str) -> bool:
-    """Tell whether a rendered chat has the parts' texts, and not the list as Python or JSON writes it."""
+    """Return whether a rendered chat has the parts' texts, and not the list in Python or JSON syntax."""
     said = "".join(part["text"] for part in parts)
     written = len(_PART.findall(whole)) > len(_PART.findall(said))
     return not written and all(part["text"].strip() in whole for part in parts)
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """Return a value that may stand as its JSON text, as where all columns of a file are text.
+    """Return a value, parsed if it is JSON text, as in files whose columns are all text.
 
     Raises:
-        ValueError: it is text, and no JSON.
+        ValueError: it is text, but not JSON.
     """
     if not isinstance(value, str) or not value.strip():
         return value or None
@@ -311,7 +311,7 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def _without_beginning(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Drop the template's beginning token where the tokenizer adds its own; two of them are another prompt."""
+    """Remove the template's BOS token if the tokenizer adds one too: two of them would be another prompt."""
     bos = tokenizer.bos_token
     if not isinstance(bos, str) or not prompt.startswith(bos):
         return prompt
@@ -329,7 +329,7 @@ def _began() -> datetime:
 
 
 class _Generation(Extension):
-    """Reads transformers' `generation` tag, which marks what the model wrote."""
+    """Parses transformers' `generation` tag, which marks the model's turns."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -341,7 +341,7 @@ class _Generation(Extension):
 
 @functools.cache
 def _variables(template: str) -> frozenset[str]:
-    """Return the names that a chat template expects from outside; none where it cannot be read, as rendering says."""
+    """Return a chat template's undeclared variables; none if it cannot be parsed, for which rendering raises."""
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
     try:
         return frozenset(meta.find_undeclared_variables(environment.parse(template)))

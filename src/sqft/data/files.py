@@ -1,12 +1,13 @@
-r"""Rows from files of the user's own: JSON lines, a JSON array, CSV, parquet, each plain or compressed.
+r"""Rows from the user's files: JSON lines, a JSON array, CSV, parquet, each plain or compressed.
 
-Content decides the format, then the name: a parquet file named x.jsonl is read as parquet. JSON lines begin with a
-brace, an array with a bracket; CSV is recognised by its name, because any text could be CSV. Text is UTF-8, or UTF-16
-and UTF-32 with a byte order mark. Other formats that the first bytes identify raise an error that says how to convert.
+The format is detected from the content first, then from the name: a parquet file named x.jsonl is read as parquet.
+JSON lines begin with a brace, an array with a bracket. CSV is recognised by its name, because any text could be CSV.
+Text is UTF-8, or UTF-16 and UTF-32 with a byte order mark. Other formats that the first bytes identify raise an error
+that says how to convert them.
 
-Values are not converted. CSV cells are text: 007, 1e5 and 2024-02-29 stay as they are. `datasets` is not used because
-its JSON reader turns such texts into dates, and its CSV reader into numbers. Parquet cannot tell a null field from an
-absent one; inside a row's lists and structures both count as absent, as in the same rows in JSON.
+Values are not converted. CSV cells are text: 007, 1e5 and 2024-02-29 are unchanged. `datasets` is not used, because
+its JSON reader converts such texts to dates, and its CSV reader to numbers. Parquet cannot distinguish a null field
+from an absent one; inside a row's lists and structures both count as absent, as in the same rows in JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _COMPRESSED = {
     b"\xfd7zXZ\x00": ("xz", lzma.decompress),
 }
 _PARQUET = b"PAR1"
-# By their first bytes: what a file is, and the way to rows that are read.
+# Formats that are not read, by first bytes: (name, remedy).
 _FOREIGN = {
     b"\x28\xb5\x2f\xfd": ("zstandard-compressed data", "unpack it (unzstd FILE)"),
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV in UTF-8"),
@@ -52,11 +53,11 @@ _FOREIGN = {
 _PACKED = (".gz", ".bz2", ".xz")
 _TABLES = (".csv", ".tsv")
 SUFFIXES = (".jsonl", ".ndjson", ".json", *_TABLES, ".parquet")
-"""Endings of the files that hold rows; each may be followed by .gz, .bz2 or .xz."""
+"""Suffixes of files of rows; each may be followed by .gz, .bz2 or .xz."""
 
 
 def local_path(name: str) -> Path:
-    """Return a path with `~` as the user's home; a home that nobody has stays as it is written."""
+    """Return a path with `~` expanded; the home of an unknown user is left unexpanded."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -64,28 +65,28 @@ def local_path(name: str) -> Path:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return a file's name without and with only its endings of rows: ('train', '.jsonl.gz'), or (name, '')."""
+    """Split a file's name into stem and suffix of rows: ('train', '.jsonl.gz'), or (name, '')."""
     inner = next((name.removesuffix(packed) for packed in _PACKED if name.lower().endswith(packed)), name)
     ending = next((suffix for suffix in SUFFIXES if inner.lower().endswith(suffix)), "")
     return (inner[: -len(ending)], name[len(inner) - len(ending) :]) if ending else (name, "")
 
 
 def holds_rows(path: Path) -> bool:
-    """Tell whether a file holds rows, by its name or by parquet's first bytes, and not one running text."""
+    """Return whether a file has rows, by its suffix or parquet's first bytes; otherwise it is plain text."""
     if split_name(path.name)[1]:
         return True
     try:
         with path.open("rb") as stream:
             return stream.read(len(_PARQUET)) == _PARQUET
     except OSError:
-        return False  # for whoever reads it to say why
+        return False  # reading it raises the error
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield place and content of each row, for :func:`as_row` to read.
+    """Yield location and content of each row, for :func:`as_row`.
 
     Returns:
-        As content the bytes of a JSON line; of other files what stands there, or a ValueError that says what is wrong.
+        As content the bytes of a JSON line; for other formats the parsed row, or a ValueError that describes the fault.
 
     Raises:
         InputError: the file as a whole cannot be read.
@@ -127,10 +128,10 @@ def as_row(content: Any) -> Row:
 
 
 def read_text(path: Path) -> str:
-    """Return a file of running text, compressed or not.
+    """Return the text of a file, which may be compressed.
 
     Raises:
-        InputError: it cannot be read, or is no text.
+        InputError: it cannot be read, or is not text.
     """
     content = _content(path)
     try:
@@ -140,7 +141,7 @@ def read_text(path: Path) -> str:
 
 
 def without_absent(row: Row) -> dict[str, Any]:
-    """Return a row of Arrow's without the fields that its lists and structures lack: Arrow fills them with None."""
+    """Return an Arrow row without the null fields of its structs: Arrow adds them for absent ones."""
 
     def present(value: Any) -> Any:
         if isinstance(value, dict):
@@ -151,10 +152,10 @@ def without_absent(row: Row) -> dict[str, Any]:
 
 
 def _content(path: Path) -> bytes:
-    """Return a file's bytes, unpacked, and text in UTF-8 without a mark.
+    """Return a file's bytes, decompressed, and text as UTF-8 without a byte order mark.
 
     Raises:
-        InputError: it cannot be read, or is of a kind that holds no rows that are read here.
+        InputError: it cannot be read, or its format is not supported.
     """
     try:
         content = path.read_bytes()
@@ -192,7 +193,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _array(path: Path, content: bytes, lines: list[tuple[int, bytes]]) -> list[Any] | None:
-    """Return the elements of a JSON array; None for lines of which the first happens to be an array."""
+    """Return the elements of a JSON array; None for JSON lines whose first line is an array."""
     try:
         found: list[Any] = json.loads(content)
         return found
@@ -205,7 +206,7 @@ def _array(path: Path, content: bytes, lines: list[tuple[int, bytes]]) -> list[A
 
 
 def _refuse_other_text(path: Path, content: bytes, lines: list[tuple[int, bytes]]) -> None:
-    """Refuse, in one line, a text that is not of JSON lines at all.
+    """Raise one error for a text that is not JSON lines, instead of one for each line.
 
     Raises:
         InputError: an object goes over several lines, or no line begins an object.
@@ -234,7 +235,7 @@ def _refuse_other_text(path: Path, content: bytes, lines: list[tuple[int, bytes]
 
 
 def _table(path: Path, content: bytes) -> Iterator[tuple[str, Row | ValueError]]:
-    """Yield the rows of a CSV file, by the line on which each ends; the separator is what the header has most of."""
+    """Yield the rows of a CSV file with the line on which each ends; the header's most frequent separator is used."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -249,7 +250,7 @@ def _table(path: Path, content: bytes) -> Iterator[tuple[str, Row | ValueError]]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         names = next((cells for cells in reader if cells), [])
-        # A column without a name is the index that pandas writes, or a separator too many at every line's end.
+        # A column without a name is an index that pandas wrote, or a trailing separator on every line.
         named = [name for name in names if name]
         if len(set(named)) < len(named):
             raise InputError(f"data {path}: two of its columns have one name: {', '.join(names)}; rename one")

@@ -1,22 +1,22 @@
 """Which rows a stage gets: the splits of its data (:mod:`sqft.data.sources`), and the guards between them.
 
-Guards, the same in every stage because none depends on the run's seed:
-- rows of train whose question stands in the test split are removed, and their number is logged; case, punctuation and
-  white space do not count (:func:`sqft.data.tasks.normalise`).
-- with `validation_rows`, so many rows are cut from train; without, the data's own validation split is used. Either
-  loses the questions that stand in test, and train loses those that stand in either: what a search selects on, what a
-  table reports and what a model is tuned on are never the same rows.
-- with `test_rows`, so many rows are cut from the train of data without a test split of its own, before all others: they
-  are its test split in every guard above, and do not change with `validation_rows`.
-- `train_limit` draws from what remains; this draw alone depends on the seed.
+Guards against overlap, the same in every stage because they do not depend on the run's seed:
+- training rows whose question is in the test split are removed, and their number is logged. The comparison ignores
+  case, punctuation and white space (:func:`sqft.data.tasks.normalise`).
+- `validation_rows` splits that many rows off train; without it the data's own validation split is used. Questions of
+  the test split are removed from both validation and train, and validation questions from train. So rows used for
+  training, for search and for reporting are disjoint.
+- `test_rows` splits that many rows off train, if the data has no test split. It is applied first, so these rows do not
+  change with `validation_rows`. The guards above treat them as the test split.
+- `train_limit` samples from the remaining rows. Only this sample depends on the seed.
 
-A mix of tasks (:func:`sqft.data.tasks.mix_members`) has the rows of its members. Its guards hold across them: a
-question of one member's test rows is in no member's training rows. A member whose training split is nowhere is left out
-of training, which is logged; validation rows come from those members that have such a split or, with `validation_rows`,
-are cut from each member's train.
+A mix of tasks (:func:`sqft.data.tasks.mix_members`) has the rows of its members. The guards apply across members: a
+test question of one member is in no member's training rows. A member without a training split is left out of training,
+with a log message. Validation rows come from the members that have a validation split or, with `validation_rows`, from
+each member's train.
 
-Own data may have no test split, as a single file has none: then nothing is reported and nothing guarded, unless
-`test_rows` cuts one. Data that has one is refused with `test_rows`: two readings of "test" are one too many.
+The user's own data may have no test split (a single file): then nothing is reported and there is no guard, unless
+`test_rows` is set. `test_rows` raises an error if the data has a test split: the name "test" would be ambiguous.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ def resolve_task(config: DataConfig) -> Task:
 
 
 class Data:
-    """The rows of a run; every file is read once, and every split guarded once, however many stages use it.
+    """The rows of a run: each file is read once and each split guarded once, for all stages.
 
-    Kept are the examples, which training and evaluation hold anyway; the rows that they were built from are not.
+    It caches examples, which training and evaluation keep in memory anyway, and not the rows they are built from.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Take the tokenizer that chat rows need."""
+        """Set the tokenizer, which chat rows need."""
         self.tokenizer = tokenizer
         self._kept: dict[Hashable, Any] = {}
 
@@ -121,7 +121,7 @@ class Data:
             seed: chooses the rows of `train_limit`, nothing else.
 
         Raises:
-            InputError: the split is nowhere, empty, malformed, or smaller than the rows to be cut from it.
+            InputError: the split does not exist, is empty or malformed, or has fewer rows than are split off from it.
         """
         rows = [example for _, part in self.tasks(config, split) for example in part]
         if split == "train" and config.train_limit is not None and config.train_limit < len(rows):
@@ -131,7 +131,7 @@ class Data:
         return rows
 
     def tasks(self, config: DataConfig, split: Split) -> list[tuple[Task, list[Example]]]:
-        """Return all guarded examples of a split by task: of a mix its members that have the split, else the one task.
+        """Return all guarded examples of a split by task; for a mix, those of the members that have the split.
 
         Raises:
             InputError: as for :meth:`examples`.
@@ -167,7 +167,7 @@ class Data:
     def file(
         self, path: Path, template: Template | None, *, date: str | None = None, chat_template: bool = False
     ) -> list[Example]:
-        """Return all rows of one file of the user's own; the arguments are those of own_builder."""
+        """Return all examples of one of the user's files; the arguments are those of own_builder."""
         where = f"data {path}"
         build = own_builder(template, self.tokenizer, where, date=date, chat_template=chat_template)
         key = ("file", str(path), template, date, chat_template)
@@ -181,19 +181,19 @@ class Data:
 def load_examples(
     config: DataConfig, split: Split, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Example]:
-    """Return :meth:`Data.examples` of data that is read for this alone."""
+    """Return :meth:`Data.examples`, with a cache of its own."""
     return Data(tokenizer).examples(config, split, seed)
 
 
 def load_tasks(
     config: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[tuple[Task, list[Example]]]:
-    """Return :meth:`Data.tasks` of data that is read for this alone."""
+    """Return :meth:`Data.tasks`, with a cache of its own."""
     return Data(tokenizer).tasks(config, split)
 
 
 def member_configs(config: DataConfig) -> list[DataConfig]:
-    """Return the data of each task of a mix; of a single task its own."""
+    """Return the data settings of each member of a mix, or the given ones for a single task."""
     names = mix_members(config.task)
     if not names:
         return [config]
@@ -206,9 +206,9 @@ def member_configs(config: DataConfig) -> list[DataConfig]:
 
 
 def _read_splits(reader: Reader, split: Split, *, optional: bool) -> dict[Split, list[Example]]:
-    """Return the wanted split and those that guard it, as their source has them; test and validation cut if asked for.
+    """Return a split and those that guard it; test and validation are split off train if the settings say so.
 
-    With `optional` a split that is nowhere is empty, and those that guard other members' rows are there all the same.
+    With `optional` a split that does not exist is empty; the splits that guard other members' rows are still returned.
     """
     config, task = reader.config, reader.task
 

@@ -1,9 +1,8 @@
-"""Where the rows of one data set are: a folder here, or the Hub.
+"""Where the rows of one data set are: a local folder or the Hub.
 
-Rows of your own are files (:mod:`sqft.data.files`). Rows of a built-in task come from `FOLDER/TASK/SPLIT.jsonl`, where
-FOLDER is the environment's SQFT_DATA_DIR, else `../shared/data` beside the working directory or beside the repository,
-and from the Hub where there is no such file. A split that is nowhere is an error that says in one line what was looked
-for.
+The user's own rows are files (:mod:`sqft.data.files`). Rows of a built-in task come from `FOLDER/TASK/SPLIT.jsonl`, or
+from the Hub if there is no such file. FOLDER is the environment variable SQFT_DATA_DIR, else `../shared/data` relative
+to the working directory or the repository. A split that is not found raises an error that lists the searched places.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ logger = logging.getLogger(__name__)
 Once: TypeAlias = "Callable[[Hashable, Callable[[], list[Example]]], list[Example]]"
 
 FOLDER_VARIABLE = "SQFT_DATA_DIR"
-_UNKNOWN_SPLIT = "Unknown split"  # how `datasets` begins to say that a data set has no such split
-# What the Hub did not have, by (name, configuration, split, revision), and why. A try without a network takes half a
-# minute of retries, and a mix has seven tasks.
+_UNKNOWN_SPLIT = "Unknown split"  # prefix of the error of `datasets` for a split that a data set does not have
+# Failed downloads, by (name, configuration, split, revision), with the reason. An attempt without a network takes half
+# a minute of retries, and a mix has seven tasks.
 _failures: dict[tuple[str, str | None, str, str | None], str] = {}
 
 
 def data_folder() -> Path | None:
-    """Return the local folder of data sets, None if there is none.
+    """Return the local folder of data sets, or None.
 
     Raises:
         InputError: SQFT_DATA_DIR names something that is not a folder.
@@ -56,13 +55,13 @@ def data_folder() -> Path | None:
 
 
 class Reader:
-    """Reads the splits of one data set, wherever they are; `once` keeps what was read."""
+    """Reads the splits of one data set from files or the Hub; `once` caches them."""
 
     def __init__(self, config: DataConfig, task: Task, tokenizer: PreTrainedTokenizerBase | None, once: Once) -> None:
         self.config = config
         self.task = task
         self.once = once
-        # The same rows, however many of them are cut off or taken.
+        # These settings select from the rows; the rows read are the same.
         self.key = repr(config.model_dump(exclude={"train_limit", "validation_rows", "test_rows"}))
         self.where = f"data {config.task}"
         self.build = task.build or own_builder(
@@ -73,9 +72,9 @@ class Reader:
         """Return a split's examples; an empty list if it does not exist and is not needed.
 
         Raises:
-            InputError: it is needed and nowhere, or it is malformed.
+            InputError: it is needed and does not exist, or it is malformed.
         """
-        # An absent split is an empty list or an error, depending on whether it is needed; one that is there has rows.
+        # A cached empty list means an absent split, which is an error if it is needed; an existing split has rows.
         key = ("split", self.key, split)
         return self.once(key, lambda: self._read(split, needed=needed)) or self._read(split, needed=needed)
 
@@ -92,23 +91,23 @@ class Reader:
             if needed:
                 raise SplitAbsentError(f"{self.where}: has no {split} split{self._remedy(split)}")
             return []
-        # By what data.task names: a task file may be called as a built-in task is.
+        # By data.task, not the task's name: a task file may have the name of a built-in task.
         folder = data_folder() if config.task in BUILTIN else None
         local = folder / (task.folder or task.name) / f"{task.splits[split]}.jsonl" if folder else None
         if local is not None and local.is_file():
             if config.revision is not None:
                 raise InputError(f"data.revision: the rows are those of the file {local}, which has none; remove it")
             return build_examples(read_rows(local), self.build, f"{self.where} ({split})")
-        # Guards alone never go to the network for a data set that is here: a missing file is not worth a time-out.
+        # A split that is only needed as a guard is not downloaded if the data set is local: that could mean a time-out.
         if not needed and local is not None and local.parent.is_dir():
             return self._absent(split)
         return self._read_hub(split, local, needed=needed)
 
     def refuse_own_test(self) -> None:
-        """Refuse to cut test rows from data that has a test split of its own, or of which that cannot be known.
+        """Check that the data has no test split of its own before `test_rows` makes one.
 
         Raises:
-            InputError: as said.
+            InputError: it has one, or the Hub could not be reached.
         """
         config, task = self.config, self.task
         own, remedy = "", ""
@@ -129,7 +128,7 @@ class Reader:
             )
 
     def _own_hub_test(self, name: str, configuration: str | None) -> str:
-        """Describe the test split of a Hub data set, or return nothing where the data set is known to have none."""
+        """Return a description of a Hub data set's test split, or "" if the data set is known to have none."""
         try:
             return f"{len(self._read_hub('test', None, needed=True))} rows on the Hub"
         except SplitAbsentError as error:
@@ -146,7 +145,7 @@ class Reader:
         return []
 
     def _remedy(self, split: str, reason: str = _UNKNOWN_SPLIT) -> str:
-        """Return how to do without a split; `reason` is why the Hub did not give it, which may be for now only."""
+        """Return how to continue without a split; `reason` is the Hub's, which may be temporary."""
         absent = self.config.task not in BUILTIN and reason.startswith(_UNKNOWN_SPLIT)
         cut = split == "validation" or (split == "test" and absent)
         return f"; set data.{split}_rows to cut one from train" if cut else ""
@@ -191,7 +190,7 @@ class Reader:
             try:
                 at = {} if revision is None else {"revision": revision}
                 rows = list(datasets.load_dataset(name, configuration, split=hub_split, **at))
-            # The libraries below raise some ten unrelated classes for a missing name, split, file or network.
+            # The libraries raise about ten unrelated classes for a missing name, split, file or network.
             except Exception as error:
                 _failures[wanted] = (str(error).splitlines() or [""])[0] or type(error).__name__
         if wanted in _failures:

@@ -1,12 +1,12 @@
-"""Scores of examples through lm-eval, which judges and aggregates.
+"""Scores of examples by lm-eval, which computes and aggregates the metrics.
 
-:mod:`sqft.evaluation.lm_task` makes a task's examples an lm-eval task, :mod:`sqft.evaluation.lm_model` a model of ours
-an lm-eval model. Differs from lm-eval's own command:
+:mod:`sqft.evaluation.lm_task` wraps a task's examples as an lm-eval task, :mod:`sqft.evaluation.lm_model` a model as an
+lm-eval model. Differences from lm-eval's own command:
 - tokens are those of training (:func:`sqft.data.encode.encode`), not lm-eval's split of prompt and answer.
 - :mod:`sqft.evaluation.decoding` runs the model: faster, same answers. A model with a recurrent state, or one that
   counts padding as a position, runs in lm-eval's own loop.
-- the answer of an `exact` task is scored with the end token after it: an answer that goes on is a wrong answer.
-- logs and progress bars are silent but for one bar in a terminal; nothing is downloaded or written to disk.
+- the answer of an `exact` task is scored with the EOS token after it: an answer that continues is wrong.
+- logs and progress bars are silent except for one bar in a terminal; nothing is downloaded or written to disk.
 A prompt longer than the model's context is truncated from the left, as in lm-eval; the number of them is logged.
 """
 
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LM_EVAL_SEED = 1234  # of worked examples, where its command is given none
+_LM_EVAL_SEED = 1234  # default few-shot seed of its command
 _NAMES = {"choice": "acc", "generate": "number_match", "exact": "exact_match"}
 _NOISY = ("lm_eval", "datasets", "transformers")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What lm-eval found.
+    """lm-eval's results.
 
     Attributes:
         metric: acc, number_match or exact_match.
         value: mean over the examples.
         stderr: standard error of that mean; None for fewer than two examples.
         correct: per example, in order.
-        others: further means over the same examples (acc_norm).
+        others: other metrics over the same examples (acc_norm).
     """
 
     metric: str
@@ -58,7 +58,7 @@ class Scores:
 def score_examples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], batch: int
 ) -> list[bool]:
-    """Return for each example whether the model answers it right.
+    """Return for each example whether the model's answer is right.
 
     Args:
         model: causal language model, scored on the device and in the dtype that it has.
@@ -88,9 +88,9 @@ def evaluate_examples(
         task: whose metric judges.
         examples: at least one.
         batch: sequences at a time.
-        shots: what worked examples are drawn from, the training rows in their order.
-        fewshot: how many precede each question, drawn separately for each, as in lm-eval.
-        seed: of the draw; with 0 it is the one that lm-eval's command makes.
+        shots: the pool of few-shot examples: the training rows in order.
+        fewshot: number of few-shot examples, sampled for each question as in lm-eval.
+        seed: of the sampling; 0 gives the same examples as lm-eval's command.
 
     Raises:
         InputError: there is no example, or the tokenizer lacks the end token that an `exact` answer needs.

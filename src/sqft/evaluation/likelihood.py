@@ -1,7 +1,7 @@
-"""Negative log-likelihood of the right answers: a measure that resolves what an accuracy of some hundred rows cannot.
+"""Negative log-likelihood of right answers: shows differences too small for the accuracy over a few hundred rows.
 
-The tokens are those that training's loss is taken over: the answer's and the end token after them, given the prompt. So
-the value is comparable with training's validation loss.
+The tokens are those of the training loss: the answer and its EOS token, given the prompt. So the value is comparable
+with training's validation loss.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def answer_nll(
 ) -> dict[str, Any]:
     """Return {metric, value, stderr, n, tokens, rows}: nats a token, and for each row its tokens and its nats.
 
-    `value` is the mean over all tokens, Σ rows / Σ tokens; `stderr` that of this ratio over the rows. A prompt that is
-    longer than the model's context loses its beginning.
+    `value` is the mean over all tokens, Σ rows / Σ tokens; `stderr` is the standard error of this ratio over rows. A
+    prompt longer than the model's context is truncated from the left.
 
     Args:
         model: causal language model in the dtype that it has; logarithms are taken in float32.
@@ -72,7 +72,7 @@ def ratio_error(residuals: Sequence[float], tokens: int) -> float | None:
     """Return the standard error of Σ nats / Σ tokens, by linearisation: √(n / (n − 1) · Σ residual²) / Σ tokens.
 
     Args:
-        residuals: for each row, its nats less the ratio times its tokens; they add up to 0.
+        residuals: for each row, its nats minus the ratio times its tokens; they sum to 0.
         tokens: of all rows.
     """
     n = len(residuals)

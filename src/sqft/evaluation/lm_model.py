@@ -1,4 +1,4 @@
-"""The model that lm-eval asks: its Hugging Face model with our tokens and our decoding.
+"""lm-eval's Hugging Face model, with our tokenisation and our decoding.
 
 This module imports lm-eval, which takes seconds: import it where an evaluation begins.
 """
@@ -74,7 +74,7 @@ class TrainedTokens(HFLM):  # type: ignore[misc]
         return {int(token) for token in (self.eot_token_id, *listed) if token is not None}
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        """Return the text that each request's prompt is continued with, up to a stop."""
+        """Return the generated text for each request, up to a stop string."""
         if not self.ours:
             return super().generate_until(requests, disable_tqdm=True)
         # All requests are of one task, and so are their options.

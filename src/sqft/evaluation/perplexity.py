@@ -1,9 +1,9 @@
-"""Perplexity of WikiText-2's test text, in the way of the GPTQ, SparseGPT and Wanda papers, on the tokenised text.
+"""Perplexity on WikiText-2's test text as in the GPTQ, SparseGPT and Wanda papers, on the already tokenised text.
 
-The text is one stream of tokens, cut into windows that do not overlap; each is predicted from its own start. The window
-is 2,048 tokens, or the model's context where that is shorter. Where the tokenizer puts a beginning token before a text,
-that is each window's first, and the text's first token is predicted from it: models that were only ever trained with it
-(Gemma) predict poorly without. Not lm-eval's word perplexity, which divides by words.
+The text is one stream of tokens, split into non-overlapping windows that are scored independently. A window has 2,048
+tokens, or the model's context length if that is shorter. If the tokenizer adds a BOS token, every window starts with
+it: models that were only trained with it (Gemma) predict poorly without. This is not lm-eval's word perplexity, which
+divides by words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WINDOW = 2048
 
 
 def windows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, read: Data | None = None) -> torch.Tensor:
-    """Return the text as the windows that a model reads, int64 [windows, tokens]."""
+    """Return the text as windows, int64 [windows, tokens]."""
     window = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
     tokens = perplexity_tokens("wikitext2", "test", tokenizer, read)
     first = torch.tensor(beginning(tokenizer), dtype=torch.int64)
@@ -41,13 +41,13 @@ def windows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, read: 
 def perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, read: Data | None = None
 ) -> dict[str, Any]:
-    """Return {metric, value, stderr, n, window}: n windows; the error is that of the mean over them.
+    """Return {metric, value, stderr, n, window}; stderr is the standard error over the n windows.
 
     Args:
         model: causal language model.
         tokenizer: the model's.
         limit: windows at most.
-        read: what the run has read; None reads anew.
+        read: the run's data cache; None reads without one.
     """
     rows = windows(model.config, tokenizer, read)[:limit]
     losses = []

@@ -1,14 +1,13 @@
-"""What a recipe will need before it runs: disk, peak memory and time of every stage.
+"""A forecast of the disk, peak memory and time of every stage, before a recipe runs.
 
-No formula per stage, which would rot: the recipe itself runs, in a process of its own, on two shortened copies of its
-model (a few decoder blocks, random weights, the real data), and each stage's figures are drawn on to all blocks, which
-is what stages are linear in. Training runs a few steps, a search a few configurations and evaluation a few rows; the
-times of these, and not that of loading a model, are scaled to the recipe's. Patterns that name layers which the copies
-lack are left out. A random model never ends its answers, so the time of a generated task is an upper bound.
+There is no formula per stage, which would go out of date. The recipe runs in a separate process on two shortened copies
+of its model (a few decoder blocks, random weights, the real data). Each stage's figures are extrapolated linearly in
+the number of blocks. Training runs a few steps, a search a few configurations and evaluation a few rows; these times,
+without loading a model, are scaled to the recipe's. Patterns for layers that the copies lack are left out. A random
+model never ends its answers, so the time of a generated task is an upper bound.
 
-The line assumes that blocks are alike. Where they differ (dense-first mixtures of experts, hybrids), `plan` says so.
-
-Holds on a CPU. On a GPU the peak of the host's memory is predicted, and not the device's.
+The extrapolation assumes that blocks are alike. If they differ (dense-first mixtures of experts, hybrids), `plan` says
+so. It is made for a CPU: on a GPU it predicts the peak of host memory, not of device memory.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Blocks of the two shortened copies. A line drawn on from them magnifies their noise, so the second has more where the
-# first was quick.
+# Blocks of the two shortened copies. Extrapolation amplifies noise, so the second has more blocks if the first was
+# quick.
 _BLOCKS = (2, 6)
 _BLOCKS_IF_QUICK = 10
 _QUICK_SECONDS = 45.0
@@ -45,14 +44,14 @@ _QUICK_SECONDS = 45.0
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one stage will need.
+    """The resources that one stage needs.
 
     Attributes:
         stage: its name.
-        disk_bytes: of what it leaves.
+        disk_bytes: size of its output.
         memory_bytes: peak resident memory of the process, libraries included.
-        seconds: wall time, on this machine as loaded as during the probe.
-        fits: whether memory and disk are there.
+        seconds: wall time on this machine, under the same load as during the probe.
+        fits: whether there is enough memory and disk.
     """
 
     stage: str
@@ -67,11 +66,11 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
 
     Args:
         recipe: the recipe.
-        workspace: where its run will stand; probes use a temporary folder beside it.
-        announce: called with each probe as it begins.
+        workspace: the folder of the run; probes use a temporary folder inside it.
+        announce: called with each probe as it starts.
 
     Raises:
-        InputError: the model has too few blocks to shorten, or the recipe itself cannot be used.
+        InputError: the model is quantised or has too few blocks to shorten, or the recipe is not valid.
     """
     from transformers import AutoConfig
 
@@ -88,7 +87,7 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     if blocks <= _BLOCKS[0]:
         raise InputError(f"model {recipe.model}: has {blocks} blocks, so few that a run is its own probe")
     few_blocks, many_blocks = _BLOCKS if blocks > _BLOCKS[1] else (1, blocks)
-    # The copies are small enough for a layout of weights that the model may be too large for.
+    # The copies are small enough for prepacked weights; the model may be too large for them.
     whole = skeleton(model, trust_remote_code=recipe.trust_remote_code)
     linears = [module.weight for module in whole.modules() if isinstance(module, nn.Linear)]
     laid_out = 2 * sum(weight.numel() for weight in linears) <= MOST_BYTES
@@ -145,7 +144,7 @@ def as_json(forecasts: list[Forecast]) -> dict[str, Any]:
 
 
 def blocks_differ(model: nn.Module, count: int) -> bool:
-    """Tell whether any of a model's `count` decoder blocks has parameters of other names or shapes than the others."""
+    """Return whether a model's `count` decoder blocks differ in names or shapes of parameters."""
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList) and len(stack) == count:
             kinds = {tuple((name, weight.shape) for name, weight in block.named_parameters()) for block in stack}
@@ -155,7 +154,7 @@ def blocks_differ(model: nn.Module, count: int) -> bool:
 
 
 def available_memory() -> int:
-    """Return the bytes that processes may still take: the kernel's figure, or the control group's limit if lower."""
+    """Return the available memory in bytes: the kernel's figure, or what the control group's limit leaves if lower."""
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     with suppress(OSError, ValueError):

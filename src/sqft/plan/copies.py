@@ -1,4 +1,4 @@
-"""A model's shortened copy: the same shapes in fewer blocks, and the recipe without the layers that it lacks."""
+"""A shortened copy of a model (same shapes, fewer blocks), and the recipe without patterns for missing layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shorten(model: Path, config: PretrainedConfig, count: int, folder: Path, *, 
 
 
 def shorten_adapter(adapter: Path, copy: Path, folder: Path, *, trust_remote_code: bool) -> None:
-    """Write an adapter without what it has for blocks that a model's shortened copy lacks."""
+    """Write an adapter without the tensors of blocks that a shortened model lacks."""
     from safetensors.torch import load_file, save_file
 
     from sqft.adapters.saved import CONFIG, WEIGHTS
@@ -49,13 +49,13 @@ def shorten_adapter(adapter: Path, copy: Path, folder: Path, *, trust_remote_cod
     tensors = load_file(adapter / WEIGHTS)
     kept = {n: t for n, t in tensors.items() if (found := block_of.match(n)) is None or int(found[1]) < len(left)}
     folder.mkdir(parents=True)
-    # The copy is another base than the one that the settings name.
+    # The copy is not the base that the adapter's config names.
     write_json(folder / CONFIG, {**read_json(adapter / CONFIG), "base_model_name_or_path": None})
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def on_copy(recipe: Recipe, model: Path, copy: Path, given: Path | None = None) -> Recipe:
-    """Return the recipe on a shortened copy, without the patterns that match layers which only the model has.
+    """Return the recipe for a shortened copy, without patterns that match only layers missing in the copy.
 
     Args:
         recipe: the recipe.
@@ -64,7 +64,7 @@ def on_copy(recipe: Recipe, model: Path, copy: Path, given: Path | None = None) 
         given: the folder of the adapter or tuned model of its section teacher.
 
     Raises:
-        InputError: no pattern of what to prune or quantise is left, so nothing can be drawn on from the copy.
+        InputError: no pattern of layers to prune or quantise is left, so the copy allows no extrapolation.
     """
     whole, short = (skeleton(folder, trust_remote_code=recipe.trust_remote_code) for folder in (model, copy))
     values: dict[str, Any] = {"model": str(copy), "revision": None}
@@ -99,7 +99,7 @@ def _teacher_on_copy(config: TeacherConfig, given: Path, copy: Path, *, trust_re
 
 
 def _names(network: PreTrainedModel, pattern: str) -> bool:
-    """Tell whether a pattern names a linear of a model's blocks."""
+    """Return whether a pattern matches a linear in a model's blocks."""
     try:
         return bool(find_targets(network, [pattern]))
     except InputError:

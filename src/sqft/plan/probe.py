@@ -1,4 +1,4 @@
-"""A probe: a shortened recipe runs in a process of its own, and its figures are scaled to the whole recipe's work."""
+"""A probe: a shortened recipe runs in a separate process, and its figures are scaled to the full recipe."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run_apart(recipe: Recipe, folder: Path, *, laid_out: bool) -> dict[str, dict
 def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
     """Run a shortened recipe and send {stage: {disk, memory, seconds}}; the body of the probe's process.
 
-    `laid_out` says whether evaluation lays out the whole model's weights anew, which takes their size once more.
+    `laid_out` says whether evaluation of the full model prepacks its weights, which takes their size once more.
     """
     from sqft import pipeline
     from sqft.context import Context
@@ -96,7 +96,7 @@ def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
 
 
 def rows_of(recipe: Recipe, config: EvaluateConfig, data: Data) -> dict[str, int]:
-    """Return how many rows of each task the recipe evaluates, of a text for perplexity its windows."""
+    """Return how many rows of each task the recipe evaluates; for perplexity, how many windows."""
     from sqft.data.tasks import PERPLEXITY
     from sqft.evaluation.perplexity import windows
     from sqft.stages import evaluate
@@ -111,17 +111,17 @@ def rows_of(recipe: Recipe, config: EvaluateConfig, data: Data) -> dict[str, int
 
 
 def _short_search(config: SearchConfig) -> SearchConfig:
-    """Return a search of three configurations on one batch of rows; what does not search is the heuristic's work."""
+    """Return a search of three configurations on one batch of rows; other strategies are replaced by the heuristic."""
     if not config.searches:
         return config.model_copy(update={"strategy": "heuristic"})
     return config.model_copy(update={"turns": 1, "neighbours": 2, "samples": min(config.samples, config.batch)})
 
 
 def _figures(recipe: Recipe, run: Path, evaluated: Mapping[str, int], judged: int) -> dict[str, dict[str, float]]:
-    """Return what the probe's stages took.
+    """Return disk, memory and seconds of the probe's stages.
 
-    Times are scaled to the recipe's steps, to its configurations on `judged` rows each and to the rows of each task
-    that it evaluates.
+    Times are scaled to the recipe's steps, to its configurations on `judged` rows each, and to its evaluated rows of
+    each task.
     """
     from sqft.stages import extract
 

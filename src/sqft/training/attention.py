@@ -1,8 +1,8 @@
-"""Attention over packed rows on a CPU: example by example, each by transformers' sdpa.
+"""Attention over packed rows on a CPU: transformers' sdpa, one call per example.
 
-A row of 2,048 tokens that holds thirty examples has an attention matrix of which a thirtieth counts; a CPU's sdpa
-computes all of it. Where one example ends and the next begins is read off the model's own mask: the next one's first
-token does not see the token before it. `benchmarks/attention.py` measures what it saves.
+Only the diagonal blocks of a packed row's attention matrix matter: with thirty examples in 2,048 tokens a thirtieth of
+it. On a CPU sdpa computes all of it. Example boundaries come from the model's own mask: an example's first token does
+not attend to the token before it. `benchmarks/attention.py` measures the gain.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def attention_by_example(
         query: [B, H, L, D].
         key: [B, G, L, D].
         value: [B, G, L, D].
-        attention_mask: bool [B or 1, 1, L, L], causal, True = seen; None is one example a row.
+        attention_mask: bool [B or 1, 1, L, L], causal, True = attended; None is one example a row.
         options: as transformers passes them.
 
     Returns:
@@ -62,7 +62,7 @@ def attention_by_example(
 
 
 def example_lengths(mask_LL: torch.Tensor) -> list[int]:
-    """Return how many tokens each example of a row has, by its causal mask, bool [L, L]."""
+    """Return the lengths of a row's examples, from its causal mask, bool [L, L]."""
     starts = [0, *((~mask_LL.diagonal(-1)).nonzero().flatten() + 1).tolist(), mask_LL.shape[0]]
     return [after - start for start, after in pairwise(starts)]
 
@@ -72,9 +72,9 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def attend_by_example(model: PreTrainedModel) -> None:
-    """Let a model on a CPU that would use sdpa attend example by example.
+    """Replace sdpa by attention per example, for a model on a CPU.
 
-    A model that asks for sdpa by name, as Falcon does, keeps it: it takes any other for an eager one of its own.
+    Not for models that check for the name sdpa, as Falcon does: they treat any other as their eager implementation.
     """
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.config._attn_implementation = NAME

@@ -1,7 +1,7 @@
-"""Packed rows: several examples a row, which stay apart because position ids restart at every example.
+"""Packed rows: several examples a row, separated by position ids that restart at every example.
 
-No attention mask is passed; transformers then builds a block-diagonal one. A model that does not honour this is found
-before training (:mod:`sqft.training.isolation`).
+No attention mask is passed; transformers then builds a block-diagonal one. :mod:`sqft.training.isolation` checks before
+training that the model supports this.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def label_examples(
     Args:
         examples: token ids of prompts and answers.
         end: id of the end token.
-        length: tokens a packed row holds.
+        length: tokens of a packed row.
         model_length: tokens the model allows, or None.
         completion_only: label the answer only.
 
@@ -60,7 +60,7 @@ def label_examples(
 
 
 def pack_rows(rows: list[dict[str, list[int]]], length: int, *, packing: bool) -> list[dict[str, list[int]]]:
-    """Put whole examples together into rows of at most `length` tokens, best fit decreasing; each keeps its lengths."""
+    """Pack whole examples into rows of at most `length` tokens (best fit decreasing), with their `seq_lengths`."""
     if not packing:
         return [{**row, "seq_lengths": [len(row["input_ids"])]} for row in rows]
     from datasets import Dataset
@@ -78,7 +78,7 @@ def pack_rows(rows: list[dict[str, list[int]]], length: int, *, packing: bool) -
 
 
 def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad rows to their longest; padding is one more example of its own, never trained on."""
+    """Pad rows to the longest; padding counts as a further example without labels."""
     width = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     labels = torch.full((len(rows), width), IGNORED)

@@ -1,4 +1,4 @@
-"""Whether a model keeps packed examples apart, found numerically on the model itself before training."""
+"""A numerical test, before training, that packed examples do not attend to each other in a model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def check_isolation(model: PreTrainedModel, vocabulary: int) -> None:
-    """Refuse packing on a model that lets packed examples see each other.
+    """Check that packed examples do not attend to each other.
 
-    Two random examples are run packed and alone; their last hidden states must agree to rounding.
+    Two random examples run packed and alone; their last hidden states must agree up to rounding.
 
     Raises:
         InputError: they do not.
@@ -43,7 +43,7 @@ def check_isolation(model: PreTrainedModel, vocabulary: int) -> None:
     finally:
         model.train(was_training)
     scale = alone.abs().mean().clamp(min=1e-6)
-    # Changing the first example must not move the second, and being packed must not either, beyond rounding.
+    # Neither changing the first example nor packing may change the second, except by rounding.
     leak = (packed - blind).abs().mean() / scale
     moved = (packed - alone).abs().mean() / scale
     if leak > 1e-3 or moved > 0.05:

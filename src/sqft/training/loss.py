@@ -1,8 +1,8 @@
 """The loss over answers of packed rows, and transformers' Trainer with it.
 
 The language-model head runs only on positions whose next token is trained on: a pre-hook on it selects them, so any
-architecture's own post-processing of logits (soft-caps, scaling) still applies. On prompts and padding the logits of a
-50,000-word vocabulary would be the step's largest tensor, for nothing.
+architecture's own post-processing of logits (soft-caps, scaling) still applies. Logits of prompts and padding are not
+needed, and with a vocabulary of 50,000 they would be the step's largest tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def head_on(model: nn.Module, selected: torch.Tensor) -> Any:
     """Run the language-model head on the selected positions only.
 
     Args:
-        model: a causal language model, with or without adapters, or what shares it among processes.
+        model: a causal language model, with or without adapters or a wrapper for distributed training.
         selected: bool [rows, tokens].
     """
     whole: Any = extract_model_from_parallel(model)
@@ -57,8 +57,8 @@ def answer_loss(
     Args:
         model: a causal language model.
         inputs: input_ids, labels and position_ids, [rows, tokens].
-        num_items: what the sum is divided by (all labelled tokens of an optimiser step); None is this batch's.
-        amplify: makes the logits float32; :meth:`sqft.training.loss_scale.LossScale.amplify` in training.
+        num_items: divisor of the sum (all labelled tokens of an optimiser step); None is those of this batch.
+        amplify: casts the logits to float32; :meth:`sqft.training.loss_scale.LossScale.amplify` in training.
     """
     targets = functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
     selected = targets != IGNORED
@@ -72,7 +72,7 @@ class PackedTrainer(Trainer):
     """transformers' Trainer with the loss over answers of packed rows, scaled where the model is float16."""
 
     def __init__(self, *args: Any, loss_scale: LossScale, **options: Any) -> None:
-        """Take the loss scale beside what Trainer takes."""
+        """Take Trainer's arguments and the loss scale."""
         super().__init__(*args, **options)
         self.loss_scale = loss_scale
 
@@ -83,7 +83,7 @@ class PackedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the loss; there are no outputs to return, since most logits are never made."""
+        """Return the loss; outputs are empty, since most logits are never computed."""
         loss = answer_loss(model, inputs, num_items_in_batch, self.loss_scale.amplify)
         if num_items_in_batch is not None:
             # Each process has the sum over its rows, divided by the labelled tokens of all; gradients are averaged.

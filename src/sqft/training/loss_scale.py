@@ -1,9 +1,9 @@
-"""The scale of a float16 model's loss: a mean over thousands of tokens has gradients below float16's range.
+"""Loss scaling for float16 models: a mean over thousands of tokens has gradients below float16's range.
 
-The gradient is made larger where it leaves the loss, and divided by the same number where it reaches a trained
-parameter, which is float32. As in torch's GradScaler, a step whose gradients overflow is skipped and the scale halved,
-and it doubles after 2,000 steps without one. Differs from GradScaler: the scale is part of a checkpoint, so that a
-resumed training takes the same steps, and the learning rate goes on with a skipped step.
+The gradient is multiplied by the scale at the logits, and divided by it at each trained parameter, which is float32.
+As in torch's GradScaler, a step whose gradients overflow is skipped and the scale halved; after 2,000 steps without
+overflow it doubles. Two differences: the scale is saved in checkpoints, so that a resumed training takes the same
+steps, and the learning-rate schedule also advances on a skipped step.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _FILE = "loss_scale.json"
 
 
 class LossScale(TrainerCallback):
-    """Scales gradients on their way through a float16 model, and skips steps that overflow.
+    """Scales gradients inside a float16 model, and skips steps that overflow.
 
     Attributes:
-        scale: by what gradients are larger between the loss and the trained parameters; 1 where nothing is float16.
+        scale: factor of the gradients between logits and trained parameters; 1 if nothing is float16.
     """
 
     def __init__(self, model: nn.Module, *, float16: bool) -> None:
-        """Take a model whose trained parameters are to get true gradients."""
+        """Register hooks that unscale the gradients of the model's trained parameters."""
         self.scale, self.good_steps, self._model, self._float16 = _FIRST if float16 else 1.0, 0, model, float16
         if float16:
             for parameter in self._trained():
@@ -45,12 +45,12 @@ class LossScale(TrainerCallback):
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def amplify(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits whose gradient is `scale` times as large on its way back."""
+        """Return float32 logits whose gradient is multiplied by `scale` in the backward pass."""
         logits = logits.float()
         return logits if self.scale == 1.0 else _Amplified.apply(logits, self.scale)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the gradients away where one is not finite: the optimiser then leaves parameters and moments alone."""
+        """Drop all gradients if one is not finite: the optimiser then changes neither parameters nor moments."""
         if not self._float16:
             return
         trained = self._trained()
@@ -70,13 +70,13 @@ class LossScale(TrainerCallback):
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the scale into a checkpoint."""
+        """Save the scale in a checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._float16 and state.is_world_process_zero:
             (folder / _FILE).write_text(json.dumps({"scale": self.scale, "good_steps": self.good_steps}))
 
     def restore(self, checkpoint: Path) -> None:
-        """Take the scale of a checkpoint."""
+        """Load the scale from a checkpoint."""
         if (checkpoint / _FILE).is_file():
             values = json.loads((checkpoint / _FILE).read_text())
             self.scale, self.good_steps = float(values["scale"]), int(values["good_steps"])
