@@ -180,7 +180,7 @@ def _content(path: Path) -> bytes:
         return content.decode(encoding).encode()
     except UnicodeError as error:
         raise InputError(
-            f"data {path}: looks like {encoding.upper()} text, but is none ({error}); save it as UTF-8"
+            f"data {path}: looks like {encoding.upper()} text, but is not ({error}); save it as UTF-8"
         ) from error
 
 
@@ -201,7 +201,7 @@ def _array(path: Path, content: bytes, lines: list[tuple[int, bytes]]) -> list[A
         if len(lines) > 1 and _is_json(lines[0][1]):
             return None
         raise InputError(
-            f"data {path}: is a JSON array that cannot be read ({error}); mend it, or write one object a line"
+            f"data {path}: is a JSON array that cannot be read ({error}); fix it, or write one object a line"
         ) from error
 
 
@@ -209,7 +209,7 @@ def _refuse_other_text(path: Path, content: bytes, lines: list[tuple[int, bytes]
     """Raise one error for a text that is not JSON lines, instead of one for each line.
 
     Raises:
-        InputError: an object goes over several lines, or no line begins an object.
+        InputError: an object spans several lines, or no line begins an object.
     """
     if not lines or _is_json(lines[0][1]):
         return
@@ -222,7 +222,7 @@ def _refuse_other_text(path: Path, content: bytes, lines: list[tuple[int, bytes]
         lists = [name for name, inner in value.items() if isinstance(inner, list)]
         filter_ = f"'.{lists[0]}[]'" if lists else "."
         raise InputError(
-            f"data {path}: is JSON whose first object goes over several lines (its keys are {', '.join(value)}); "
+            f"data {path}: is JSON whose first object spans several lines (its keys are {', '.join(value)}); "
             f"write one row a line: jq -c {filter_} {path.name} > rows.jsonl"
         )
     if any(line.lstrip()[:1] in (b"{", b"[") for _, line in lines):
@@ -231,7 +231,7 @@ def _refuse_other_text(path: Path, content: bytes, lines: list[tuple[int, bytes]
     remedy = "if it is CSV, name it so (.csv, or .tsv with tabs)"
     if shown.startswith("<"):
         remedy = "a web page or XML, as where a download went wrong: fetch the file itself"
-    raise InputError(f"data {path}: is no JSON lines: no line begins with a brace, the first is {shown!r}; {remedy}")
+    raise InputError(f"data {path}: is not JSON lines: no line begins with a brace, the first is {shown!r}; {remedy}")
 
 
 def _table(path: Path, content: bytes) -> Iterator[tuple[str, Row | ValueError]]:
@@ -253,7 +253,7 @@ def _table(path: Path, content: bytes) -> Iterator[tuple[str, Row | ValueError]]
         # A column without a name is an index that pandas wrote, or a trailing separator on every line.
         named = [name for name in names if name]
         if len(set(named)) < len(named):
-            raise InputError(f"data {path}: two of its columns have one name: {', '.join(names)}; rename one")
+            raise InputError(f"data {path}: two columns have the same name: {', '.join(names)}; rename one")
         for cells in reader:
             if len(cells) == len(names):
                 yield f"{path}:{reader.line_num}", {n: cell for n, cell in zip(names, cells, strict=True) if n}
@@ -266,7 +266,7 @@ def _table(path: Path, content: bytes) -> Iterator[tuple[str, Row | ValueError]]
                     ),
                 )
     except csv.Error as error:
-        raise InputError(f"data {path}:{reader.line_num}: is no CSV ({error})") from error
+        raise InputError(f"data {path}:{reader.line_num}: is not valid CSV ({error})") from error
 
 
 def _parquet(path: Path, content: bytes) -> Iterator[tuple[str, Row]]:
