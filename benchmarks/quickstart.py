@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, save
+from sqft.core.bfloat16 import multiplies_bfloat16
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "runs" / "quickstart"
@@ -42,6 +43,7 @@ def measure() -> dict[str, Any]:
         for name in ("dense", "quantized", "merged")
     }
     return {
+        "bfloat16_instructions": multiplies_bfloat16(),
         "wall_seconds": round(wall, 1),
         "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
         "rows": json.loads((RUN / "eval.json").read_text())["rows"],
@@ -57,8 +59,14 @@ def readme(result: dict[str, Any]) -> str:
     baseline = json.loads((RESULTS / "quickstart_dense_lora.json").read_text())["tasks"]
     task = next(iter(rows["dense"]))
 
-    def accuracy(entry: dict[str, Any]) -> str:
-        return f"{100 * entry['value']:.1f} ± {100 * entry['stderr']:.1f} %"
+    def accuracy(tasks: dict[str, Any], mark: str = "") -> str:
+        """Return the last two cells of a row."""
+        entry = tasks[task]
+        nll = entry[f"{task}_nll"]
+        return (
+            f"{mark}{100 * entry['value']:.1f} ± {100 * entry['stderr']:.1f} %{mark} | "
+            f"{mark}{nll['value']:.2f} ± {nll['stderr']:.2f}{mark}"
+        )
 
     def size(name: str) -> str:
         return f"{sizes[name] / 1e6:.0f} MB"
@@ -72,18 +80,20 @@ def readme(result: dict[str, Any]) -> str:
         [
             MARKS[0],
             f"Accuracy on {rows['dense'][task]['n']} held-out questions (12 possible answers, the likeliest counts; "
-            "± is the standard error; one seed):",
+            "± is the standard error; one seed), and the negative log-likelihood of the right answers (nats a token, "
+            "lower is better). Both trainings have the same steps and adapt all linears:",
             "",
-            "| model | zeros in the linears | their weights | weight files | accuracy |",
-            "|---|---|---|---|---|",
-            f"| dense, not tuned | 0 % | BF16 | {size('dense')} | {accuracy(rows['dense'][task])} |",
-            f"| {lora} | 0 % | BF16 | {size('dense')} + adapter | {accuracy(baseline[task])} |",
-            f"| sparse INT4 (Wanda + GPTQ), not tuned | 50 % | INT4 | {size('quantized')} | "
-            f"{accuracy(rows['quantized'][task])} |",
+            "| model | zeros in the linears | their weights | weight files | accuracy | NLL |",
+            "|---|---|---|---|---|---|",
+            f"| dense, not tuned | 0 % | BF16 | {size('dense')} | {accuracy(rows['dense'])} |",
+            f"| {lora} | 0 % | BF16 | {size('dense')} + adapter | {accuracy(baseline)} |",
+            f"| sparse INT4 (Wanda + GPTQ, compensated), not tuned | 50 % | INT4 | {size('quantized')} | "
+            f"{accuracy(rows['quantized'])} |",
             f"| **tuned and merged (QA-SparsePEFT, NLS)** | **50 %** | **INT4** | **{size('merged')}** | "
-            f"**{accuracy(rows['merged'][task])}** |",
+            f"{accuracy(rows['merged'], '**')} |",
             "",
-            f"Measured by `python benchmarks/quickstart.py` on 2 cores of a shared machine: prune and quantise "
+            f"Measured by `python benchmarks/quickstart.py` on 2 cores of a shared machine, "
+            f"{'with' if result['bfloat16_instructions'] else 'without'} bfloat16 instructions: prune and quantise "
             f"{stages['quantized']['seconds']:.0f} s, train {stages['adapter']['seconds']:.0f} s, merge "
             f"{stages['merged']['seconds']:.0f} s; the whole command {result['wall_seconds'] / 60:.1f} minutes, with "
             "three evaluations ([result](benchmarks/results/quickstart.json)).",
