@@ -87,7 +87,7 @@ def readme(result: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|",
             f"| dense, not tuned | 0 % | BF16 | {size('dense')} | {accuracy(rows['dense'])} |",
             f"| {lora} | 0 % | BF16 | {size('dense')} + adapter | {accuracy(baseline)} |",
-            f"| sparse INT4 (Wanda + GPTQ, compensated), not tuned | 50 % | INT4 | {size('quantized')} | "
+            f"| sparse INT4 (Wanda + GPTQ), not tuned | 50 % | INT4 | {size('quantized')} | "
             f"{accuracy(rows['quantized'])} |",
             f"| **tuned and merged (QA-SparsePEFT, NLS)** | **50 %** | **INT4** | **{size('merged')}** | "
             f"{accuracy(rows['merged'], '**')} |",
