@@ -81,7 +81,7 @@ def readme(result: dict[str, Any]) -> str:
             MARKS[0],
             f"Accuracy on {rows['dense'][task]['n']} held-out questions (12 possible answers, the likeliest counts; "
             "± is the standard error; one seed), and the negative log-likelihood of the right answers (nats a token, "
-            "lower is better). Both trainings have the same steps and adapt all linears:",
+            "lower is better). Both trainings have the same steps and adapt the same linears:",
             "",
             "| model | zeros in the linears | their weights | weight files | accuracy | NLL |",
             "|---|---|---|---|---|---|",
