@@ -14,8 +14,8 @@ from sqft.adapters.attach import load_model
 from sqft.adapters.cached import cached_weights
 from sqft.context import Context
 from sqft.data.encode import encode_prompt
+from sqft.device import DeviceName, place, resolve
 from sqft.errors import InputError
-from sqft.model.load import to_device
 
 
 class Chat:
@@ -27,6 +27,7 @@ class Chat:
         raw: read each prompt as it is, alone, and not as a turn of a chat, where the tokenizer has a template.
         max_tokens: of an answer.
         trust_remote_code: run code that the model's repository brings.
+        device: auto, cpu or cuda.
 
     Raises:
         InputError: the folder cannot be read, or the adapter is another base's.
@@ -40,9 +41,11 @@ class Chat:
         raw: bool = False,
         max_tokens: int = 256,
         trust_remote_code: bool = False,
+        device: DeviceName = "auto",
     ) -> None:
         self.tokenizer: Any = Context(0, trust_remote_code).tokenizer(model)
-        self.model: Any = to_device(load_model(model, adapter, trust_remote_code=trust_remote_code)).eval()
+        opened = load_model(model, adapter, trust_remote_code=trust_remote_code)
+        self.model: Any = place(opened, resolve(device), "use a card with more memory").eval()
         self.templated = not raw and bool(self.tokenizer.chat_template)
         self.max_tokens = max_tokens
         self.turns: list[dict[str, str]] = []

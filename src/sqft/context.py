@@ -1,4 +1,4 @@
-"""What all stages of a run share: the seed, the model's tokenizer, the data, and whether foreign code may run."""
+"""What all stages of a run share: seed, device, the model's tokenizer, the data, and whether foreign code may run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqft.data.calibration import calibration_tokens
 from sqft.data.load import Data
+from sqft.device import DeviceName, resolve
 from sqft.model.opening import load_tokenizer
 
 if TYPE_CHECKING:
@@ -27,12 +28,23 @@ class Context:
     Attributes:
         seed: of everything that is drawn.
         trust_remote_code: whether code that the model's repository brings may run.
+        device_name: where to compute: auto, cpu or cuda.
     """
 
     seed: int = 0
     trust_remote_code: bool = False
+    device_name: DeviceName = "auto"
     _tokenizer: PreTrainedTokenizerBase | None = None
     _data: Data | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stages compute.
+
+        Raises:
+            InputError: `cuda` was asked for, and there is none.
+        """
+        return resolve(self.device_name)
 
     def tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         """Return the tokenizer, loaded from `folder` on the first call.

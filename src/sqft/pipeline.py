@@ -84,7 +84,7 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         announce("reading model and data")
         dense = local_folder(recipe.model, out, recipe.revision)
         given = teacher.locate(recipe.teacher, out)
-        context = Context(recipe.seed, recipe.trust_remote_code)
+        context = Context(recipe.seed, recipe.trust_remote_code, recipe.device)
         recipe = fix_date(recipe, context, teacher.tuned_folder(recipe.teacher, dense, given), out)
         flow = _Flow(recipe, out, context, prepare(recipe, context, dense, given), announce, dense)
         flow.teach(given)

@@ -66,6 +66,7 @@ def prepare(recipe: Recipe, context: Context, dense: Path, given: Path | None = 
     inputs = Inputs({"data": recipe.data.model_dump(mode="json")})
     tuned = teacher.tuned_folder(recipe.teacher, dense, given)
     with Problems(f"recipe {recipe.name}") as problems:
+        problems.attempt(lambda: context.device)
         reported = _read_rows(recipe, context.data(tuned), inputs, problems)
         problems.attempt(lambda: report.check_baselines(recipe))
         problems.attempt(lambda: _check_teacher(recipe, context, dense, given, inputs.train))

@@ -77,6 +77,12 @@ THREADS = Argument("--threads", type=_whole(1), help="CPU threads (default: PyTo
 VERBOSE = Argument("-v", "--verbose", action="store_true", help="show the libraries' own messages too")
 SEED = Argument("--seed", type=_whole(0, MAX_SEED), default=0, help="of everything drawn (default 0)")
 REVISION = Argument("--model-revision", help="branch, tag or commit of a Hub model (default: its main branch)")
+DEVICE = Argument(
+    "--device",
+    choices=["auto", "cpu", "cuda"],
+    default="auto",
+    help="where to compute; which card, CUDA_VISIBLE_DEVICES says (default auto: a CUDA card where there is one)",
+)
 TRUST = Argument("--trust-remote-code", action="store_true", help="run code that a model's repository brings")
 JSON = Argument("--json", action="store_true", help="print JSON")
 RECIPE = Argument("recipe", type=_path, help="YAML file")
@@ -137,7 +143,7 @@ COMMANDS = (
         "sparsify",
         "set the least important weights of a model to zero",
         "HuggingFaceTB/SmolLM2-135M sparse --task gsm8k --sparsity 0.5",
-        (SEED, REVISION, TRUST, Argument("model", help=_FETCHED), OUT, *CALIBRATION),
+        (SEED, REVISION, TRUST, DEVICE, Argument("model", help=_FETCHED), OUT, *CALIBRATION),
         (SparsifyConfig,),
     ),
     Command(
@@ -145,7 +151,7 @@ COMMANDS = (
         "round a model's weights to an integer grid, keeping its zeros",
         "sparse quantized --task gsm8k --bits 4 --group-size 64",
         (
-            *(SEED, REVISION, TRUST),
+            *(SEED, REVISION, TRUST, DEVICE),
             Argument("model", help=f"{_FETCHED}: the float model, sparse or not"),
             *(OUT, *CALIBRATION),
             Argument("--sparsity", type=float, help="also prune this fraction of each row, in the same pass"),
@@ -157,7 +163,7 @@ COMMANDS = (
         "finetune",
         "train elastic, masked adapters on a frozen model",
         "sparse adapter --task gsm8k --ranks 32 24 16",
-        (SEED, REVISION, TRUST, Argument("model", help="Hub id or folder"), OUT),
+        (SEED, REVISION, TRUST, DEVICE, Argument("model", help="Hub id or folder"), OUT),
         (FinetuneConfig, DataConfig),
     ),
     Command(
@@ -187,7 +193,7 @@ COMMANDS = (
         "find the best sub-adapter of a super-adapter on validation rows",
         "adapter best --base sparse --task mawps",
         (
-            *(SEED, TRUST, SUPER),
+            *(SEED, TRUST, DEVICE, SUPER),
             Argument(
                 "out", type=_path, help="folder to make; started twice with one OUT, two processes share the work"
             ),
@@ -234,7 +240,7 @@ COMMANDS = (
         "merge an adapter into its base",
         "sparse sub_adapter merged",
         (
-            TRUST,
+            *(TRUST, DEVICE),
             Argument("model", type=_path, help="the base model's folder"),
             Argument("adapter", type=_path, help="the adapter's folder"),
             OUT,
@@ -246,7 +252,7 @@ COMMANDS = (
         "prove that a merged model is its base with its adapter",
         "merged --base sparse --adapter sub_adapter",
         (
-            *(SEED, TRUST),
+            *(SEED, TRUST, DEVICE),
             Argument("merged", type=_path, help="the merged model's folder"),
             BASE,
             Argument("--adapter", type=_path, required=True, help="the adapter's folder"),
@@ -296,7 +302,7 @@ COMMANDS = (
         "talk to a model: its greedy answers, as they are made",
         'merged --raw --prompt "What is 3 + 4?"',
         (
-            TRUST,
+            *(TRUST, DEVICE),
             Argument("model", type=_path, help="model folder"),
             Argument("--adapter", type=_path, help="an adapter to attach, unmerged"),
             Argument("--prompt", help="answer this and end (default: ask, until Control-D)"),
@@ -313,7 +319,7 @@ COMMANDS = (
         "measure a model on tasks through lm-eval",
         "merged --task gsm8k --limit 100",
         (
-            *(SEED, REVISION, TRUST),
+            *(SEED, REVISION, TRUST, DEVICE),
             Argument("model", help=_FETCHED),
             Argument("--adapter", type=_path, help="an adapter to attach, unmerged"),
             Argument("--out", type=_path, help=_PLACED.format("evaluate")),

@@ -81,7 +81,7 @@ def run(
         raise InputError(f"{out}: cannot be used as output folder ({error.strerror}); choose another --out") from error
     wanted = [(name, seed) for seed in range(seeds) for name in methods if seed == 0 or METHODS[name].kind is not None]
     bases = _make_bases(recipe, out, {METHODS[name].base for name in methods}, announce)
-    context = Context(recipe.seed, recipe.trust_remote_code)
+    context = Context(recipe.seed, recipe.trust_remote_code, recipe.device)
     recipe = pipeline.fix_date(recipe, context, bases, out / "shared")
     failed: set[tuple[str, int]] = set()
     data, began = _data_digest(recipe, context.data(bases)), time.time()

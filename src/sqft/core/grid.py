@@ -21,10 +21,14 @@ from sqft.errors import InputError, NumericalError
 BITS = (2, 3, 4, 8)
 STRETCH = 2**23
 """Weights quantised at a time, in whole rows: a float32 copy of them takes 32 MiB."""
+STRETCH_ON_CARD = 2**27
+"""The same on a card, where a column loop costs its number of launches, however tall the weight: 512 MiB."""
 
 
-def stretches(weight_OI: torch.Tensor, most: int = STRETCH) -> list[slice]:
-    """Return stretches of rows, each of at most `most` weights, or of one row."""
+def stretches(weight_OI: torch.Tensor, most: int | None = None) -> list[slice]:
+    """Return stretches of rows, each of at most `most` weights (None: as suits the device), or of one row."""
+    if most is None:
+        most = STRETCH if weight_OI.device.type == "cpu" else STRETCH_ON_CARD
     rows, columns = weight_OI.shape
     step = max(1, most // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -36,11 +36,11 @@ class Statistics:
     upper_II: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, in_features: int, *, hessian: bool) -> Statistics:
+    def empty(cls, in_features: int, *, hessian: bool, device: torch.device | None = None) -> Statistics:
         """Return statistics of no tokens."""
         if not hessian:
-            return cls(torch.zeros(in_features))
-        upper = torch.zeros(in_features, in_features)
+            return cls(torch.zeros(in_features, device=device))
+        upper = torch.zeros(in_features, in_features, device=device)
         return cls(upper.diagonal(), 0, upper)
 
     def add(self, x_TI: torch.Tensor) -> None:
@@ -102,7 +102,7 @@ def inverse_cholesky(hessian_II: torch.Tensor, damping: float, order: torch.Tens
     diagonal += damping * diagonal.mean()
     # Each step overwrites what it no longer needs. LAPACK wants columns contiguous; of another layout it takes copies.
     work = work.mT
-    status = torch.empty((), dtype=torch.int32)
+    status = torch.empty((), dtype=torch.int32, device=work.device)
     torch.linalg.cholesky_ex(work, out=(work, status))
     if status.item() == 0:
         torch.cholesky_inverse(work, out=work)

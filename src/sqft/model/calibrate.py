@@ -8,6 +8,9 @@ position tables and whatever else a model passes to its blocks are therefore the
 Inputs are observed where they are used: a torch-function mode watches every matrix product and recognises a target by
 where its weight lies in memory. That covers nn.Linear, Conv1D and the slices of fused experts with one mechanism.
 
+On a card a block comes and goes, with its statistics; the hidden states stay there too, if they take no more than
+half of its free memory, and else in the host's.
+
 Memory: a block, the hidden states of all sequences three times (a block's input and output, and the embeddings, which
 the model's own forward holds to its end), the statistics, and the activations of `batch` sequences.
 """
@@ -28,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from sqft.core.bfloat16 import fast_products
 from sqft.core.mask import finite
 from sqft.core.statistics import Statistics
+from sqft.device import free_bytes
 from sqft.errors import NumericalError
 from sqft.memory import release_memory
 from sqft.model.load import embedding_rows
@@ -46,6 +50,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CPU = torch.device("cpu")
+_SHARE = 0.5  # of a card's free memory, for the hidden states of all sequences
+
 
 class _Observer(TorchFunctionMode):
     """Adds the inputs of every product with a target's weight to that target's statistics.
@@ -56,7 +63,9 @@ class _Observer(TorchFunctionMode):
 
     def __init__(self, weights: dict[Target, torch.Tensor], *, hessian: bool) -> None:
         super().__init__()
-        self.statistics = {t: Statistics.empty(w.shape[1], hessian=hessian) for t, w in weights.items()}
+        self.statistics = {
+            t: Statistics.empty(w.shape[1], hessian=hessian, device=w.device) for t, w in weights.items()
+        }
         self._targets = {_identity(w): t for t, w in weights.items()}
         self._storages = {w.untyped_storage().data_ptr() for w in weights.values()}
         self._last: tuple[torch.Tensor, Statistics] | None = None
@@ -162,6 +171,11 @@ class Block:
         """The skeleton whose parameters of this block are loaded."""
         return self.names.model
 
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(iter(self.parameters().values())).device
+
     def parameters(self) -> dict[str, torch.Tensor]:
         """Return the block's parameters by name."""
         prefix = f"{self.prefix}."
@@ -184,6 +198,7 @@ class _Run:
     hessian: bool
     heads: int
     calibrated: bool
+    device: torch.device
     advance: Callable[[int], Any]
 
     def process(self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,6 +209,7 @@ class _Run:
         stand_in, real = self.blocks[index], self.real[index]
         self.blocks[index] = real
         self.names.load(f"{prefix}.")
+        real.to(self.device)
         missing = [n for n, p in real.named_parameters(prefix) if p.is_meta]
         check_complete(self.names.checkpoint.folder, missing)
         targets = [t for t in self.targets if t.module.startswith(f"{prefix}.")]
@@ -246,7 +262,8 @@ class _Run:
             def cut(value: Any, rows: slice = rows) -> Any:
                 if isinstance(value, torch.Tensor):
                     each = _rows_each(value.shape, total, self.heads)
-                    return value[rows.start * each : rows.stop * each] if each else value
+                    part = value[rows.start * each : rows.stop * each] if each else value
+                    return part.to(self.device)
                 if isinstance(value, tuple):
                     return tuple(cut(item) for item in value)
                 if isinstance(value, dict):
@@ -254,10 +271,33 @@ class _Run:
                 return value
 
             with observer or nullcontext(), fast_products(block):
-                output = block(hidden[rows], *cut(args), **cut(kwargs))
+                output = block(hidden[rows].to(self.device), *cut(args), **cut(kwargs))
             if kept is not None:
                 kept[rows] = output[0] if isinstance(output, tuple) else output
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+
+def _home(hidden_bytes: int, device: torch.device) -> torch.device:
+    """Return where the hidden states of all sequences lie: a block's input and output, and the embeddings."""
+    free = free_bytes(device)
+    return _CPU if free is None or 3 * hidden_bytes > _SHARE * free else device
+
+
+def _width(model: nn.Module) -> int:
+    return int(cast("Any", model).config.get_text_config(decoder=True).hidden_size)
+
+
+def _move(model: nn.Module, prefix: str, device: torch.device) -> None:
+    """Move what of a skeleton lies outside its blocks, and has data."""
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(f"{prefix}."):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                module.register_parameter(key, nn.Parameter(parameter.to(device), requires_grad=False))
+        for key, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module.register_buffer(key, buffer.to(device), key not in module._non_persistent_buffers_set)
 
 
 @torch.no_grad()
@@ -269,6 +309,7 @@ def visit_blocks(
     *,
     batch: int,
     hessian: bool,
+    device: torch.device = _CPU,
     trust_remote_code: bool = False,
 ) -> None:
     """Call `visit` on every decoder block, in order, with the statistics of its targets' inputs.
@@ -282,6 +323,7 @@ def visit_blocks(
         visit: called once a block.
         batch: sequences run at a time.
         hessian: whether the statistics hold second-order information.
+        device: where a block runs and is visited, its weights and statistics with it.
         trust_remote_code: passed to transformers.
 
     Raises:
@@ -296,12 +338,15 @@ def visit_blocks(
     with progress(len(blocks), "compressing", "block") as advance:
         heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", 0)
         real = list(blocks)
+        calibrated = tokens is not None
         run = _Run(
-            model, names, blocks, prefix, real, targets, visit, batch, hessian, heads, tokens is not None, advance
+            model, names, blocks, prefix, real, targets, visit, batch, hessian, heads, calibrated, device, advance
         )
         # The language-model head is not run: only the blocks matter, and its logits would be the largest tensor of all.
         body = text_model(model, blocks)
         for index, block in enumerate(real):
             blocks[index] = StandIn(block, partial(run.process, index))
         given = torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens
-        body(input_ids=given, use_cache=False)
+        home = _home(given.numel() * _width(model) * names.checkpoint.dtype.itemsize, device)
+        _move(model, prefix, home)
+        body(input_ids=given.to(home), use_cache=False)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from sqft.model.opening import check_blocks, check_complete, hide_bars_of_compressed_tensors, reading
 from sqft.model.packed import PackedLinear
 from sqft.storage.checkpoint import Checkpoint, plain_files
@@ -60,13 +58,6 @@ def open_model(
             module.folder = folder  # of an archive, transformers has read a copy
     model.name_or_path = str(folder)
     model.eval()
-    return model
-
-
-def to_device(model: PreTrainedModel) -> PreTrainedModel:
-    """Move a model to the first CUDA device, where there is one."""
-    if torch.cuda.is_available():
-        cast("Any", model).to("cuda")
     return model
 
 

@@ -78,7 +78,8 @@ class BlockPruner:
         if self.given is None:
             masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in block.parameters().items()}
         else:
-            masks = block.names.in_memory(f"{block.prefix}.", self.given)
+            given = block.names.in_memory(f"{block.prefix}.", self.given)
+            masks = {name: mask.to(block.device) for name, mask in given.items()}
         for target in targets:
             weight_OI, mask_OI = target.view(block.model), mask_view(target, masks)
             if self.in_loop and target in left:
@@ -173,7 +174,7 @@ def packed_disk_masks(
     shapes: dict[str, str] = {}
     for name, mask in block.names.to_disk(_bytes(masks)).items():
         if block.names.parameter_of[name] in touched:
-            packed[name] = pack_mask(mask.view(torch.bool))
+            packed[name] = pack_mask(mask.view(torch.bool)).cpu()
             shapes[name] = ",".join(str(n) for n in mask.shape)
     return packed, shapes
 

@@ -75,7 +75,7 @@ def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
     counts: dict[str, int] = {}
     judged = 0
     try:
-        data = Context(recipe.seed, recipe.trust_remote_code).data(Path(recipe.model))
+        data = Context(recipe.seed, recipe.trust_remote_code, recipe.device).data(Path(recipe.model))
         if recipe.finetune is not None and recipe.search.searches:
             rows = data.tasks(recipe.data, "validation")
             judged = sum(min(len(part), recipe.search.samples) for _, part in rows)

@@ -6,6 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from sqft.device import DeviceName
 from sqft.recipe.base import MAX_SEED, Config, PathText, PositiveInt
 from sqft.recipe.settings import (
     DataConfig,
@@ -31,6 +32,9 @@ class Recipe(Config):
     data: DataConfig
     seed: int = Field(0, ge=0, le=MAX_SEED)
     threads: PositiveInt | None = Field(None, description="CPU threads; None leaves PyTorch's choice")
+    device: DeviceName = Field(
+        "auto", description="auto: a CUDA card where there is one (which, CUDA_VISIBLE_DEVICES says); or cpu, or cuda"
+    )
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings; off unless said")
     note: str = Field("", description="what a reader of the report should know about this recipe")
     teacher: TeacherConfig | None = None

@@ -26,9 +26,9 @@ from sqft.data.files import local_path
 from sqft.data.load import member_configs
 from sqft.data.taskfile import is_task_file
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task, judged_digest, question_key
+from sqft.device import device_key, place
 from sqft.errors import InputError, Problems
 from sqft.memory import costing
-from sqft.model.load import to_device
 from sqft.recipe import DataConfig
 from sqft.stage import Stage
 
@@ -80,6 +80,7 @@ def run(
         "evaluate": config.model_dump(mode="json", exclude={"rows", "baselines", "batch"}),
         "data": data.model_dump(mode="json"),
         "data_digest": {name: judged_digest(task, [*shots, *part]) for name, (task, part, shots) in rows.items()},
+        **device_key(context.device),
     }
 
     def work() -> dict[str, Any]:
@@ -189,7 +190,8 @@ def _evaluate_all(
     from sqft.evaluation.perplexity import perplexity
 
     tokenizer = context.tokenizer(model_dir)
-    model = to_device(load_model(model_dir, adapter, trust_remote_code=context.trust_remote_code))
+    model = load_model(model_dir, adapter, trust_remote_code=context.trust_remote_code)
+    place(model, context.device, "evaluate on a card with more memory")
     results, answering = {}, {}
     model.eval()
     with cached_weights(model):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft.device import device_key
 from sqft.digests import digest_text
 from sqft.disk import check_space
 from sqft.errors import InputError, Problems
@@ -104,6 +105,7 @@ def run(
         **config.key,
         "calibrated_on": calibration,
         "calibration_digest": None if tokens is None else digest_text(str(tokens.tolist())),
+        **device_key(context.device),
     }
     inputs = {"model": model} | ({} if config.mask is None else {"mask": config.mask})
     stage = Stage.of("sparsify", out, settings, inputs, context.seed)
@@ -140,6 +142,7 @@ def _work(
         pruning,
         batch=config.calibration.batch,
         hessian=ready.pruner.needs_hessian,
+        device=context.device,
         trust_remote_code=context.trust_remote_code,
     )
     write_masks(draft.path, pruning.masks, pruning.shapes)

@@ -35,6 +35,7 @@ from sqft.adapters.merged import BaseWeights
 from sqft.adapters.saved import SavedAdapter
 from sqft.core.mask import finite
 from sqft.data.encode import check_vocabulary, encode
+from sqft.device import device_key, place
 from sqft.digests import digest_file, digest_text
 from sqft.disk import read_json
 from sqft.evaluation.harness import score_examples
@@ -93,6 +94,7 @@ def run(
         **config.model_dump(mode="json"),
         "task": task.name if task else None,
         "examples": digest_text(json.dumps([(e.prompt, e.answer) for e in examples])),
+        **device_key(context.device),
     }
     stage = Stage.of("verify", out_file, settings, inputs, context.seed)
     return stage.record(lambda: _prove(config, merged, saved, base, task, examples, context))
@@ -301,6 +303,7 @@ def _answers(
     """Run one model as its users would."""
     tokenizer = context.tokenizer(folder)
     model = load_model(folder, adapter, trust_remote_code=context.trust_remote_code)
+    place(model, context.device, "verify on a card with more memory")
     check_vocabulary([token for ids in prompts for token in ids], embedding_rows(model), "verify", tokenizer)
     dtype = next(model.parameters()).dtype
     logits, right = _logits(model, prompts), []
@@ -335,7 +338,7 @@ def _all_finite(tensors: list[str], logits: int, over: str) -> dict[str, Any]:
 
 
 def _logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
-    return [model(input_ids=torch.tensor([ids])).logits[0] for ids in prompts]
+    return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].cpu() for ids in prompts]
 
 
 def _distances(one: list[torch.Tensor], other: list[torch.Tensor]) -> tuple[float, float]:

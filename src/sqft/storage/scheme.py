@@ -172,7 +172,7 @@ class Scheme:
         """Return codes, uint8 [R, C], as int32 words [R, C·n/32]; in stretches: each code becomes an int32 and more."""
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-        words = torch.empty(codes.shape[0], self._words(codes.shape[1]), dtype=torch.int32)
+        words = torch.empty(codes.shape[0], self._words(codes.shape[1]), dtype=torch.int32, device=codes.device)
         for rows in stretches(codes, _PACKED_AT_ONCE):
             signed = (codes[rows].to(torch.int16) - 2 ** (self.bits - 1)).to(torch.int8)
             words[rows] = pack_to_int32(signed, self.bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqft.context import Context
 from sqft.recipe import EvaluateConfig, VerifyConfig
@@ -11,6 +11,9 @@ from sqft.stages import evaluate as _evaluate
 from sqft.stages import verify as _verify
 from sqft.verbs.arguments import Result, Source, as_data, as_flags, as_path, parse
 from sqft.verbs.places import fix_date, model_folder, result_file
+
+if TYPE_CHECKING:
+    from sqft.device import DeviceName
 
 
 def verify(
@@ -22,6 +25,7 @@ def verify(
     out: str | Path | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    device: DeviceName = "auto",
     **settings: Any,
 ) -> Result:
     """Prove that a merged model is its base with its adapter.
@@ -34,6 +38,7 @@ def verify(
         out: JSON file to write; None is one under runs/verify for these very arguments.
         seed: of the random tokens.
         trust_remote_code: run code that the model's repository brings.
+        device: auto, cpu or cuda: a CUDA card where there is one, or this one.
         **settings: those of :class:`sqft.recipe.VerifyConfig`.
 
     Returns:
@@ -44,9 +49,10 @@ def verify(
     """
     config = parse(VerifyConfig, settings, "verify")
     merged, base, adapter = as_path(merged), as_path(base), as_path(adapter)
-    named = {"merged": merged, "base": base, "adapter": adapter, "seed": seed, "trust_remote_code": trust_remote_code}
+    named: dict[str, Any] = {"merged": merged, "base": base, "adapter": adapter, "seed": seed}
+    named |= {"trust_remote_code": trust_remote_code, "device": device}
     file = result_file(as_path(out), "verify", {**named, **as_flags(data, settings)}, merged, base, adapter)
-    context = Context(seed, trust_remote_code)
+    context = Context(seed, trust_remote_code, device)
     task, examples = None, []
     if data is not None:
         source, read = as_data(data), context.data(base)
@@ -63,6 +69,7 @@ def evaluate(
     seed: int = 0,
     model_revision: str | None = None,
     trust_remote_code: bool = False,
+    device: DeviceName = "auto",
     **settings: Any,
 ) -> Result:
     """Measure a model on tasks through lm-eval.
@@ -75,6 +82,7 @@ def evaluate(
         seed: of the worked examples.
         model_revision: branch, tag or commit of a Hub model.
         trust_remote_code: run code that the model's repository brings.
+        device: auto, cpu or cuda: a CUDA card where there is one, or this one.
         **settings: those of :class:`sqft.recipe.EvaluateConfig`.
 
     Returns:
@@ -86,10 +94,10 @@ def evaluate(
     config = parse(EvaluateConfig, settings, "evaluate")
     adapter = as_path(adapter)
     named = {"model": model, "adapter": adapter, "seed": seed, "model_revision": model_revision}
-    named |= {"trust_remote_code": trust_remote_code, **as_flags(data, settings)}
+    named |= {"trust_remote_code": trust_remote_code, "device": device, **as_flags(data, settings)}
     inputs = [Path(model).expanduser()] + ([] if adapter is None else [adapter])
     file = result_file(as_path(out), "evaluate", named, *inputs)
     folder = model_folder(model, file.parent, model_revision)
-    context = Context(seed, trust_remote_code)
+    context = Context(seed, trust_remote_code, device)
     source = fix_date(as_data(data), context.tokenizer(folder), file)
     return Result(_evaluate.run(config, source, folder, adapter, file, context), file)

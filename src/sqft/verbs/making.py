@@ -21,6 +21,7 @@ from sqft.verbs.places import fix_date, model_folder
 if TYPE_CHECKING:
     from sqft.artifact import Artifact
     from sqft.data.tasks import Example, Task
+    from sqft.device import DeviceName
 
 
 def sparsify(
@@ -31,6 +32,7 @@ def sparsify(
     seed: int = 0,
     model_revision: str | None = None,
     trust_remote_code: bool = False,
+    device: DeviceName = "auto",
     **settings: Any,
 ) -> Artifact:
     """Set the least important weights of a model to zero.
@@ -43,6 +45,7 @@ def sparsify(
         seed: of everything drawn.
         model_revision: branch, tag or commit of a Hub model.
         trust_remote_code: run code that the model's repository brings.
+        device: auto, cpu or cuda: a CUDA card where there is one, or this one.
         **settings: those of :class:`sqft.recipe.SparsifyConfig`.
 
     Returns:
@@ -53,7 +56,7 @@ def sparsify(
         NumericalError: NaN or Inf in the weights or activations.
     """
     config, out = parse(SparsifyConfig, settings, "sparsify"), as_path(out)
-    context = Context(seed, trust_remote_code)
+    context = Context(seed, trust_remote_code, device)
     folder = model_folder(model, out.parent, model_revision)
     text = config.calibration if config.needs_text else None
     tokens, drawn = calibrate(context, folder, text, data, out)
@@ -70,6 +73,7 @@ def quantize(
     seed: int = 0,
     model_revision: str | None = None,
     trust_remote_code: bool = False,
+    device: DeviceName = "auto",
     **settings: Any,
 ) -> Artifact:
     """Round a model's weights to an integer grid, keeping its zeros.
@@ -83,6 +87,7 @@ def quantize(
         seed: of everything drawn.
         model_revision: branch, tag or commit of a Hub model.
         trust_remote_code: run code that the model's repository brings.
+        device: auto, cpu or cuda: a CUDA card where there is one, or this one.
         **settings: those of :class:`sqft.recipe.QuantizeConfig`.
 
     Returns:
@@ -93,7 +98,7 @@ def quantize(
         NumericalError: NaN or Inf in the weights or activations, or a hessian that is not positive definite.
     """
     config, out = parse(QuantizeConfig, settings, "quantize"), as_path(out)
-    context = Context(seed, trust_remote_code)
+    context = Context(seed, trust_remote_code, device)
     folder = model_folder(model, out.parent, model_revision)
     calibration = config.calibration or CalibrationConfig()
     pruning = None
@@ -113,6 +118,7 @@ def finetune(
     seed: int = 0,
     model_revision: str | None = None,
     trust_remote_code: bool = False,
+    device: DeviceName = "auto",
     **settings: Any,
 ) -> Artifact:
     """Train elastic, masked adapters on a frozen model.
@@ -124,6 +130,7 @@ def finetune(
         seed: of everything drawn.
         model_revision: branch, tag or commit of a Hub model.
         trust_remote_code: run code that the model's repository brings.
+        device: auto, cpu or cuda: a CUDA card where there is one, or this one.
         **settings: those of :class:`sqft.recipe.FinetuneConfig`.
 
     Returns:
@@ -134,7 +141,7 @@ def finetune(
         NumericalError: the training diverged.
     """
     config, out = parse(FinetuneConfig, settings, "finetune"), as_path(out)
-    context = Context(seed, trust_remote_code)
+    context = Context(seed, trust_remote_code, device)
     folder = model_folder(model, out.parent, model_revision)
     source = fix_date(as_data(data), context.tokenizer(folder), out)
     read = context.data(folder)
@@ -179,6 +186,7 @@ def search(
     strategy: str = "hill_climbing",
     seed: int = 0,
     trust_remote_code: bool = False,
+    device: DeviceName = "auto",
     **settings: Any,
 ) -> Artifact:
     """Find the best sub-adapter of a super-adapter on validation rows.
@@ -191,6 +199,7 @@ def search(
         strategy: hill_climbing, nsga2 or random.
         seed: of what is sampled.
         trust_remote_code: run code that the model's repository brings.
+        device: auto, cpu or cuda: a CUDA card where there is one, or this one.
         **settings: those of :class:`sqft.recipe.SearchConfig`.
 
     Returns:
@@ -200,7 +209,7 @@ def search(
         InputError: an unknown setting, an adapter or data that cannot be used, or rows that the adapter was trained on.
     """
     config = parse(SearchConfig, {**settings, "strategy": strategy}, "search")
-    context, adapter, base = Context(seed, trust_remote_code), as_path(adapter), as_path(base)
+    context, adapter, base = Context(seed, trust_remote_code, device), as_path(adapter), as_path(base)
     rows: Sequence[tuple[Task, Sequence[Example]]] = ()
     if config.searches and data is not None:
         rows = context.data(base).tasks(as_data(data), "validation")
@@ -209,7 +218,13 @@ def search(
 
 
 def merge(
-    model: str | Path, adapter: str | Path, out: str | Path, *, trust_remote_code: bool = False, **settings: Any
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    device: DeviceName = "auto",
+    **settings: Any,
 ) -> Artifact:
     """Merge an adapter into its base.
 
@@ -218,6 +233,7 @@ def merge(
         adapter: the adapter's folder.
         out: the folder to make: a standard model folder.
         trust_remote_code: run code that the model's repository brings.
+        device: auto, cpu or cuda: a CUDA card where there is one, or this one.
         **settings: those of :class:`sqft.recipe.MergeConfig`.
 
     Returns:
@@ -227,6 +243,6 @@ def merge(
         InputError: an unknown setting, an adapter of another base, or one that would lose zeros or precision.
     """
     config = parse(MergeConfig, settings, "merge")
-    merged = _merge.run(config, as_path(model), as_path(adapter), as_path(out), Context(0, trust_remote_code))
+    merged = _merge.run(config, as_path(model), as_path(adapter), as_path(out), Context(0, trust_remote_code, device))
     _report.write_card(merged)
     return merged

@@ -103,10 +103,8 @@ def search(options: argparse.Namespace) -> int:
 def merge(options: argparse.Namespace) -> int:
     from sqft import verbs
 
-    trust = options.trust_remote_code
-    made = verbs.merge(
-        options.model, options.adapter, options.out, trust_remote_code=trust, **given(options, MergeConfig)
-    )
+    how = {"trust_remote_code": options.trust_remote_code, "device": options.device}
+    made = verbs.merge(options.model, options.adapter, options.out, **how, **given(options, MergeConfig))
     result = made.manifest["result"]
     zeros = f"{result['filled_zeros']} pruned ones filled" if result["pruned"] else "the base has no pruned ones"
     print(f"{result['coverage']}, {result['changed']} weights changed, {zeros}: {made.path}")

@@ -22,7 +22,8 @@ def announce(stage: str) -> None:
 
 def drawn(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of commands that draw."""
-    return {"seed": options.seed, "trust_remote_code": options.trust_remote_code}
+    names = ("seed", "trust_remote_code", "device")
+    return {name: getattr(options, name) for name in names}
 
 
 def fetched(options: argparse.Namespace) -> dict[str, Any]:

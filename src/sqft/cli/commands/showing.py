@@ -188,6 +188,7 @@ def chat(options: argparse.Namespace) -> int:
         raw=options.raw,
         max_tokens=options.max_tokens,
         trust_remote_code=options.trust_remote_code,
+        device=options.device,
     )
     if options.prompt is not None:
         talk.answer(options.prompt, show)

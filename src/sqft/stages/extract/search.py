@@ -24,9 +24,9 @@ from sqft.adapters.attach import load_model
 from sqft.adapters.cached import cached_weights, switch_ranks
 from sqft.artifact import key_of
 from sqft.core.climb import Configuration, as_configuration
+from sqft.device import place
 from sqft.errors import InputError
 from sqft.evaluation.harness import evaluate_examples
-from sqft.model.load import to_device
 from sqft.stages.extract.study import (
     WORKER,
     HillClimbing,
@@ -228,7 +228,8 @@ def _evaluate_all(
     """Evaluate configurations until none is wanted, with the model loaded once."""
     config, study = searcher.config, searcher.study
     tokenizer = context.tokenizer(base)
-    model = to_device(load_model(base, adapter.path, elastic=True, trust_remote_code=context.trust_remote_code))
+    model = load_model(base, adapter.path, elastic=True, trust_remote_code=context.trust_remote_code)
+    place(model, context.device, "search on a card with more memory")
     bar = tqdm(total=config.budget, desc="searching", unit="configuration", disable=None, leave=False)
     with cached_weights(model), bar:
         while (trial := searcher.ask()) is not None:

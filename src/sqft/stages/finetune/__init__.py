@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel, set_seed
 
@@ -24,11 +23,12 @@ from sqft.adapters.config import RANK_SPACE, SqftConfig
 from sqft.adapters.elastic import rank_space
 from sqft.adapters.layers import sqft_layers
 from sqft.data.encode import check_vocabulary, encode
+from sqft.device import device_key, place
 from sqft.digests import digest_text
 from sqft.disk import check_space, write_json
 from sqft.errors import InputError, NumericalError, Problems, SqftError
 from sqft.memory import is_out_of_memory
-from sqft.model.load import embedding_rows, to_device
+from sqft.model.load import embedding_rows
 from sqft.stage import Stage
 from sqft.stages.finetune import loop
 from sqft.storage.archive import stored
@@ -42,6 +42,7 @@ from sqft.training.isolation import check_isolation
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import nn
 
     from sqft.artifact import Artifact, Draft
@@ -91,6 +92,7 @@ def run(
         **config.model_dump(mode="json", exclude={"trackers"}),
         "data": data,
         "data_digest": digest_text(json.dumps([train, validation])),
+        **device_key(context.device),
     }
     stage = Stage.of("finetune", out, settings, {"model": model}, context.seed)
     return stage.make(
@@ -105,7 +107,7 @@ def _train(config: FinetuneConfig, model: Path, context: Context, ready: _Ready,
     started = time.monotonic()
     padding = context.tokenizer(model).pad_token_id
     arguments = (ready.adapted, ready.rows, ready.held_out, draft.checkpoints, context.seed, padding)
-    trainer = loop.make_trainer(config, *arguments)
+    trainer = loop.make_trainer(config, *arguments, on_cpu=context.device.type == "cpu")
     resumed_at = loop.train(trainer, draft.checkpoints)
     check_trained(ready.adapted)
     if not processes.first():
@@ -118,6 +120,7 @@ def _train(config: FinetuneConfig, model: Path, context: Context, ready: _Ready,
         "kind": config.kind,
         "base_identity": identity(model, start),
         "start": start,
+        "device": context.device.type,
         "trainable_parameters": ready.trainable,
         "steps": trainer.state.global_step,
         "resumed_at_step": resumed_at,
@@ -135,8 +138,10 @@ def _open(
     processes.barrier()
     check_precision(config, model, quantised_first=False)
     tokenizer, trust = context.tokenizer(model), context.trust_remote_code
-    network = load_model(model, packed=True, attention=_attention(config), trust_remote_code=trust)
-    to_device(network)  # flash attention has no kernel for a CPU, and packing is checked before the trainer moves it
+    attention = _attention(config, context.device)
+    network = load_model(model, packed=True, attention=attention, trust_remote_code=trust)
+    # Flash attention has no kernel for a CPU, and packing is checked before the trainer moves the model.
+    place(network, context.device, "train a quantised base (quantize), or on a card with more memory")
     if config.attention == "auto":
         attend_by_example(network)
     rows = pack_rows(label(config, tokenizer, train, network.config), config.length, packing=config.packing)
@@ -304,12 +309,12 @@ def _targets(config: FinetuneConfig, network: PreTrainedModel) -> tuple[list[str
     return targets, [*excluded(network, targets), *sorted(matched - set(chosen))]
 
 
-def _attention(config: FinetuneConfig) -> str | None:
+def _attention(config: FinetuneConfig, device: torch.device) -> str | None:
     if config.attention != "auto":
         return config.attention
     # Measured (benchmarks/attention.py): in short rows the plain product is a little faster on a CPU, in long ones its
     # score matrices cost more than all the rest.
-    return "eager" if not torch.cuda.is_available() and config.length <= _SHORT_ROW else None
+    return "eager" if device.type == "cpu" and config.length <= _SHORT_ROW else None
 
 
 def _split_log(history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -44,6 +44,8 @@ def make_trainer(
     checkpoints: Path,
     seed: int,
     pad_token_id: int,
+    *,
+    on_cpu: bool = False,
 ) -> PackedTrainer:
     """Return the trainer of a model with adapters.
 
@@ -55,9 +57,10 @@ def make_trainer(
         checkpoints: folder of the checkpoints.
         seed: of the data order and the rank draws.
         pad_token_id: what rows are filled up with.
+        on_cpu: train on the CPU, whatever else is here.
     """
     evaluate = config.evaluate_every is not None and bool(held_out)
-    arguments = _arguments(config, len(rows), checkpoints, seed, evaluate=evaluate)
+    arguments = _arguments(config, len(rows), checkpoints, seed, evaluate=evaluate, on_cpu=on_cpu)
     loss_scale = LossScale(
         model, float16=any(layer.base_dtype == torch.float16 for layer in sqft_layers(model).values())
     )
@@ -74,7 +77,9 @@ def make_trainer(
     return trainer
 
 
-def _arguments(config: FinetuneConfig, rows: int, checkpoints: Path, seed: int, *, evaluate: bool) -> TrainingArguments:
+def _arguments(
+    config: FinetuneConfig, rows: int, checkpoints: Path, seed: int, *, evaluate: bool, on_cpu: bool
+) -> TrainingArguments:
     """Return transformers' settings for a training on so many packed rows."""
     batch, accumulation = _share(config)
     steps = config.max_steps or max(1, round(config.epochs * _steps_per_epoch(config, rows)))
@@ -102,7 +107,8 @@ def _arguments(config: FinetuneConfig, rows: int, checkpoints: Path, seed: int, 
         disable_tqdm=not os.isatty(2),
         seed=seed,
         data_seed=seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # they are the frozen base's integers, equal in every process
         accelerator_config={"use_configured_state": processes.count() > 1},

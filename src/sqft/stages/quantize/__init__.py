@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft.device import device_key
 from sqft.digests import digest_text
 from sqft.disk import check_space, read_json, write_json
 from sqft.errors import InputError, Problems
@@ -94,6 +95,7 @@ def run(
         "sparsify": sparsify and sparsify.key,
         "calibrated_on": calibration,
         "calibration_digest": None if tokens is None else digest_text(str(tokens.tolist())),
+        **device_key(context.device),
     }
     inputs = {"model": model} | ({"mask": sparsify.mask} if sparsify is not None and sparsify.mask is not None else {})
     stage = Stage.of("quantize", out, settings, inputs, context.seed)
@@ -134,6 +136,7 @@ def _work(
         work,
         batch=calibrated.batch,
         hessian=config.method == "gptq" or (ready.pruner is not None and ready.pruner.needs_hessian),
+        device=context.device,
         trust_remote_code=context.trust_remote_code,
     )
     _finish(work, ready.source, ready.network, draft.path)

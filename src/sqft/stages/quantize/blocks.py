@@ -152,13 +152,13 @@ class Quantizing:
         name = disk_name[f"{target.module}.weight"]
         stored = load_mask(self.source, name)
         if stored is not None:
-            kept &= stored
+            kept &= stored.to(kept.device)
         if target in self.pruned:
             kept &= mask_view(target, masks)
         elif stored is not None:
             self.masks[name], self.shapes[name] = packed_mask(stored)
         elif int(kept.count_nonzero()) <= (1 - SPARSE_FROM) * kept.numel():
-            self.masks[name], self.shapes[name] = packed_mask(kept)
+            self.masks[name], self.shapes[name] = packed_mask(kept.cpu())
         return kept
 
 
