@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("compressed-tensors", "accelerate", "datasets", "trl", "optuna")
 _OPTIONAL = {
-    "triton": "kernels of others",
+    "triton": "the weights that adapters make, on a GPU",
     "flash-attn": "finetune.attention: flash_attention_2",
     "vllm": "serving; `make serving` makes an environment of its own for it",
     "tensorboard": "finetune.trackers",
 }
-_ON_CPU = ("sparsify", "quantize", "merge", "verify")
-_ON_GPU = ("finetune", "search", "evaluate")
+
+_STAGES = ("sparsify", "quantize", "finetune", "search", "merge", "verify", "evaluate")
 
 
 def examine() -> dict[str, Any]:
@@ -60,7 +60,7 @@ def examine() -> dict[str, Any]:
         "gpus": gpus,
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
         "optional": {name: _version(name) for name in _OPTIONAL},
-        "stages": dict.fromkeys(_ON_CPU, "cpu") | dict.fromkeys(_ON_GPU, device),
+        "stages": dict.fromkeys(_STAGES, device),
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft.context import Context
+from sqft.device import device_key, resolve
 from sqft.recipe import EvaluateConfig, VerifyConfig
 from sqft.stages import evaluate as _evaluate
 from sqft.stages import verify as _verify
@@ -50,7 +51,7 @@ def verify(
     config = parse(VerifyConfig, settings, "verify")
     merged, base, adapter = as_path(merged), as_path(base), as_path(adapter)
     named: dict[str, Any] = {"merged": merged, "base": base, "adapter": adapter, "seed": seed}
-    named |= {"trust_remote_code": trust_remote_code, "device": device}
+    named |= {"trust_remote_code": trust_remote_code, **device_key(resolve(device))}
     file = result_file(as_path(out), "verify", {**named, **as_flags(data, settings)}, merged, base, adapter)
     context = Context(seed, trust_remote_code, device)
     task, examples = None, []
@@ -94,7 +95,7 @@ def evaluate(
     config = parse(EvaluateConfig, settings, "evaluate")
     adapter = as_path(adapter)
     named = {"model": model, "adapter": adapter, "seed": seed, "model_revision": model_revision}
-    named |= {"trust_remote_code": trust_remote_code, "device": device, **as_flags(data, settings)}
+    named |= {"trust_remote_code": trust_remote_code, **device_key(resolve(device)), **as_flags(data, settings)}
     inputs = [Path(model).expanduser()] + ([] if adapter is None else [adapter])
     file = result_file(as_path(out), "evaluate", named, *inputs)
     folder = model_folder(model, file.parent, model_revision)
