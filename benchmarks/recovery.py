@@ -13,6 +13,7 @@ command goes on where an interrupted one stopped. Validation rows are for choosi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -31,13 +32,12 @@ import torch
 
 from common import machine
 from recovery_cells import GRID, TASKS, Cell, Scale, beginnings
-from sqft.compare.summary import compare_pair
+from recovery_table import pooled, relate, table
 from sqft.data.load import load_examples
 from sqft.data.sources import FOLDER_VARIABLE
 from sqft.digests import digest_text
 from sqft.disk import read_json, write_json
 from sqft.errors import InputError
-from sqft.evaluation.likelihood import ratio_error
 from sqft.model.sources import local_folder
 from sqft.pipeline import run
 from sqft.recipe import DataConfig, Recipe, parse_config
@@ -72,13 +72,14 @@ def do(job: Job) -> dict[str, Any]:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         run(parse_config(Recipe, job.recipe, job.name), job.out)
-        found = facts(job)
+        found = {"status": "done", **facts(job)}
     except Exception as error:
-        return {"status": "failed", "reason": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        found = {"status": "failed", "reason": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     if torch.cuda.is_available():
         found["card_peak_bytes"] = torch.cuda.max_memory_allocated()
+        gc.collect()  # other processes need what this one has done with
         torch.cuda.empty_cache()
-    return {"status": "done", "wall_seconds": round(time.perf_counter() - start, 1), **found}
+    return {**found, "wall_seconds": round(time.perf_counter() - start, 1)}
 
 
 def facts(job: Job) -> dict[str, Any]:
@@ -198,30 +199,6 @@ def refused(recipe: dict[str, Any]) -> str | None:
     return None
 
 
-def pooled(row: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """Return accuracy and NLL of a cell over the rows of some tasks together, each with its standard error."""
-    n = sum(row["tasks"][task]["n"] for task in tasks)
-    accuracy = sum(row["tasks"][task]["value"] * row["tasks"][task]["n"] for task in tasks) / n
-    likelihoods = [row["tasks"][task][f"{task}_nll"] for task in tasks]
-    nats = [value for part in likelihoods for value in part["rows"]]
-    tokens = [count for part in likelihoods for count in part["tokens"]]
-    nll = sum(nats) / sum(tokens)
-    residuals = [value - nll * count for value, count in zip(nats, tokens, strict=True)]
-    return {
-        "n": n,
-        "accuracy": accuracy,
-        "accuracy_stderr": (accuracy * (1 - accuracy) / max(1, n - 1)) ** 0.5,
-        "nll": nll,
-        "nll_stderr": ratio_error(residuals, sum(tokens)) or 0.0,
-    }
-
-
-def against(row: Mapping[str, Any], other: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any] | None:
-    """Return the paired differences of a cell and another one over the rows of some tasks."""
-    pair = [{"seed": 0, "tasks": {task: found["tasks"][task] for task in tasks}} for found in (row, other)]
-    return compare_pair(pair[:1], pair[1:])
-
-
 class Record:
     """The result file: every cell with what is known of it, written whole after each."""
 
@@ -252,49 +229,10 @@ class Record:
         print(f"{at:4d} s  {job.name}: {outcome['status']} {what}", flush=True)
 
     def write(self) -> None:
-        """Write the file, with each cell beside dense + LoRA of as many steps and the same seed."""
-        found = {(row["cell"], row["seed"]): row for row in self.cells.values() if row["status"] == "done"}
-        for row in found.values():
-            reference = found.get((f"dense-seven-r32-x{row['budget']}", row["seed"]))
-            if reference is not None and reference is not row:
-                parts = {"validation": ["validation"], "test": TASKS}
-                row["against_lora"] = {name: against(row, reference, tasks) for name, tasks in parts.items()}
+        """Write the file."""
+        relate(self.cells)
         seconds = round(time.monotonic() - self.began, 1)
         write_json(self.path, {**self.head, "seconds": seconds, "cells": self.cells, "beginnings": self.beginnings})
-
-    def table(self) -> str:
-        """Return what is done as Markdown, in the order of the grid."""
-        head = ["cell", "steps", "bits a weight", "validation NLL", "test NLL", "− dense + LoRA, equal steps", "right"]
-        head += ["of dense + LoRA's", "train loss", "s a step"]
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        found = {(row["cell"], row["seed"]): row for row in self.cells.values() if row["status"] == "done"}
-        for name, row in self.cells.items():
-            if row["status"] != "done":
-                continue
-            test, valid = row["test"], row["validation"]
-            reference = found.get((f"dense-seven-r32-x{row['budget']}", row["seed"]))
-            share = f"{test['accuracy'] / reference['test']['accuracy']:.0%}" if _tuned(reference) else "–"
-            trained = row["training"].get("adapter", {})
-            cells = [name, " + ".join(str(steps) for steps in row["steps"] if steps) or "0"]
-            cells += [f"{row['bits_per_weight']:g}", f"{valid['nll']:.3f} ± {valid['nll_stderr']:.3f}"]
-            cells += [f"{test['nll']:.3f} ± {test['nll_stderr']:.3f}", _interval(row.get("against_lora"))]
-            cells += [f"{test['accuracy']:.1%} ± {test['accuracy_stderr']:.1%}", share]
-            cells += [f"{trained['loss']:.3f}", f"{trained['seconds_per_step']:.2f}"] if trained else ["–", "–"]
-            lines.append("| " + " | ".join(cells) + " |")
-        for name, row in self.cells.items():
-            if row["status"] != "done":
-                lines.append(f"\n{name}: {row['status']} {row.get('reason', '')[:200]}")
-        return "\n".join(lines)
-
-
-def _tuned(row: Mapping[str, Any] | None) -> bool:
-    return row is not None and row["test"]["accuracy"] > 0
-
-
-def _interval(pairs: Mapping[str, Any] | None) -> str:
-    """Return the difference of the validation NLL with its 95 % interval."""
-    nll = ((pairs or {}).get("validation") or {}).get("nll")
-    return "–" if nll is None else f"{nll['difference']:+.3f} ({nll['low']:+.3f} to {nll['high']:+.3f})"
 
 
 def arguments() -> argparse.Namespace:
@@ -338,7 +276,7 @@ def main() -> None:
             record.done(job, {"status": "skipped", "reason": job.refused})
     schedule([job for job in jobs if job.refused is None], pool, options.workers, deadline, record.done)
     record.write()
-    print(f"\n{record.table()}\n\nwritten: {record.path}")
+    print(f"\n{table(record.cells)}\n\nwritten: {record.path}")
 
 
 if __name__ == "__main__":
