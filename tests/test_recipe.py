@@ -5,7 +5,16 @@ import yaml
 from pydantic import ValidationError
 
 from sqft.errors import InputError
-from sqft.recipe import DataConfig, FinetuneConfig, Recipe, SparsifyConfig, load_recipe, parse_config, parse_pattern
+from sqft.recipe import (
+    DataConfig,
+    FinetuneConfig,
+    Recipe,
+    SparsifyConfig,
+    TeacherConfig,
+    load_recipe,
+    parse_config,
+    parse_pattern,
+)
 
 SMALL = """
 name: small
@@ -222,6 +231,40 @@ def test_the_schema_describes_every_unit():
 def test_lists_are_checked_item_by_item():
     with pytest.raises(InputError, match=r"here: train_limit: Input should be greater than or equal to 1"):
         parse_config(DataConfig, {"task": "x", "train_limit": 0}, "here")
+
+
+class TestDistill:
+    def test_it_is_off_and_then_in_no_key(self):
+        assert FinetuneConfig().distill is None
+        assert "distill" not in FinetuneConfig().model_dump()
+        assert "distill" not in TeacherConfig().model_dump()
+        made = FinetuneConfig(distill={"hidden": 1})
+        assert made.model_dump()["distill"] == {"hidden": 1.0, "logits": 0.0}
+        assert FinetuneConfig(**made.model_dump()) == made
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("finetune: {distill: {}}", "finetune.distill: hidden and logits are both 0, so nothing is learnt"),
+            (
+                "finetune: {distill: {hidden: -1}}",
+                "finetune.distill.hidden: Input should be greater than or equal to 0",
+            ),
+            ("finetune: {distill: {logits: .nan}}", "finetune.distill.logits: Input should be a finite number"),
+            ("finetune: {distill: {logit: 1}}", "unknown key 'finetune.distill.logit'; did you mean 'logits'?"),
+            ("teacher: {distill: {hidden: 1}}", "teacher.distill: a teacher has no teacher; leave it out, or write it"),
+        ],
+    )
+    def test_what_says_nothing_is_refused(self, text, message, recipe_file):
+        assert message in message_of(recipe_file(f"{SMALL}sparsify: {{}}\n{text}\n"))
+
+    def test_something_must_be_compressed(self, recipe_file):
+        text = SMALL + "finetune: {distill: {hidden: 1}}\n"
+        assert "the teacher would be the very model that is tuned; add sparsify or quantize" in message_of(
+            recipe_file(text)
+        )
+        assert load_recipe(recipe_file(text + "sparsify: {}\n")).finetune.distill.hidden == 1
+        assert "very model" in message_of(recipe_file(text + "teacher: {model: mine}\n"))
 
 
 class TestData:

@@ -152,14 +152,14 @@ class _Flow:
         self.base = out if config.model is None or given is None else given
         self.models["teacher"] = (self.base, None)
 
-    def _train(self, config: FinetuneConfig, out: Path) -> None:
+    def _train(self, config: FinetuneConfig, out: Path, teacher: Path | None = None) -> None:
         """Train adapters on what is there, together with the processes that have waited for it."""
         inputs, context = self.inputs, self.context if config.seed is None else self.context.seeded(config.seed)
         if processes.first():
             processes.barrier()
         train, validation = ([(e.prompt, e.answer) for e in rows] for rows in (inputs.train, inputs.validation))
         held_out = validation if config.evaluate_every is not None else []
-        finetune.run(config, self.base, train, held_out, out, context, data=inputs.source)
+        finetune.run(config, self.base, train, held_out, out, context, data=inputs.source, teacher=teacher)
         self.trained += 1
         last = self.trained == len(_trainings(self.recipe))
         if processes.first() and last:
@@ -192,7 +192,8 @@ class _Flow:
         if config is None:
             return
         self.announce("finetune")
-        self._train(config, self.out / "adapter")
+        uncompressed = self.models.get("teacher", self.models["dense"])[0]
+        self._train(config, self.out / "adapter", None if config.distill is None else uncompressed)
 
     def extract(self) -> None:
         config, out = self.recipe.search, self.out / "sub_adapter"

@@ -22,7 +22,7 @@ from sqft.compare.table import page
 from sqft.errors import InputError
 from sqft.pages.blocks import Table
 from sqft.pages.render import form
-from sqft.recipe import Recipe, SparsifyConfig
+from sqft.recipe import DistillConfig, Recipe, SparsifyConfig
 
 CHOSEN = ("dense", "dense_lora", "sparse", "shears", "sparsepeft", "int4", "sqft", "qa_sparsepeft")
 
@@ -73,6 +73,17 @@ def test_a_row_differs_from_the_recipe_in_its_choices_alone(recipe: Recipe) -> N
     assert dense.merge is not None
     for name, method in METHODS.items():  # every row is a recipe that could be written down
         Recipe.model_validate(method_recipe(recipe, method, 0).model_dump(exclude={"quantize": {"joint"}})), name
+
+
+def test_rows_of_what_is_not_compressed_learn_from_no_teacher(recipe: Recipe) -> None:
+    assert recipe.finetune is not None
+    distill = DistillConfig(hidden=1)
+    taught = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"distill": distill})})
+    for name, method in METHODS.items():
+        tuned = method_recipe(taught, method, 0).finetune
+        assert tuned is None or tuned.distill == (None if name == "dense_lora" else distill), name
+    unpruned = method_recipe(with_level(taught, "0"), METHODS["lora"], 0).finetune
+    assert unpruned is not None and unpruned.distill is None
 
 
 @pytest.mark.slow

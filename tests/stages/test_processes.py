@@ -117,6 +117,26 @@ def test_processes_share_the_teachers_training_and_wait_for_the_base(recipe: Pat
     assert again.returncode == 0, again.stderr
 
 
+def test_processes_share_a_distilled_step(recipe: Path, tmp_path: Path) -> None:
+    """Unpacked rows of unequal length: each process has other counts of tokens and of labels."""
+    distill = ["--set", "finetune.distill={hidden: 1, logits: 0.5}", "--set", "finetune.max_steps=3", *TRAINING]
+    for processes, name in ((1, "one"), (2, "two")):
+        done = run(recipe, tmp_path / name, *distill, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (adapter(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=1e-4), name
+    logs = [json.loads((tmp_path / n / "adapter" / "sqft" / "training_log.json").read_text()) for n in ("one", "two")]
+    for at_one, at_two in zip(*(log["train"] for log in logs), strict=True):
+        assert {"task_loss", "hidden", "logits"} < at_one.keys()
+        assert at_one == pytest.approx(at_two, abs=2e-4)
+    made = [Artifact.open(tmp_path / name / "adapter").manifest for name in ("one", "two")]
+    assert made[0]["key"] == made[1]["key"]
+    # Without a section teacher the recipe's own dense model is the teacher.
+    assert made[0]["inputs"]["teacher"]["path"] == yaml.safe_load(recipe.read_text())["model"]
+
+
 def test_what_processes_cannot_share_is_refused(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]
 ) -> None:

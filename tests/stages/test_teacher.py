@@ -219,6 +219,15 @@ def test_a_lora_becomes_one_verified_compressed_model_with_its_accuracy_beside_i
         run(made, out)
 
 
+def test_the_tuned_model_teaches_what_is_compressed_from_it(recipe: Path, tmp_path: Path) -> None:
+    distilled = ["finetune.distill={hidden: 1}", "evaluate=null", "verify=null", "merge=null"]
+    run(load_recipe(recipe, distilled), tmp_path / "out")
+    inputs = json.loads((tmp_path / "out" / "adapter" / "sqft" / "manifest.json").read_text())["inputs"]
+    paths = {name: Path(value["path"]).name for name, value in inputs.items()}
+    assert paths == {"model": "quantized", "teacher": "teacher"}
+    assert "without what is learnt from the teacher" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_a_lora_is_compressed_without_training_and_without_rows(recipe: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a text of its own " * 40)

@@ -163,7 +163,10 @@ COMMANDS = (
         "finetune",
         "train elastic, masked adapters on a frozen model",
         "sparse adapter --task gsm8k --ranks 32 24 16",
-        (SEED, REVISION, TRUST, DEVICE, Argument("model", help="Hub id or folder"), OUT),
+        (
+            *(SEED, REVISION, TRUST, DEVICE, Argument("model", help="Hub id or folder"), OUT),
+            Argument("--teacher", help="the uncompressed model that --distill.* learns from: Hub id or folder"),
+        ),
         (FinetuneConfig, DataConfig),
     ),
     Command(
@@ -194,9 +197,7 @@ COMMANDS = (
         "adapter best --base sparse --task mawps",
         (
             *(SEED, TRUST, DEVICE, SUPER),
-            Argument(
-                "out", type=_path, help="folder to make; started twice with one OUT, two processes share the work"
-            ),
+            Argument("out", type=_path, help="folder to make; two processes that are given one OUT share the work"),
             BASE,
         ),
         (SearchConfig, DataConfig),
@@ -209,9 +210,7 @@ COMMANDS = (
         (
             SHARED_RECIPE,
             Argument(
-                "--out",
-                type=_path,
-                help="folder (default runs/NAME-compare); processes that share it share the work",
+                "--out", type=_path, help="folder (default runs/NAME-compare); processes that share it share the work"
             ),
             Argument("--methods", nargs="+", metavar="METHOD", help="rows (default: the ten of the paper)"),
             *(SEEDS, SET),

@@ -112,6 +112,8 @@ def method_recipe(recipe: Recipe, method: Choices, seed: int, model: Path | None
                 "ranks": list(tuned.ranks) if method.elastic else [one],
                 "start": method.start or tuned.start,
                 "seed": seed,
+                # Where nothing is compressed the teacher would be the very model that is tuned.
+                "distill": tuned.distill if made.sparsify or made.quantize else None,
             }
         )
         values["search"] = recipe.search if method.elastic else SearchConfig(strategy="maximal")

@@ -7,12 +7,11 @@ and the data. Unknown keys are refused and the nearest right key is named; all p
 
 from sqft.recipe.base import MAX_SEED, Config, PositiveInt, parse_config, parse_pattern
 from sqft.recipe.file import load_recipe, read_yaml
+from sqft.recipe.finetune import DistillConfig, FinetuneConfig, Kind
 from sqft.recipe.settings import (
     CalibrationConfig,
     DataConfig,
     EvaluateConfig,
-    FinetuneConfig,
-    Kind,
     MergeConfig,
     QuantizeConfig,
     SearchConfig,
@@ -28,6 +27,7 @@ __all__ = [
     "CalibrationConfig",
     "Config",
     "DataConfig",
+    "DistillConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "Kind",

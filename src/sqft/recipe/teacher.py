@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from sqft.recipe.base import PathText, PositiveInt
-from sqft.recipe.settings import FinetuneConfig
+from sqft.recipe.finetune import FinetuneConfig
 
 _GIVEN = ("adapter", "model", "revision")
 
@@ -17,6 +17,7 @@ class TeacherConfig(FinetuneConfig):
 
     kind: Literal["dense"] = Field("dense", description="plain LoRA, merged into the dense model after its training")
     ranks: list[PositiveInt] = Field([32], min_length=1, max_length=1, description="the rank of the LoRA")
+    distill: None = Field(None, description="not here: a teacher has no teacher")
     adapter: PathText | None = Field(
         None, description="a LoRA of `model`, a folder or a Hub id: PEFT merges it, and the result is compressed"
     )
@@ -27,6 +28,13 @@ class TeacherConfig(FinetuneConfig):
     revision: str | None = Field(
         None, description="branch, tag or commit of an adapter or a model of the Hub; null: its main branch"
     )
+
+    @field_validator("distill", mode="before")
+    @classmethod
+    def _untaught(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("a teacher has no teacher; leave it out, or write it under finetune")
+        return value
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -49,7 +57,8 @@ class TeacherConfig(FinetuneConfig):
     def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the settings of a training that does not happen, and else what is not given."""
         values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if (name in _GIVEN) == (self.given is not None)}
+        used = {name for name in values if (name in _GIVEN) == (self.given is not None)} - {"distill"}
+        return {name: value for name, value in values.items() if name in used}
 
     @property
     def given(self) -> str | None:

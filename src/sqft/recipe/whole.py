@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from sqft.device import DeviceName
 from sqft.recipe.base import MAX_SEED, Config, PathText, PositiveInt
+from sqft.recipe.finetune import FinetuneConfig
 from sqft.recipe.settings import (
     DataConfig,
     EvaluateConfig,
-    FinetuneConfig,
     MergeConfig,
     QuantizeConfig,
     SearchConfig,
@@ -83,6 +83,16 @@ class Recipe(Config):
             raise ValueError(
                 "sparsify and quantize run jointly over one calibration text, but have different calibrations; leave "
                 "quantize.calibration out, or set quantize.joint: false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_another(self) -> Self:
+        distills = self.finetune is not None and self.finetune.distill is not None
+        if distills and self.sparsify is None and self.quantize is None:
+            raise ValueError(
+                "finetune.distill: nothing is compressed, so the teacher would be the very model that is tuned; add "
+                "sparsify or quantize, or set finetune.distill: null"
             )
         return self
 

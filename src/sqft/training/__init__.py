@@ -1,1 +1,1 @@
-"""What a training step needs: packed rows, the loss over answers, isolation, attention by example."""
+"""What a training step needs: packed rows, the loss over answers, distillation, isolation, attention by example."""

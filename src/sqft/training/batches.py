@@ -78,7 +78,7 @@ def pack_rows(rows: list[dict[str, list[int]]], length: int, *, packing: bool) -
 
 
 def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad rows to the longest; padding counts as a further example without labels."""
+    """Pad rows to the longest; padding counts as a further example without labels, and is not `real`."""
     width = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     labels = torch.full((len(rows), width), IGNORED)
@@ -93,4 +93,5 @@ def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, to
         starts = torch.tensor(lengths).cumsum(0)[:-1]
         labels[index, 0] = IGNORED
         labels[index, starts[starts < width]] = IGNORED
-    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    real = torch.arange(width) < torch.tensor([[len(row["input_ids"])] for row in rows])
+    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "real": real}

@@ -15,6 +15,7 @@ from sqft.stages import merge as _merge
 from sqft.stages import quantize as _quantize
 from sqft.stages import report as _report
 from sqft.stages import sparsify as _sparsify
+from sqft.stages.finetune.taught import check_given
 from sqft.verbs.arguments import Source, as_data, as_path, calibrate, parse, refuse_trained_on
 from sqft.verbs.places import fix_date, model_folder
 
@@ -115,6 +116,7 @@ def finetune(
     out: str | Path,
     *,
     data: Source,
+    teacher: str | Path | None = None,
     seed: int = 0,
     model_revision: str | None = None,
     trust_remote_code: bool = False,
@@ -127,6 +129,7 @@ def finetune(
         model: Hub id or folder.
         out: the folder to make.
         data: what to train on.
+        teacher: the uncompressed model, tuned or not, that `distill={"hidden": 1}` learns from: Hub id or folder.
         seed: of everything drawn.
         model_revision: branch, tag or commit of a Hub model.
         trust_remote_code: run code that the model's repository brings.
@@ -137,10 +140,13 @@ def finetune(
         The super-adapter's folder with its manifest.
 
     Raises:
-        InputError: an unknown setting, targets that match nothing, or examples that do not fit.
+        InputError: an unknown setting, targets that match nothing, examples that do not fit, or `distill` and
+            `teacher` without each other.
         NumericalError: the training diverged.
     """
     config, out = parse(FinetuneConfig, settings, "finetune"), as_path(out)
+    check_given(config, teacher)
+    taught_by = None if teacher is None else model_folder(teacher, out.parent)
     context = Context(seed, trust_remote_code, device)
     folder = model_folder(model, out.parent, model_revision)
     source = fix_date(as_data(data), context.tokenizer(folder), out)
@@ -150,7 +156,7 @@ def finetune(
     if config.evaluate_every is not None:
         validation = [(e.prompt, e.answer) for e in read.examples(source, "validation", seed)]
     drawn = {"data": source.model_dump(mode="json")}
-    return _finetune.run(config, folder, train, validation, out, context, data=drawn)
+    return _finetune.run(config, folder, train, validation, out, context, data=drawn, teacher=taught_by)
 
 
 def extract(

@@ -72,7 +72,14 @@ def finetune(options: argparse.Namespace) -> int:
     from sqft import verbs
 
     data = given(options, DataConfig)
-    made = verbs.finetune(options.model, options.out, data=data, **fetched(options), **given(options, FinetuneConfig))
+    made = verbs.finetune(
+        options.model,
+        options.out,
+        data=data,
+        teacher=options.teacher,
+        **fetched(options),
+        **given(options, FinetuneConfig),
+    )
     result = made.manifest["result"]
     print(f"{result['coverage']}; {result['steps']} steps, last loss {result['final_loss']:.4f}: {made.path}")
     return 0

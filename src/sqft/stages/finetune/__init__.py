@@ -30,13 +30,14 @@ from sqft.errors import InputError, NumericalError, Problems, SqftError
 from sqft.memory import is_out_of_memory
 from sqft.model.load import embedding_rows
 from sqft.stage import Stage
-from sqft.stages.finetune import loop
+from sqft.stages.finetune import loop, taught
 from sqft.storage.archive import stored
 from sqft.storage.identity import identity
 from sqft.storage.integers import quantization_config
 from sqft.storage.masks import START_FILE, float_source
 from sqft.training.attention import attend_by_example
 from sqft.training.batches import label_examples, pack_rows
+from sqft.training.distill import Distillation
 from sqft.training.isolation import check_isolation
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ _SHORT_ROW = 256  # tokens
 
 @dataclass(frozen=True)
 class _Ready:
-    """The model with its adapters and the token rows that it is trained on."""
+    """The model with its adapters, the token rows that it is trained on, and what it learns from a teacher."""
 
     adapted: Any
     rows: list[dict[str, list[int]]]
     held_out: list[dict[str, list[int]]]
     trainable: int
+    distillation: Distillation | None
 
 
 def run(
@@ -73,6 +75,7 @@ def run(
     context: Context,
     *,
     data: dict[str, Any],
+    teacher: Path | None = None,
 ) -> Artifact:
     """Train adapters on a base and save them as a PEFT adapter.
 
@@ -84,19 +87,23 @@ def run(
         out: the folder to make.
         context: its seed is that of initialisation, data order and rank draws.
         data: what the pairs were drawn from; part of the key.
+        teacher: the folder of the uncompressed model, where `config.distill` is set; an input of the stage.
 
     Raises:
-        InputError: targets that match nothing, examples that do not fit, or a model that cannot be packed.
+        InputError: targets that match nothing, examples that do not fit, a model that cannot be packed, or a teacher
+            that is missing or of another shape.
     """
+    taught.check_given(config, teacher)
     settings = {
         **config.model_dump(mode="json", exclude={"trackers"}),
         "data": data,
         "data_digest": digest_text(json.dumps([train, validation])),
         **device_key(context.device),
     }
-    stage = Stage.of("finetune", out, settings, {"model": model}, context.seed)
+    inputs = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
+    stage = Stage.of("finetune", out, settings, inputs, context.seed)
     return stage.make(
-        lambda: _open(config, model, train, validation, out, context),
+        lambda: _open(config, model, teacher, train, validation, out, context),
         lambda ready, draft: _train(config, model, context, ready, draft) | {"examples": len(train)},
         shared=True,
     )
@@ -107,7 +114,8 @@ def _train(config: FinetuneConfig, model: Path, context: Context, ready: _Ready,
     started = time.monotonic()
     padding = context.tokenizer(model).pad_token_id
     arguments = (ready.adapted, ready.rows, ready.held_out, draft.checkpoints, context.seed, padding)
-    trainer = loop.make_trainer(config, *arguments, on_cpu=context.device.type == "cpu")
+    on_cpu = context.device.type == "cpu"
+    trainer = loop.make_trainer(config, *arguments, on_cpu=on_cpu, distillation=ready.distillation)
     resumed_at = loop.train(trainer, draft.checkpoints)
     check_trained(ready.adapted)
     if not processes.first():
@@ -132,28 +140,47 @@ def _train(config: FinetuneConfig, model: Path, context: Context, ready: _Ready,
 
 
 def _open(
-    config: FinetuneConfig, model: Path, train: list[Pair], validation: list[Pair], out: Path, context: Context
+    config: FinetuneConfig,
+    model: Path,
+    teacher: Path | None,
+    train: list[Pair],
+    validation: list[Pair],
+    out: Path,
+    context: Context,
 ) -> _Ready:
-    """Open the base, check the rows on it, and attach the adapters."""
+    """Open the base and its teacher, check the rows on it, and attach the adapters."""
     processes.barrier()
     check_precision(config, model, quantised_first=False)
-    tokenizer, trust = context.tokenizer(model), context.trust_remote_code
-    attention = _attention(config, context.device)
-    network = load_model(model, packed=True, attention=attention, trust_remote_code=trust)
-    # Flash attention has no kernel for a CPU, and packing is checked before the trainer moves the model.
-    place(network, context.device, "train a quantised base (quantize), or on a card with more memory")
-    if config.attention == "auto":
-        attend_by_example(network)
+    if teacher is not None:
+        taught.check(teacher, model, trust_remote_code=context.trust_remote_code)
+    tokenizer = context.tokenizer(model)
+    network = _load(config, model, context, "train a quantised base (quantize)")
     rows = pack_rows(label(config, tokenizer, train, network.config), config.length, packing=config.packing)
     held_out = label(config, tokenizer, validation, network.config) if validation else []
+    distillation = None
+    if config.distill is not None and teacher is not None:
+        uncompressed = _load(config, teacher, context, "leave finetune.distill out").requires_grad_(False)
+        distillation = Distillation(uncompressed, config.distill.hidden, config.distill.logits)
     if config.packing:
-        check_isolation(network, min(len(tokenizer), embedding_rows(network)))
+        for each in (network, *([distillation.teacher] if distillation else [])):
+            check_isolation(each, min(len(tokenizer), embedding_rows(each)))
     set_seed(context.seed)
     adapted = attach(network, config)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     # Adapter, two checkpoints of it with two moments each, all in float32.
     check_space(out, trainable * 4 * 8, "training")
-    return _Ready(adapted, rows, held_out, trainable)
+    return _Ready(adapted, rows, held_out, trainable, distillation)
+
+
+def _load(config: FinetuneConfig, folder: Path, context: Context, remedy: str) -> PreTrainedModel:
+    """Open a model for training on packed rows, on the device that trains; `remedy` is for one that is too large."""
+    attention, trust = _attention(config, context.device), context.trust_remote_code
+    network = load_model(folder, packed=True, attention=attention, trust_remote_code=trust)
+    # Flash attention has no kernel for a CPU, and packing is checked before the trainer moves the model.
+    place(network, context.device, f"{remedy}, or train on a card with more memory")
+    if config.attention == "auto":
+        attend_by_example(network)
+    return network
 
 
 def _save(adapted: Any, space: RankSpace, log: list[dict[str, Any]], folder: Path) -> None:
@@ -161,7 +188,7 @@ def _save(adapted: Any, space: RankSpace, log: list[dict[str, Any]], folder: Pat
     adapted.save_pretrained(str(folder))
     groups = {group: list(members) for group, members in space.groups.items()}
     write_json(folder / RANK_SPACE, {"choices": list(space.choices), "groups": groups})
-    write_json(folder / "sqft" / "training_log.json", _split_log(log))
+    write_json(folder / "sqft" / "training_log.json", loop.split_log(log))
 
 
 def check_trained(adapted: nn.Module) -> None:
@@ -315,14 +342,3 @@ def _attention(config: FinetuneConfig, device: torch.device) -> str | None:
     # Measured (benchmarks/attention.py): in short rows the plain product is a little faster on a CPU, in long ones its
     # score matrices cost more than all the rest.
     return "eager" if device.type == "cpu" and config.length <= _SHORT_ROW else None
-
-
-def _split_log(history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    return {
-        "train": [
-            {"step": e["step"], "loss": float(e["loss"]), "learning_rate": float(e["learning_rate"])}
-            for e in history
-            if "loss" in e
-        ],
-        "eval": [{"step": e["step"], "eval_loss": float(e["eval_loss"])} for e in history if "eval_loss" in e],
-    }

@@ -25,11 +25,12 @@ from sqft.adapters.layers import sqft_layers
 from sqft.core.bfloat16 import fast_products
 from sqft.errors import NumericalError
 from sqft.training.batches import collate
-from sqft.training.loss import PackedTrainer
+from sqft.training.loss import PARTS, PackedTrainer
 from sqft.training.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from sqft.recipe import FinetuneConfig
+    from sqft.training.distill import Distillation
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def make_trainer(
     pad_token_id: int,
     *,
     on_cpu: bool = False,
+    distillation: Distillation | None = None,
 ) -> PackedTrainer:
     """Return the trainer of a model with adapters.
 
@@ -58,6 +60,7 @@ def make_trainer(
         seed: of the data order and the rank draws.
         pad_token_id: what rows are filled up with.
         on_cpu: train on the CPU, whatever else is here.
+        distillation: what is learnt from a teacher besides.
     """
     evaluate = config.evaluate_every is not None and bool(held_out)
     arguments = _arguments(config, len(rows), checkpoints, seed, evaluate=evaluate, on_cpu=on_cpu)
@@ -72,6 +75,7 @@ def make_trainer(
         data_collator=lambda batch: collate(batch, pad_token_id),
         callbacks=[ElasticRanks(seed), loss_scale, _Done(), _Log()],
         loss_scale=loss_scale,
+        distillation=distillation,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -178,3 +182,15 @@ class _Log(TrainerCallback):
         every = max(1, state.max_steps // 20)
         if logs and "loss" in logs and state.global_step % every == 0:
             logger.info("step %d/%d  loss %.4f", state.global_step, state.max_steps, float(logs["loss"]))
+
+
+def split_log(history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return what training_log.json has of a trainer's log; of a distilled training the parts of its loss too."""
+    return {
+        "train": [
+            {"step": e["step"], **{name: float(e[name]) for name in ("loss", *PARTS, "learning_rate") if name in e}}
+            for e in history
+            if "loss" in e
+        ],
+        "eval": [{"step": e["step"], "eval_loss": float(e["eval_loss"])} for e in history if "eval_loss" in e],
+    }

@@ -135,15 +135,19 @@ def verification(facts: Facts) -> list[Block]:
 def _training(facts: Facts) -> list[Block]:
     if (log := facts.training) is None:
         return [Text("This recipe trains nothing.", "empty")] if facts.recipe.finetune is None else []
-    train, held_out = finite(log.get("train", []), "loss"), finite(log.get("eval", []), "eval_loss")
+    steps, held_out = log.get("train", []), finite(log.get("eval", []), "eval_loss")
+    distilled = any("task_loss" in step for step in steps)
+    train = finite(steps, "task_loss" if distilled else "loss")  # what the validation loss compares with
     said = [f"{len(train)} optimiser steps logged."]
+    if distilled:
+        said.append("The training loss is that of the answers, without what is learnt from the teacher.")
     if held_out:
         said.append(f"Last validation loss {held_out[-1][1]:.4f} at step {held_out[-1][0]:g}.")
     else:
         said.append("No validation loss was measured.")
-    if rates := finite(log.get("train", []), "learning_rate"):
+    if rates := finite(steps, "learning_rate"):
         said.append(f"Learning rate at most {max(rate for _, rate in rates):.3g}.")
-    if dropped := len(log.get("train", [])) - len(train):
+    if dropped := len(steps) - len(train):
         said.append(f"{dropped} logged losses are not finite and are not drawn.")
     tables = [
         Table(["Step", name], [Row([f"{x:g}", f"{y:.4f}"]) for x, y in figures.thin(points, 24)], caption)
