@@ -91,7 +91,8 @@ def facts(job: Job) -> dict[str, Any]:
             seconds[name] = read_json(file)["seconds"]
         log = job.out / name / "sqft" / "training_log.json"
         if log.is_file():
-            losses = [entry["loss"] for entry in read_json(log)["train"]]
+            # Of a distilled training the part that compares with the others'.
+            losses = [entry.get("task_loss", entry["loss"]) for entry in read_json(log)["train"]]
             result = read_json(file)["result"]
             training[name] = {
                 "steps": len(losses),
