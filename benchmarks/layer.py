@@ -58,7 +58,7 @@ def build(out: int, inputs: int, tokens: int, device: str) -> dict[str, object]:
 
     def ours() -> None:
         with torch.autocast(device, dtype=torch.bfloat16):
-            run(MaskedLinear.apply(x, weight, None, lora_A, lora_B, SCALING, packed, False))
+            run(MaskedLinear.apply(x, weight, None, lora_A, lora_B, SCALING, packed, False, device == "cuda"))
 
     return {"lora": stock, "reference": reference, "sqft": ours}
 

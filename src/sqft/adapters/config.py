@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -29,9 +30,10 @@ PEFT_TYPE = "SQFT"
 LAYER_OF_KIND: dict[str, Callable[..., nn.Module]] = {}
 """The class of each kind's layers, entered by :mod:`sqft.adapters`: configurations know no layers."""
 STARTS = ("compensated", "dequantized", "float")
+ARITHMETICS = ("blas", "ordered")
 RANK_SPACE = Path("sqft") / "rank_space.json"
 """In an adapter's folder: {choices, groups} of a finished training, or {ranks, rank_groups} as a trainer saved them."""
-_OWN_FIELDS = ("kind", "ranks", "rank_groups", "start", "derive_mask", "base_identity")
+_OWN_FIELDS = ("kind", "ranks", "rank_groups", "start", "derive_mask", "base_identity", "arithmetic")
 _UNSAVED = "needs_sqft_layers"
 
 
@@ -65,6 +67,14 @@ class SqftConfig(LoraConfig):
     base_identity: dict[str, str] | None = field(
         default=None, metadata={"help": "digests of the base; written when the adapter is saved"}
     )
+    arithmetic: str | None = field(
+        default=None,
+        metadata={
+            "help": "how kinds sparse and quantized sum B A: blas (the CPU's matrix product) or ordered (alike on "
+            "every device; see sqft.core.ordered). None is ordered where there is a GPU, else blas; a saved "
+            "adapter that does not say was trained with blas"
+        },
+    )
     needs_sqft_layers: bool = field(
         init=False, default=False, metadata={"is_lora_variant": True, "help": "so for every kind but dense; not saved"}
     )
@@ -90,6 +100,11 @@ class SqftConfig(LoraConfig):
                 f"SqftConfig: {', '.join(unsupported)} cannot be merged exactly into a sparse base; leave off"
             )
         self.needs_sqft_layers = self.kind != "dense"
+        if self.arithmetic not in (None, *ARITHMETICS):
+            raise InputError(f"SqftConfig: arithmetic is {self.arithmetic!r}; use {' or '.join(ARITHMETICS)}")
+        if self.arithmetic is None and self.needs_sqft_layers:
+            was_saved = self.base_identity is not None or self.inference_mode
+            self.arithmetic = "ordered" if torch.cuda.is_available() and not was_saved else "blas"
         self._register_custom_module({nn.Module: cast("Any", adapt)})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -122,6 +122,11 @@ class SqftLinear(LoraLinear):
             "ranks": None if ranks is None else sorted(set(ranks)),
         }
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the arithmetic of the adapters is the ordered one; see :mod:`sqft.core.delta`."""
+        return self._settings.get("arithmetic") == "ordered"
+
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; one of other settings is refused, since it would run with this layer's mask and start."""
         if hasattr(self, "_settings"):  # not so for the first, which is added while the layer is built
@@ -256,7 +261,8 @@ class SqftLinear(LoraLinear):
 
     def merged_tensor(self, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
         """Return the tensor that replaces the base's when merged, in the base's own layout."""
-        return self._in_layout(effective_weight(self.float_weight(), lora_A, lora_B, scaling, self.mask_packed))
+        given = (lora_A, lora_B, scaling, self.mask_packed)
+        return self._in_layout(effective_weight(self.float_weight(), *given, ordered=self.ordered))
 
     def float_weight(self) -> torch.Tensor:
         """Return a float base's weight as [O, I]."""
@@ -280,9 +286,8 @@ class SqftLinear(LoraLinear):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return W' - W in float32, in the base's own layout."""
         zero = torch.zeros(self.weight_shape, device=self.base_device)
-        return self._in_layout(
-            effective_weight(zero, *self.merged_factors(adapter), self.scaling[adapter], self.mask_packed)
-        )
+        given = (*self.merged_factors(adapter), self.scaling[adapter], self.mask_packed)
+        return self._in_layout(effective_weight(zero, *given, ordered=self.ordered))
 
 
 def sqft_layers(model: nn.Module) -> dict[str, SqftLinear]:

@@ -11,6 +11,8 @@ Differs from LoRA in this alone; the expectation is the same.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from sqft.adapters.config import SqftConfig
     from sqft.core.grid import QuantizedWeight
 
+_LOG = logging.getLogger(__name__)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,6 +44,11 @@ class SqftMaskedLinear(SqftLinear):
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         """As in the base; stock layers have no such entry, so that PEFT refuses them a masked adapter."""
         return {("needs_sqft_layers",): None}
+
+    @classmethod
+    def shared_settings(cls, config: Any) -> dict[str, Any]:
+        """As in the base class; a layer's weight is computed in one arithmetic."""
+        return {**super().shared_settings(config), "arithmetic": getattr(config, "arithmetic", None)}
 
     def read_base(self, config: SqftConfig, name: str) -> None:
         """Take the mask; see the base class."""
@@ -115,6 +123,8 @@ class SqftMaskedLinear(SqftLinear):
         if self.training and isinstance(dropout, nn.Dropout):
             lora_A = lora_A * dropout(lora_A.new_ones(1, lora_A.shape[1]))
         weight = self.weight_OI
+        if self.training and not self.ordered and weight.device.type == "cuda":
+            _warn_of_slow_training()
         result = MaskedLinear.apply(
             x,
             self._in_layout(weight) if isinstance(weight, torch.Tensor) else weight,
@@ -124,13 +134,15 @@ class SqftMaskedLinear(SqftLinear):
             self.scaling[adapter],
             self.mask_packed,
             self.fan_in_fan_out,
+            self.ordered,
         )
         return cast("torch.Tensor", result)
 
     def effective(self) -> torch.Tensor:
         """Return W' (or Ŵ') [O, I] of the active adapter at the rank in force, in the base's dtype."""
         (adapter,) = [name for name in self.active_adapters if name in self.lora_A]
-        return effective_weight(self.weight_OI, *self.factors(adapter), self.scaling[adapter], self.mask_packed)
+        given = (*self.factors(adapter), self.scaling[adapter], self.mask_packed)
+        return effective_weight(self.weight_OI, *given, ordered=self.ordered)
 
     def check_merge(self, adapters: list[str]) -> None:
         """Refuse to merge more than one adapter; see the base class."""
@@ -139,3 +151,11 @@ class SqftMaskedLinear(SqftLinear):
                 f"masked adapters merge one at a time, and {', '.join([*self.merged_adapters, *adapters])} are asked "
                 "for; each was trained on the base alone"
             )
+
+
+@cache  # once a process, not once a forward
+def _warn_of_slow_training() -> None:
+    _LOG.warning(
+        "an adapter of arithmetic blas trains on a GPU: each of its weights is computed on the CPU, in every forward "
+        "and backward; train with SqftConfig(arithmetic='ordered')"
+    )

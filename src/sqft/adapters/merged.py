@@ -149,7 +149,9 @@ class BaseWeights:
         if self.packed is not None and self.is_packed(module):
             weight, mask = self.quantized(module), self.mask(module)
             packed_mask = None if mask is None or kind == "dense" else pack_mask(mask)
-            codes = effective_codes(weight, low.lora_A, low.lora_B, low.scaling, packed_mask)
+            codes = effective_codes(
+                weight, low.lora_A, low.lora_B, low.scaling, packed_mask, ordered=self.adapter.ordered
+            )
             stored = self.packed.scheme.encode_codes(codes)
             return Merged.compare(
                 self.stored_name(module), stored, weight.codes(), codes, weight.grid.zero_codes(), mask
@@ -163,6 +165,7 @@ class BaseWeights:
             low.lora_B,
             low.scaling,
             None if kind == "dense" else pack_mask(mask),
+            ordered=self.adapter.ordered,
         )
         if self.transposed[module]:
             merged = merged.T

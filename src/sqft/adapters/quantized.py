@@ -100,11 +100,11 @@ class SqftQuantizedLinear(SqftMaskedLinear):
 
     def merged_tensor(self, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
         """Return the packed codes of Ŵ'."""
-        codes = effective_codes(self.weight_OI, lora_A, lora_B, scaling, self.mask_packed)
+        codes = effective_codes(self.weight_OI, lora_A, lora_B, scaling, self.mask_packed, ordered=self.ordered)
         return pack_codes(codes, self._packed().bits)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return Ŵ' - Ŵ in float32."""
-        lora_A, lora_B = self.merged_factors(adapter)
-        after = effective_weight(self.weight_OI, lora_A, lora_B, self.scaling[adapter], self.mask_packed)
+        given = (*self.merged_factors(adapter), self.scaling[adapter], self.mask_packed)
+        after = effective_weight(self.weight_OI, *given, ordered=self.ordered)
         return after.float() - self._packed().weight.float()

@@ -74,6 +74,11 @@ class SavedAdapter:
         """dense, sparse or quantized."""
         return "dense" if self.config["peft_type"] == "LORA" else str(self.config["kind"])
 
+    @property
+    def ordered(self) -> bool:
+        """Whether its arithmetic is the ordered one; that of an adapter that does not say is BLAS."""
+        return self.kind != "dense" and self.config.get("arithmetic") == "ordered"
+
     @classmethod
     def open(cls, path: str | Path) -> SavedAdapter:
         """Read an adapter folder, ours or one that PEFT, TRL or others wrote, and check all that it says.

@@ -14,6 +14,12 @@ Cost, in matmuls of 2·T·O·I operations: plain LoRA 2 (its base forward and it
 G = dYᵀX), the reference's form 5. Building W' takes another 2·O·I·R twice, so few tokens a step make it dear. The
 forward is one matmul with W'; backward builds W' again instead of saving it, into the buffer that then holds G. Rows
 are built in chunks that fit a core's cache: elementwise passes over a whole float32 weight cost more than the matmul.
+
+B A has one of two arithmetics, which training, merge and verify must share. `blas` is the CPU's matrix product; what
+lies on a GPU is brought to the CPU for it. `ordered` is defined operation by operation (:mod:`sqft.core.ordered`), so
+that any device repeats it to the bit: then the quotient by s and its sum with W_start are rounded one by one too,
+weights outside the mask keep all their bits, and no Ŵ' is -0. On CUDA it runs in Triton kernels, which take no memory
+but the result; elsewhere it is slow.
 """
 
 from __future__ import annotations
@@ -23,7 +29,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from sqft.core.chunks import mask_rows, row_chunks
 from sqft.core.grid import QuantizedWeight
+from sqft.core.ordered import CHUNK_BYTES, kernels_on, ordered_product
 from sqft.core.precision import ieee_products
 
 if TYPE_CHECKING:
@@ -31,35 +39,9 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 1 << 20  # of float32: half of a server core's second-level cache
 _LARGE = 1 << 22  # elements of a weight from which oneDNN's dYᵀX is 1.4 times faster on a contiguous dYᵀ
-_BITS: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
-def _bit_table(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return [256, 8]: the bits of each byte as numbers.
-
-    A look-up unpacks 5 to 10 times faster than shifts, and a mask that already has the other factor's dtype multiplies
-    twice as fast as a bool one.
-    """
-    if (device, dtype) not in _BITS:
-        codes = torch.arange(256, device=device).unsqueeze(1)
-        _BITS[device, dtype] = ((codes >> torch.arange(8, device=device)) & 1).to(dtype)
-    return _BITS[device, dtype]
-
-
-def _row_chunks(rows: int, columns: int, device: torch.device, chunk_bytes: int, itemsize: int) -> Iterator[slice]:
-    """Split the rows of a weight so that a chunk stays in cache; on an accelerator one chunk is best."""
-    step = rows if device.type != "cpu" else max(8, chunk_bytes // (itemsize * columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _mask_rows(mask_packed: torch.Tensor, rows: slice, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mask of a chunk as ones and zeros, [rows, columns]."""
-    packed = mask_packed[rows]
-    bits = torch.index_select(_bit_table(packed.device, dtype), 0, packed.flatten().int())
-    return bits.view(packed.shape[0], -1)[:, :columns]
-
-
+@torch.no_grad()
 def effective_weight(
     weight_OI: torch.Tensor | QuantizedWeight,
     lora_A_RI: torch.Tensor,
@@ -68,6 +50,7 @@ def effective_weight(
     mask_packed: torch.Tensor | None = None,
     *,
     inside_OI: torch.Tensor | None = None,
+    ordered: bool = False,
 ) -> torch.Tensor:
     """Return W' = W + scaling · (B A) ⊙ M, or Ŵ' on a quantised base; see the module. Rounded once to the base's dtype.
 
@@ -77,35 +60,55 @@ def effective_weight(
         lora_B_OR: [O, R], any float dtype.
         scaling: lora_alpha / r_max.
         mask_packed: uint8 [O, ceil(I / 8)] from :func:`sqft.core.mask.pack_mask`, or None for a dense delta.
-        inside_OI: bool [O, I], filled with where the sum was not clamped; for a quantised base alone.
+        inside_OI: from :func:`empty_inside`, filled with where the sum was not clamped; for a quantised base alone.
+        ordered: the arithmetic; see the module.
 
     Returns:
         [O, I] in the base's dtype and memory layout. Entries outside the mask equal the base's bit for bit.
     """
+    if not ordered and weight_OI.device.type == "cuda":
+        factors, mask = (lora_A_RI.cpu(), lora_B_OR.cpu()), None if mask_packed is None else mask_packed.cpu()
+        inside = None if inside_OI is None else torch.empty_like(inside_OI, device="cpu")
+        effective = effective_weight(weight_OI.to("cpu"), *factors, scaling, mask, inside_OI=inside)
+        if inside_OI is not None and inside is not None:
+            inside_OI.copy_(inside)
+        return effective.to(weight_OI.device)
+    if ordered and (kernels := kernels_on(weight_OI.device, weight_OI.dtype)) is not None:
+        factors = _factors(lora_A_RI, lora_B_OR, scaling)
+        if isinstance(weight_OI, QuantizedWeight):
+            return kernels.effective_quantized(weight_OI, *factors, mask_packed, inside_OI)  # type: ignore[no-any-return]
+        return kernels.effective_weight(weight_OI, *factors, mask_packed)  # type: ignore[no-any-return]
     if isinstance(weight_OI, QuantizedWeight):
         result = torch.empty(weight_OI.shape, dtype=weight_OI.dtype, device=weight_OI.device)
-        for chunk, steps, scale in _adapted_steps(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed, inside_OI):
+        for chunk, steps, scale in _adapted_steps(
+            weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed, inside_OI, ordered
+        ):
             result[chunk] = steps.mul_(scale).flatten(1)
         return result
     result = torch.empty_like(weight_OI)
-    with torch.no_grad(), torch.autocast(weight_OI.device.type, enabled=False), ieee_products(weight_OI.device):
-        for chunk, delta, mask in _delta_chunks(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed):
+    with torch.autocast(weight_OI.device.type, enabled=False), ieee_products(weight_OI.device):
+        for chunk, delta, mask in _delta_chunks(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed, ordered):
             # A copy even of a float32 weight, which the update must not touch.
             effective = weight_OI[chunk].to(torch.float32, copy=True)
             if mask is None:
                 effective += delta
+            elif ordered:
+                effective = torch.where(mask, delta.add_(effective), effective)
             else:
                 effective.addcmul_(delta, mask)
             result[chunk] = effective
     return result
 
 
+@torch.no_grad()
 def effective_codes(
     weight: QuantizedWeight,
     lora_A_RI: torch.Tensor,
     lora_B_OR: torch.Tensor,
     scaling: float,
     mask_packed: torch.Tensor | None = None,
+    *,
+    ordered: bool = False,
 ) -> torch.Tensor:
     """Return the codes of Ŵ', uint8 [O, I]: those that :func:`effective_weight` dequantises.
 
@@ -115,11 +118,30 @@ def effective_codes(
         lora_B_OR: [O, R].
         scaling: lora_alpha / r_max.
         mask_packed: as in :func:`effective_weight`.
+        ordered: the arithmetic; see the module.
     """
+    if not ordered and weight.device.type == "cuda":
+        mask = None if mask_packed is None else mask_packed.cpu()
+        codes = effective_codes(weight.to("cpu"), lora_A_RI.cpu(), lora_B_OR.cpu(), scaling, mask)
+        return codes.to(weight.device)
+    if ordered and (kernels := kernels_on(weight.device, weight.dtype)) is not None:
+        return kernels.effective_codes(weight, *_factors(lora_A_RI, lora_B_OR, scaling), mask_packed)  # type: ignore[no-any-return]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for chunk, steps, _ in _adapted_steps(weight, lora_A_RI, lora_B_OR, scaling, mask_packed, None):
+    for chunk, steps, _ in _adapted_steps(weight, lora_A_RI, lora_B_OR, scaling, mask_packed, None, ordered):
         codes[chunk] = steps.add_(weight.grid.zero_OG[chunk].float().unsqueeze(-1)).flatten(1)
     return codes
+
+
+def empty_inside(weight: QuantizedWeight, *, ordered: bool) -> torch.Tensor:
+    """Return what :func:`effective_weight` fills and :func:`adapter_gradients` takes: bool [O, I], or kernels' bits."""
+    if ordered and (kernels := kernels_on(weight.device, weight.dtype)) is not None:
+        return kernels.empty_inside(weight)  # type: ignore[no-any-return]
+    return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+
+
+def _factors(lora_A_RI: torch.Tensor, lora_B_OR: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scaling · A, B) in float32."""
+    return lora_A_RI.float() * scaling, lora_B_OR.float()
 
 
 def _delta_chunks(
@@ -128,14 +150,15 @@ def _delta_chunks(
     lora_B_OR: torch.Tensor,
     scaling: float,
     mask_packed: torch.Tensor | None,
+    ordered: bool,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-    """Yield (rows, scaling · B A, mask or None) in float32, chunk by chunk of rows."""
+    """Yield (rows, scaling · B A, mask or None) in float32, chunk by chunk of rows; an ordered one's mask is bool."""
     rows, columns = weight.shape
-    scaled_A = lora_A_RI.float() * scaling
-    lora_B = lora_B_OR.float()
-    for chunk in _row_chunks(rows, columns, weight.device, _CHUNK_BYTES, itemsize=4):
-        mask = None if mask_packed is None else _mask_rows(mask_packed, chunk, columns, torch.float32)
-        yield chunk, lora_B[chunk] @ scaled_A, mask
+    scaled_A, lora_B = _factors(lora_A_RI, lora_B_OR, scaling)
+    for chunk in row_chunks(rows, columns, weight.device, CHUNK_BYTES if ordered else _CHUNK_BYTES, itemsize=4):
+        dtype = torch.bool if ordered else torch.float32
+        mask = None if mask_packed is None else mask_rows(mask_packed, chunk, columns, dtype)
+        yield chunk, ordered_product(lora_B[chunk], scaled_A) if ordered else lora_B[chunk] @ scaled_A, mask
 
 
 def _adapted_steps(
@@ -145,21 +168,25 @@ def _adapted_steps(
     scaling: float,
     mask_packed: torch.Tensor | None,
     inside_OI: torch.Tensor | None,
+    ordered: bool,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yield (rows, q − z of the adapted weight, scale), the last two float32 [rows, G, I / G] and [rows, G, 1]."""
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), ieee_products(weight.device):
-        for chunk, delta, mask in _delta_chunks(weight, lora_A_RI, lora_B_OR, scaling, mask_packed):
+    with torch.autocast(weight.device.type, enabled=False), ieee_products(weight.device):
+        for chunk, delta, mask in _delta_chunks(weight, lora_A_RI, lora_B_OR, scaling, mask_packed, ordered):
             scale, low, high = weight.grid.steps(chunk)
             if mask is not None:
-                delta.mul_(mask)
-            steps = weight.start_steps(chunk).addcdiv_(delta.unflatten(1, (scale.shape[1], -1)), scale).round_()
+                delta = torch.where(mask, delta, 0.0) if ordered else delta.mul_(mask)
+            delta = delta.unflatten(1, (scale.shape[1], -1))
+            steps = weight.start_steps(chunk)
+            # addcdiv may round its quotient or not, as the device does.
+            steps = (steps.add_(delta.div_(scale)) if ordered else steps.addcdiv_(delta, scale)).round_()
             if inside_OI is None:
                 torch.minimum(torch.maximum(steps, low, out=steps), high, out=steps)
             else:
                 clamped = torch.minimum(torch.maximum(steps, low), high)
                 torch.eq(steps, clamped, out=inside_OI[chunk].unflatten(1, (scale.shape[1], -1)))
                 steps = clamped
-            yield chunk, steps, scale
+            yield chunk, steps.add_(0.0) if ordered else steps, scale  # -0 becomes 0
 
 
 def adapter_gradients(
@@ -175,24 +202,28 @@ def adapter_gradients(
     dA = scaling · Bᵀ (G ⊙ M), dB = scaling · (G ⊙ M) Aᵀ. A bfloat16 G is multiplied in bfloat16, as autocast would.
 
     Args:
-        grad_OI: G [O, I], float32 or the compute dtype.
+        grad_OI: G [O, I], float32 or the compute dtype. On CUDA it is masked in place: no second one fits.
         lora_A_RI: [R, I].
         lora_B_OR: [O, R].
         scaling: lora_alpha / r_max.
         mask_packed: as in :func:`effective_weight`.
-        inside_OI: bool [O, I]; G counts where it is True. None is everywhere.
+        inside_OI: what :func:`effective_weight` filled; G counts where it is True. None is everywhere.
 
     Returns:
         float32 [R, I] and [O, R].
     """
     rows, columns = grad_OI.shape
     factor_A, factor_B = lora_A_RI.to(grad_OI.dtype), lora_B_OR.to(grad_OI.dtype)
+    kernels = kernels_on(grad_OI.device, grad_OI.dtype)
+    if kernels is not None and grad_OI.is_contiguous() and (inside_OI is None or inside_OI.dtype == torch.uint8):
+        kernels.mask_gradient_(grad_OI, mask_packed, inside_OI)
+        return (factor_B.T @ grad_OI).float().mul_(scaling), (grad_OI @ factor_A.T).float().mul_(scaling)
     grad_A = torch.zeros(lora_A_RI.shape, dtype=torch.float32, device=grad_OI.device)
     grad_B = torch.empty(lora_B_OR.shape, dtype=torch.float32, device=grad_OI.device)
-    for chunk in _row_chunks(rows, columns, grad_OI.device, 2 * _CHUNK_BYTES, grad_OI.dtype.itemsize):
+    for chunk in row_chunks(rows, columns, grad_OI.device, 2 * _CHUNK_BYTES, grad_OI.dtype.itemsize):
         masked = grad_OI[chunk]
         if mask_packed is not None:
-            masked = masked * _mask_rows(mask_packed, chunk, columns, grad_OI.dtype)
+            masked = masked * mask_rows(mask_packed, chunk, columns, grad_OI.dtype)
         if inside_OI is not None:
             masked = masked * inside_OI[chunk]
         grad_A += factor_B[chunk].T @ masked
@@ -203,10 +234,10 @@ def adapter_gradients(
 class MaskedLinear(torch.autograd.Function):
     """y = x W'ᵀ + bias, saving no tensor of the weight's size.
 
-    The arguments of :meth:`apply` are (x, weight, bias, lora_A, lora_B, scaling, mask_packed, transposed). The weight
-    is a tensor or a :class:`~sqft.core.grid.QuantizedWeight`, frozen either way. With `transposed` a tensor is stored
-    [I, O] (Conv1D) and the same matmul runs as in the merged layer, so that live and merged outputs are equal to the
-    bit.
+    The arguments of :meth:`apply` are (x, weight, bias, lora_A, lora_B, scaling, mask_packed, transposed, ordered).
+    The weight is a tensor or a :class:`~sqft.core.grid.QuantizedWeight`, frozen either way. With `transposed` a tensor
+    is stored [I, O] (Conv1D) and the same matmul runs as in the merged layer, so that live and merged outputs are equal
+    to the bit. `ordered` is the arithmetic of the weight; see the module.
     """
 
     @staticmethod
@@ -220,6 +251,7 @@ class MaskedLinear(torch.autograd.Function):
         scaling: float,
         mask_packed: torch.Tensor | None,
         transposed: bool,
+        ordered: bool = False,
     ) -> torch.Tensor:
         device = x.device.type
         input_dtype = x.dtype
@@ -228,8 +260,8 @@ class MaskedLinear(torch.autograd.Function):
         weight_OI = weight.T if transposed and isinstance(weight, torch.Tensor) else weight
         ctx.save_for_backward(x, bias, lora_A_RI, lora_B_OR, mask_packed)
         # The base is frozen and lives with its module: it is referred to, not saved.
-        ctx.weight_OI, ctx.scaling, ctx.input_dtype = weight_OI, scaling, input_dtype
-        effective = effective_weight(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed).to(compute)
+        ctx.weight_OI, ctx.scaling, ctx.input_dtype, ctx.ordered = weight_OI, scaling, input_dtype, ordered
+        effective = effective_weight(weight_OI, lora_A_RI, lora_B_OR, scaling, mask_packed, ordered=ordered).to(compute)
         bias = None if bias is None else bias.to(compute)
         with torch.autocast(device, enabled=False):
             return project(x, effective, bias, transposed=transposed)
@@ -245,11 +277,10 @@ class MaskedLinear(torch.autograd.Function):
             buffer: torch.Tensor | None = None
             inside: torch.Tensor | None = None
             if quantized and train_adapter:
-                inside = torch.empty(weight_OI.shape, dtype=torch.bool, device=x.device)
+                inside = empty_inside(weight_OI, ordered=ctx.ordered)
             if ctx.needs_input_grad[0] or inside is not None:
-                buffer = effective_weight(
-                    weight_OI, lora_A_RI, lora_B_OR, ctx.scaling, mask_packed, inside_OI=inside
-                ).to(x.dtype)
+                factors, how = (lora_A_RI, lora_B_OR), {"inside_OI": inside, "ordered": ctx.ordered}
+                buffer = effective_weight(weight_OI, *factors, ctx.scaling, mask_packed, **how).to(x.dtype)
             if ctx.needs_input_grad[0] and buffer is not None:
                 grad_x = (grad_TO @ buffer).view(x.shape).to(ctx.input_dtype)
             if bias is not None and ctx.needs_input_grad[2]:
@@ -265,7 +296,7 @@ class MaskedLinear(torch.autograd.Function):
                     gradient = torch.mm(grad_OT, x_TI, out=buffer)
                 grad_A, grad_B = adapter_gradients(gradient, lora_A_RI, lora_B_OR, ctx.scaling, mask_packed, inside)
                 grad_A, grad_B = grad_A.to(lora_A_RI.dtype), grad_B.to(lora_B_OR.dtype)
-        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
 
 
 def project(
@@ -308,9 +339,11 @@ class FrozenLinear(torch.autograd.Function):
 
 @torch.no_grad()
 def dequantized(weight: QuantizedWeight) -> torch.Tensor:
-    """Return Ŵ [O, I] in the weight's dtype, made in chunks that fit the cache."""
+    """Return Ŵ [O, I] in the weight's dtype, made in chunks that fit the cache, or by a kernel."""
+    if (kernels := kernels_on(weight.device, weight.dtype)) is not None:
+        return kernels.dequantized(weight)  # type: ignore[no-any-return]
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     rows, columns = weight.shape
-    for chunk in _row_chunks(rows, columns, weight.device, _CHUNK_BYTES, itemsize=4):
+    for chunk in row_chunks(rows, columns, weight.device, _CHUNK_BYTES, itemsize=4):
         result[chunk] = weight.dequantize_rows(chunk)
     return result

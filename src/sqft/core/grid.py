@@ -12,7 +12,7 @@ with a finer scale than the file holds would be another weight after loading.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -204,6 +204,12 @@ class QuantizedWeight:
     def device(self) -> torch.device:
         """Where the codes are."""
         return self.packed.device
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """Return it on a device."""
+        grid = replace(self.grid, scale_OG=self.grid.scale_OG.to(device), zero_OG=self.grid.zero_OG.to(device))
+        start = None if self.start is None else self.start.to(device)
+        return QuantizedWeight(self.packed.to(device), grid, self.dtype, start)
 
     def codes(self) -> torch.Tensor:
         """Return the codes, uint8 [O, I]."""

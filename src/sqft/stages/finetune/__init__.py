@@ -310,6 +310,7 @@ def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
         exclude_modules=beside or None,
         start=config.start,
         derive_mask=config.derive_mask,
+        arithmetic="ordered" if network.device.type == "cuda" else "blas",
     )
     try:
         return get_peft_model(network, settings)
