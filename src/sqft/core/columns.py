@@ -11,13 +11,15 @@ itself elsewhere. So pruning and quantising are one step under two constraints, 
 
 Columns are taken in recursive halves: when the first half is done, its errors go to the second half in one matrix
 product. Rows are independent, so linears that share an input go through as one tall weight: the loop, whose cost is its
-number of small operations, runs once for them.
+number of small operations, runs once for them. On CUDA a leaf of the halving is one launch (:mod:`sqft.kernels`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +27,9 @@ from sqft.core.grid import stretches
 from sqft.core.mask import keep_highest, mask_from_score
 from sqft.core.statistics import inverse_cholesky
 from sqft.errors import InputError
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 _LEAF = 8  # columns updated one by one; so few that an update stays in cache and on one thread
 _BLOCK = 128  # columns whose mask is chosen together; the best of SparseGPT's ablation
@@ -106,7 +111,11 @@ class ColumnLoop:
         kept_IO: bool, in the weight's own order of columns; None keeps all. With a choice: what may be kept, and of
             blocks that were reached, what is.
         value_IO: what a column became, in the weight's own order.
+        order_I: the loop's order of columns, int32, for the kernel.
+        grid_steps: (scale, lowest, highest [G, O], rounded [I, O]) of a loop on a grid, for the kernel.
     """
+
+    grid_steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -128,11 +137,20 @@ class ColumnLoop:
         width = choice and (choice.width if choice.width > _LEAF else _LEAF // choice.width * choice.width)
         self.units = sorted({size for size in (group, width) if size}, reverse=True)
         self.value_IO = torch.empty_like(work_IO)
+        self.leaf, self.order_I = _LEAF, torch.empty(0)
+        self.kernel = kernel_on(work_IO.device)
+        if self.kernel is not None and (choice is None or choice.width >= self.kernel.LEAF):
+            self.leaf, self.order_I = self.kernel.LEAF, torch.tensor(order, dtype=torch.int32, device=work_IO.device)
+        else:
+            self.kernel = None
 
     def run(self, start: int, stop: int) -> None:
         """Settle columns start to stop, which have received all errors of the columns before them."""
         self._reach(start, stop)
-        if stop - start <= min([_LEAF, *self.units]):
+        if stop - start <= min([self.leaf, *self.units]):
+            if self.kernel is not None:
+                self.kernel.settle_leaf(self, start, stop)
+                return
             for index in range(start, stop):
                 if self.choice is not None and index == self.chosen:
                     self._choose(self.choice, index, min(index + self.choice.width, stop))
@@ -168,6 +186,20 @@ class ColumnLoop:
         if self.kept_IO is not None:
             value.mul_(self.kept_IO[column])
         weight.sub_(value).div_(self.factor[index, index])
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    try:
+        from sqft.kernels import columns
+    except ImportError:
+        return None
+    return columns
+
+
+def kernel_on(device: torch.device) -> ModuleType | None:
+    """Return :mod:`sqft.kernels.columns` where it runs, on CUDA with Triton installed, else None."""
+    return _kernel() if device.type == "cuda" else None
 
 
 def prune_columns(

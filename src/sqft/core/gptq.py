@@ -187,6 +187,7 @@ class _QuantizingLoop(ColumnLoop):
         self.grid, self.refit = grid, refit
         self.scale, self.low, self.high = (part.squeeze(-1).T.contiguous() for part in grid.steps())
         self.rounded_IO = torch.empty_like(work_IO)
+        self.grid_steps = self.scale, self.low, self.high, self.rounded_IO
 
     def _reach(self, start: int, stop: int) -> None:
         super()._reach(start, stop)
