@@ -21,6 +21,7 @@ from sqft.storage.integers import PackedCheckpoint, quantization_config
 from sqft.storage.masks import SPARSE_FROM, load_mask, load_start
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -90,8 +91,12 @@ class BaseWeights:
             does not go with the base's precision; all at once.
     """
 
-    def __init__(self, base: Path, adapter: SavedAdapter, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, base: Path, adapter: SavedAdapter, *, device: torch.device | None = None, trust_remote_code: bool = False
+    ) -> None:
         self.base, self.adapter = base, adapter
+        # Only the ordered arithmetic is the same on every device.
+        self.device = device if adapter.ordered else None
         self.packed = PackedCheckpoint(base) if quantization_config(base) is not None else None
         self.checkpoint = Checkpoint(base)
         model = skeleton(base, trust_remote_code=trust_remote_code)
@@ -149,9 +154,7 @@ class BaseWeights:
         if self.packed is not None and self.is_packed(module):
             weight, mask = self.quantized(module), self.mask(module)
             packed_mask = None if mask is None or kind == "dense" else pack_mask(mask)
-            codes = effective_codes(
-                weight, low.lora_A, low.lora_B, low.scaling, packed_mask, ordered=self.adapter.ordered
-            )
+            codes = self._made(effective_codes, weight, low, packed_mask)
             stored = self.packed.scheme.encode_codes(codes)
             return Merged.compare(
                 self.stored_name(module), stored, weight.codes(), codes, weight.grid.zero_codes(), mask
@@ -159,17 +162,25 @@ class BaseWeights:
         before = self.checkpoint.read(name)
         mask = self.mask(module)
         assert mask is not None
-        merged = effective_weight(
-            before.T if self.transposed[module] else before,
-            low.lora_A,
-            low.lora_B,
-            low.scaling,
-            None if kind == "dense" else pack_mask(mask),
-            ordered=self.adapter.ordered,
-        )
+        before_OI = before.T if self.transposed[module] else before
+        merged = self._made(effective_weight, before_OI, low, None if kind == "dense" else pack_mask(mask))
         if self.transposed[module]:
             merged = merged.T
         return Merged.compare(name, merged, before, merged, 0, self.promised(module))
+
+    def _made(
+        self,
+        make: Callable[..., torch.Tensor],
+        weight: torch.Tensor | QuantizedWeight,
+        low: LowRank,
+        mask_packed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return what the adapter makes of a weight, on the CPU; computed on the device where that repeats its bits."""
+        factors = low.lora_A, low.lora_B
+        if self.device is not None:
+            weight, factors = weight.to(self.device), (low.lora_A.to(self.device), low.lora_B.to(self.device))
+            mask_packed = None if mask_packed is None else mask_packed.to(self.device)
+        return make(weight, *factors, low.scaling, mask_packed, ordered=self.adapter.ordered).cpu()
 
     def quantized(self, module: str) -> QuantizedWeight:
         """Return a module's quantised weight with the adapter's starting point."""

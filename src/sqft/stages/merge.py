@@ -50,7 +50,7 @@ def run(config: MergeConfig, base: Path, adapter: Path, out: Path, context: Cont
     def ready() -> tuple[SavedAdapter, BaseWeights]:
         saved = SavedAdapter.open(adapter)
         check_trained_on(base, saved)
-        weights = BaseWeights(base, saved, trust_remote_code=context.trust_remote_code)
+        weights = BaseWeights(base, saved, device=context.device, trust_remote_code=context.trust_remote_code)
         if saved.kind == "dense":
             _refuse_losses(config, weights, saved)
         check_space(out, int(weights.checkpoint.size_bytes * 1.05), "the merged model")

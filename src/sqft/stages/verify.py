@@ -110,7 +110,7 @@ def _prove(
     context: Context,
 ) -> dict[str, Any]:
     """Return {passed, checks, cost}."""
-    weights = BaseWeights(base, saved, trust_remote_code=context.trust_remote_code)
+    weights = BaseWeights(base, saved, device=context.device, trust_remote_code=context.trust_remote_code)
     output = Checkpoint(merged)
     found, not_finite = _weights(weights, saved, output)
     checks = [_zeros_kept(weights, output, merged), *found]
