@@ -1,4 +1,4 @@
-"""Run by test_weights.py in a process with TRITON_INTERPRET=1; also on a card, where the kernels run compiled."""
+"""Run by test_weights.py in a process with TRITON_INTERPRET=1: the kernels take tensors on the CPU there."""
 
 import pytest
 import torch
