@@ -2,13 +2,14 @@
 
     python benchmarks/gpu.py [--out benchmarks/results] [--toy] [--blocks 4] [--only exact layer compress run]
 
-exact     W', Ŵ', codes and gradients of the kernels on the card against the ordered arithmetic on the CPU, to the bit
+exact     W', Ŵ' and codes of the kernels on the card against the ordered arithmetic on the CPU, to the bit
 layer     one linear at Llama-3-8B's shapes, forward and backward, beside stock LoRA and the reference's form
 compress  a random model of Llama-3-8B's blocks, pruned and quantised in one pass on 128 × 2,048 tokens
 run       a tiny random model through all stages: what the card merges equals what it trained, and so says a CPU
 
-Nothing is downloaded. A section that fails is recorded with its error, and the others go on. `--toy` takes shapes that
-a CPU does in seconds: the dry run of a test. Times are medians of rounds in which the forms take turns.
+Nothing is downloaded: torch, Triton, transformers, PEFT and what sqft imports are enough, with src/ on PYTHONPATH. A
+section that fails is recorded with its error, and the others go on. `--toy` takes shapes that a CPU does in seconds:
+the dry run of a test. Times are medians of rounds in which the forms take turns.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sqft.versions import versions
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -18,7 +19,7 @@ def write(page: Page, path: Path) -> Path:
     """Write a page as `path`.md and as `path`.html, one document that loads nothing; return the latter's path."""
     text, html = path.with_suffix(".md"), path.with_suffix(".html")
     write_text(text, form("page.md.j2", page=page))
-    write_text(html, form("page.html.j2", page=page, version=version("sqft"), text_form=text.name))
+    write_text(html, form("page.html.j2", page=page, version=versions()["sqft"], text_form=text.name))
     return html
 
 
