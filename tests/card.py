@@ -134,6 +134,8 @@ def card(free: int = FREE) -> Iterator[None]:
         mock.patch("torch.cuda.is_available", return_value=True),
         mock.patch("torch.cuda.current_device", return_value=0),
         mock.patch("torch.cuda.mem_get_info", return_value=(free, free)),
+        mock.patch("sqft.core.columns.kernel_on", return_value=None),
+        mock.patch("sqft.core.delta.kernels_on", return_value=None),
         _Card(),
     ):
         yield

@@ -8,8 +8,7 @@ position tables and whatever else a model passes to its blocks are therefore the
 Inputs are observed where they are used: a torch-function mode watches every matrix product and recognises a target by
 where its weight lies in memory. That covers nn.Linear, Conv1D and the slices of fused experts with one mechanism.
 
-On a card a block comes and goes, with its statistics; the hidden states stay there too, if they take no more than
-half of its free memory, and else in the host's.
+On a card a block comes and goes; the hidden states stay there if they take at most half of its free memory.
 
 Memory: a block, the hidden states of all sequences three times (a block's input and output, and the embeddings, which
 the model's own forward holds to its end), the statistics, and the activations of `batch` sequences.
@@ -277,14 +276,13 @@ class _Run:
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
 
 
-def _home(hidden_bytes: int, device: torch.device) -> torch.device:
-    """Return where the hidden states of all sequences lie: a block's input and output, and the embeddings."""
+def _home(model: Any, tokens: int, device: torch.device) -> torch.device:
+    """Return where the hidden states of all tokens lie: a block's input and output, and the embeddings."""
     free = free_bytes(device)
-    return _CPU if free is None or 3 * hidden_bytes > _SHARE * free else device
-
-
-def _width(model: nn.Module) -> int:
-    return int(cast("Any", model).config.get_text_config(decoder=True).hidden_size)
+    if free is None:
+        return _CPU
+    width = model.config.get_text_config(decoder=True).hidden_size
+    return _CPU if 3 * tokens * width * model.dtype.itemsize > _SHARE * free else device
 
 
 def _move(model: nn.Module, prefix: str, device: torch.device) -> None:
@@ -347,6 +345,6 @@ def visit_blocks(
         for index, block in enumerate(real):
             blocks[index] = StandIn(block, partial(run.process, index))
         given = torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens
-        home = _home(given.numel() * _width(model) * names.checkpoint.dtype.itemsize, device)
+        home = _home(model, given.numel(), device)
         _move(model, prefix, home)
         body(input_ids=given.to(home), use_cache=False)
