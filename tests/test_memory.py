@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sqft.memory import release_memory
+from sqft.memory import costing, release_memory
 
 
 def resident_bytes() -> int:
@@ -25,3 +25,16 @@ def test_pieces_between_others_go_back() -> None:
     del pieces
     release_memory()
     assert before - resident_bytes() > 0.8 * sum(piece.nbytes for piece in kept)
+
+
+def test_the_peak_of_a_card_is_told_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with costing() as cost:
+        pass
+    assert cost.keys() == {"seconds", "peak_memory_bytes"}
+    calls = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 7)
+    with costing() as cost:
+        assert calls == ["reset"]
+    assert cost["peak_gpu_bytes"] == 7

@@ -362,11 +362,15 @@ def test_a_plan_says_what_will_not_fit(
     from sqft import plan
 
     def forecast(*_: Any) -> list[plan.Forecast]:
-        return [plan.Forecast("sparsify", 10, 10, 1.0, True), plan.Forecast("finetune", 10, 10**15, 1.0, False)]
+        return [
+            plan.Forecast("sparsify", 10, 10, 0, 1.0, True),
+            plan.Forecast("finetune", 10, 10**15, 3 * 10**9, 1.0, False),
+        ]
 
     monkeypatch.setattr(plan, "plan", forecast)
     assert cli.run(["plan", str(recipe), "--out", str(tmp_path)]) == 1
-    assert "will not fit: finetune" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "will not fit: finetune" in told and "on the card" in told and "3.00 GB" in told
     assert cli.run(["plan", str(recipe), "--out", str(tmp_path), "--json"]) == 1
     assert [stage["fits"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [True, False]
 

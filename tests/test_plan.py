@@ -98,7 +98,7 @@ def test_copies_lay_weights_out_anew_only_if_the_model_is_small_enough(
 
     def run(_recipe: Recipe, _folder: Path, *, laid_out: bool) -> dict[str, dict[str, float]]:
         told.append(laid_out)
-        return {"evaluate dense": {"disk": 0, "memory": 1, "seconds": 1}}
+        return {"evaluate dense": {"disk": 0, "memory": 1, "gpu": 0, "seconds": 1}}
 
     monkeypatch.setattr("sqft.plan.MOST_BYTES", most)
     monkeypatch.setattr("sqft.plan.run_apart", run)
@@ -121,8 +121,8 @@ def test_the_second_copy_is_longer_where_the_first_was_quick_and_nothing_shrinks
         count = load_config(Path(recipe.model)).num_hidden_layers
         probed.append(count)
         return {
-            "merge": {"disk": 100 * count, "memory": 1000 - count, "seconds": 0.5 * count},
-            "verify": {"disk": 0, "memory": 50 + 10 * count, "seconds": 1},
+            "merge": {"disk": 100 * count, "memory": 1000 - count, "gpu": 20 * count, "seconds": 0.5 * count},
+            "verify": {"disk": 0, "memory": 50 + 10 * count, "gpu": 0, "seconds": 1},
         }
 
     monkeypatch.setattr("sqft.plan.run_apart", run)
@@ -133,6 +133,10 @@ def test_the_second_copy_is_longer_where_the_first_was_quick_and_nothing_shrinks
     assert (merge.disk_bytes, merge.seconds) == (100 * blocks, 0.5 * blocks)
     assert merge.memory_bytes == 998  # noise of the probes, not a saving
     assert verify.memory_bytes == 50 + 10 * blocks
+    assert (merge.gpu_bytes, verify.gpu_bytes, merge.fits) == (20 * blocks, 0, True)
+    monkeypatch.setattr("sqft.plan.free_bytes", lambda _: 20 * blocks - 1)
+    merge, verify = plan(recipe, tmp_path / "out")
+    assert (merge.fits, verify.fits) == (False, True), "one byte more than the card has free"
 
 
 def test_a_search_is_drawn_on_to_all_configurations_and_rows(tmp_path: Path) -> None:
@@ -148,19 +152,24 @@ def test_a_search_is_drawn_on_to_all_configurations_and_rows(tmp_path: Path) -> 
     write_json(file, read_json(file) | {"seconds": 10.0, "size_bytes": 7, "peak_memory_bytes": 9})
     found = _figures(recipe.model_copy(update={"search": config}), tmp_path / "run", {}, judged=100)
     # 4 s for the model, 41 configurations of 100 rows at 0.2 s a row.
-    assert found == {"search": {"disk": 7, "memory": 9, "seconds": pytest.approx(4 + 41 * 100 * 0.2)}}
+    assert found == {"search": {"disk": 7, "memory": 9, "gpu": 0, "seconds": pytest.approx(4 + 41 * 100 * 0.2)}}
 
 
 def test_answers_are_drawn_on_to_all_rows_and_loading_is_not(tmp_path: Path) -> None:
     result = {
         "tasks": {"own": {"n": 4}, "wikitext2": {"n": 2}},
-        "cost": {"seconds": 10.0, "peak_memory_bytes": 9, "answering": {"own": 2.0, "wikitext2": 3.0}},
+        "cost": {
+            "seconds": 10.0,
+            "peak_memory_bytes": 9,
+            "peak_gpu_bytes": 5,
+            "answering": {"own": 2.0, "wikitext2": 3.0},
+        },
     }
     (tmp_path / "run" / "evaluations").mkdir(parents=True)
     (tmp_path / "run" / "evaluations" / "dense.json").write_text(json.dumps(result))
     recipe = make_recipe(tmp_path / "model", tmp_path)
     found = _figures(recipe, tmp_path / "run", {"own": 40, "wikitext2": 8}, judged=0)
-    assert found == {"evaluate dense": {"disk": 0, "memory": 9, "seconds": pytest.approx(10 - 5 + 20 + 12)}}
+    assert found == {"evaluate dense": {"disk": 0, "memory": 9, "gpu": 5, "seconds": pytest.approx(10 - 5 + 20 + 12)}}
 
 
 def test_a_text_for_perplexity_counts_in_windows(

@@ -44,14 +44,28 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _cuda() -> Any:
+    """Return torch.cuda if this process computes on a card, without importing or initialising anything."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
 @contextmanager
 def costing() -> Iterator[dict[str, Any]]:
-    """Yield a dict that holds {seconds, peak_memory_bytes} of the block once it has ended."""
+    """Yield a dict that holds {seconds, peak_memory_bytes} of the block once it has ended.
+
+    Where this process computes on a card also `peak_gpu_bytes`, the most that tensors took there; the card holds
+    PyTorch's own few hundred megabytes besides.
+    """
     found: dict[str, Any] = {}
     started = time.monotonic()
     begin_peak()
+    if (cuda := _cuda()) is not None:
+        cuda.reset_peak_memory_stats()
     yield found
     found.update(seconds=round(time.monotonic() - started, 2), peak_memory_bytes=peak_memory_bytes())
+    if (cuda := _cuda()) is not None:
+        found["peak_gpu_bytes"] = int(cuda.max_memory_allocated())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

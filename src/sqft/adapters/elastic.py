@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from sqft.adapters.layers import SqftLinear
     from sqft.core.ranks import RankSpace
 
 
@@ -58,12 +59,14 @@ class ElasticRanks(TrainerCallback):
         """Remember the seed."""
         self.seed = seed
         self._space: RankSpace | None = None
+        self._layers: dict[str, SqftLinear] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Draw and set the ranks of step `state.global_step`."""
         assert model is not None
         if self._space is None:
-            self._space = rank_space(model)
+            # Once: a walk through all modules takes as long as many a layer's step on a GPU.
+            self._space, self._layers = rank_space(model), sqft_layers(model)
         draw = self._space.per_module(self._space.draw(self.seed, state.global_step))
-        for name, layer in sqft_layers(model).items():
+        for name, layer in self._layers.items():
             layer.drawn_rank = draw[name]

@@ -7,7 +7,7 @@ without loading a model, are scaled to the recipe's. Patterns for layers that th
 model never ends its answers, so the time of a generated task is an upper bound.
 
 The extrapolation assumes that blocks are alike. If they differ (dense-first mixtures of experts, hybrids), `plan` says
-so. It is made for a CPU: on a GPU it predicts the peak of host memory, not of device memory.
+so. On a GPU it predicts what tensors take there as well; the probes run on it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sqft.device import free_bytes, resolve
 from sqft.errors import InputError
 from sqft.evaluation.prepacked import MOST_BYTES
 from sqft.model.targets import skeleton
@@ -50,13 +51,15 @@ class Forecast:
         stage: its name.
         disk_bytes: size of its output.
         memory_bytes: peak resident memory of the process, libraries included.
+        gpu_bytes: the most that tensors take on the card; 0 where none is used.
         seconds: wall time on this machine, under the same load as during the probe.
-        fits: whether there is enough memory and disk.
+        fits: whether there is enough memory, on the card too, and disk.
     """
 
     stage: str
     disk_bytes: int
     memory_bytes: int
+    gpu_bytes: int
     seconds: float
     fits: bool
 
@@ -93,6 +96,8 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     laid_out = 2 * sum(weight.numel() for weight in linears) <= MOST_BYTES
     if blocks_differ(whole, blocks):
         announce("its blocks are not all alike, so figures extrapolated from its first blocks may be far off")
+    free = free_bytes(resolve(recipe.device))
+    free_gpu = float("inf") if free is None else free
     with tempfile.TemporaryDirectory(dir=workspace, prefix=".plan-") as temporary:
 
         def probe(count: int) -> dict[str, dict[str, float]]:
@@ -106,7 +111,9 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
         if blocks > _BLOCKS_IF_QUICK and time.monotonic() - started < _QUICK_SECONDS:
             many_blocks = _BLOCKS_IF_QUICK
         at_many = probe(many_blocks)
-    return _extrapolated(at_few, at_many, (few_blocks, many_blocks, blocks), shutil.disk_usage(workspace).free)
+    return _extrapolated(
+        at_few, at_many, (few_blocks, many_blocks, blocks), shutil.disk_usage(workspace).free, free_gpu
+    )
 
 
 def _extrapolated(
@@ -114,6 +121,7 @@ def _extrapolated(
     at_many: dict[str, dict[str, float]],
     counts: tuple[int, int, int],
     free_disk: int,
+    free_gpu: float,
 ) -> list[Forecast]:
     """Return forecasts from the figures of two probes; `counts` are their blocks and the model's."""
     few_blocks, many_blocks, blocks = counts
@@ -126,10 +134,10 @@ def _extrapolated(
             slope = max(0.0, (many[key] - few[key]) / (many_blocks - few_blocks))  # more blocks never take less
             return few[key] + slope * (blocks - few_blocks)
 
-        disk, memory = int(at_all_blocks("disk")), int(at_all_blocks("memory"))
+        disk, memory, gpu = (int(at_all_blocks(key)) for key in ("disk", "memory", "gpu"))
         left -= disk
-        fits = memory <= free_memory and left >= 0
-        forecasts.append(Forecast(stage, disk, memory, round(at_all_blocks("seconds"), 1), fits))
+        fits = memory <= free_memory and left >= 0 and gpu <= free_gpu
+        forecasts.append(Forecast(stage, disk, memory, gpu, round(at_all_blocks("seconds"), 1), fits))
     return forecasts
 
 
@@ -139,6 +147,7 @@ def as_json(forecasts: list[Forecast]) -> dict[str, Any]:
         "stages": [asdict(forecast) for forecast in forecasts],
         "disk_bytes": sum(forecast.disk_bytes for forecast in forecasts),
         "peak_memory_bytes": max(forecast.memory_bytes for forecast in forecasts),
+        "peak_gpu_bytes": max(forecast.gpu_bytes for forecast in forecasts),
         "seconds": round(sum(forecast.seconds for forecast in forecasts), 1),
     }
 

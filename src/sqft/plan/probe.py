@@ -57,7 +57,7 @@ def run_apart(recipe: Recipe, folder: Path, *, laid_out: bool) -> dict[str, dict
 
 
 def _probe(recipe: Recipe, out: Path, sender: Any, laid_out: bool) -> None:
-    """Run a shortened recipe and send {stage: {disk, memory, seconds}}; the body of the probe's process.
+    """Run a shortened recipe and send {stage: {disk, memory, gpu, seconds}}; the body of the probe's process.
 
     `laid_out` says whether evaluation of the full model prepacks its weights, which takes their size once more.
     """
@@ -140,22 +140,24 @@ def _figures(recipe: Recipe, run: Path, evaluated: Mapping[str, int], judged: in
             each = statistics.mean(trial["seconds"] for trial in record["trials"])
             seconds -= each * len(record["trials"])
             seconds += each * judged / sum(record["rows"].values()) * recipe.search.budget
-        found[stage] = {"disk": manifest["size_bytes"], "memory": manifest["peak_memory_bytes"], "seconds": seconds}
+        found[stage] = _figure(manifest["size_bytes"], manifest, seconds)
     if (run / "verify.json").is_file():
         cost = read_json(run / "verify.json")["cost"]
-        found["verify"] = {"disk": 0, "memory": cost["peak_memory_bytes"], "seconds": cost["seconds"]}
+        found["verify"] = _figure(0, cost, cost["seconds"])
     for file in sorted((run / "evaluations").glob("*.json")):
         result = read_json(file)
         cost = result["cost"]
         further = sum(
             seconds * (evaluated[name] / result["tasks"][name]["n"] - 1) for name, seconds in cost["answering"].items()
         )
-        found[f"evaluate {file.stem}"] = {
-            "disk": 0,
-            "memory": cost["peak_memory_bytes"],
-            "seconds": cost["seconds"] + further,
-        }
+        found[f"evaluate {file.stem}"] = _figure(0, cost, cost["seconds"] + further)
     return found
+
+
+def _figure(disk: int, cost: Mapping[str, Any], seconds: float) -> dict[str, float]:
+    """Return a stage's figures; `gpu` is 0 where none was used."""
+    gpu = cost.get("peak_gpu_bytes", 0)
+    return {"disk": disk, "memory": cost["peak_memory_bytes"], "gpu": gpu, "seconds": seconds}
 
 
 def _further_seconds(config: FinetuneConfig, result: Mapping[str, Any]) -> float:

@@ -25,6 +25,7 @@ def plan(options: argparse.Namespace) -> int:
 
     forecasts = make_plan(recipe, options.out or Path("runs") / recipe.name, announce)
     short = [row.stage for row in forecasts if not row.fits]
+    on_card = any(row.gpu_bytes for row in forecasts)
     if options.json:
         print(json.dumps(as_json(forecasts), indent=2))
         return 1 if short else 0
@@ -37,6 +38,7 @@ def plan(options: argparse.Namespace) -> int:
                 "stage": row.stage,
                 "disk": f"{row.disk_bytes / 1e6:,.0f} MB",
                 "peak memory": f"{row.memory_bytes / 1e9:.2f} GB",
+                **({"on the card": f"{row.gpu_bytes / 1e9:.2f} GB"} if on_card else {}),
                 "time": f"{row.seconds / 60:.1f} min",
                 "fits": "yes" if row.fits else "NO",
             }
