@@ -3,14 +3,14 @@
     python benchmarks/archive.py FOLDER... [--out benchmarks/results/archive.json]
 
 Sizes are of all safetensors files of a folder. Times are medians of alternating repetitions on one thread, of packing
-and unpacking without hashing; hashing has a benchmark of its own (hashing.py).
+and unpacking without hashing; hashing has a benchmark of its own (hashing.py). `--repetitions 0` measures sizes alone,
+for a busy machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from common import machine
 from sqft.stages.pack import _files, _Packer, pack
 from sqft.storage.archive import open_archive, place, unpack_file
 from sqft.storage.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(folder: Path, repetitions: int) -> dict[str, object]:
+def measure(folder: Path, repetitions: int, levels: list[int]) -> dict[str, object]:
     """Return sizes and times of one folder."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         temporary = Path(name)
@@ -76,10 +77,9 @@ def measure(folder: Path, repetitions: int) -> dict[str, object]:
             "bytes": before,
             "packed_bytes": after,
             "ratio": before / after,
-            "zstd_3_bytes": zstd(folder, 3),
-            "zstd_19_bytes": zstd(folder, 19),
+            **{f"zstd_{level}_bytes": zstd(folder, level) for level in levels},
             "packed_and_zstd_3_bytes": zstd(archive, 3),
-            "median_seconds": {name: statistics.median(values) for name, values in times.items()},
+            "median_seconds": {name: statistics.median(values) for name, values in times.items() if values},
         }
 
 
@@ -88,12 +88,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--levels", nargs="+", type=int, default=[3], help="zstd's (19 takes minutes a file)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": 1},
-        "folders": {folder.name: measure(folder, options.repetitions) for folder in options.folders},
+        **machine(),
+        "folders": {folder.name: measure(folder, options.repetitions, options.levels) for folder in options.folders},
     }
     print(json.dumps(result, indent=2))
     if options.out:

@@ -315,6 +315,50 @@ def serving(result: dict[str, Any]) -> str:
     )
 
 
+def archive(result: dict[str, Any]) -> str:
+    def megabytes(row: dict[str, Any], name: str) -> str | None:
+        return f"{row[name] / 1e6:.1f} MB" if name in row else None
+
+    rows = [
+        {
+            "folder": name,
+            "plain": megabytes(row, "bytes"),
+            "`sqft pack`": megabytes(row, "packed_bytes"),
+            "`zstd -3`": megabytes(row, "zstd_3_bytes"),
+            "`sqft pack`, then `zstd -3`": megabytes(row, "packed_and_zstd_3_bytes"),
+        }
+        for name, row in result["folders"].items()
+    ]
+    return (
+        "All safetensors files of folders of SmolLM2-135M at 50 % zeros, the stored mask among them: pruned by magnitude in 16 bits, the same at "
+        "2:4, the quickstart's INT4 base with its starting weights, and the quickstart's merged INT4 model. The 16-bit weights were "
+        f"unpacked from a 4-bit file and have few values each, which zstd finds.\n\n{table(rows)}"
+    )
+
+
+def llama(result: dict[str, Any]) -> str:
+    rows = [
+        {
+            "file": name,
+            "MB": round(row["bytes"] / 1e6, 1),
+            "KL to transformers, float32": f"{row['kl']:.4f}" if "kl" in row else None,
+            "loss (transformers)": f"{row['loss_llama_cpp']:.4f} ({row['loss_transformers']:.4f})"
+            if "kl" in row
+            else None,
+            "tokens/s": round(row["tokens_per_second"], 1),
+            "of dense BF16": f"{row['tokens_per_second_of_dense']:.2f} ×",
+        }
+        for name, row in result["files"].items()
+    ]
+    tokens = next(row["loss_tokens"] for row in result["files"].values() if "kl" in row)
+    return (
+        "The quickstart's merged INT4 model in llama.cpp: exactly (`sqft export`), rounded anew by llama.cpp from the same weights in "
+        f"float32, and the dense model in BF16. KL and loss over {tokens} tokens of a text. Greedy answers on one thread, "
+        f"{result['new_tokens']} new tokens, seconds of the processor, medians of {result['rounds']} alternating rounds "
+        f"({result['llama_cpp']}).\n\n{table(rows)}"
+    )
+
+
 SECTIONS = {
     "layer_cpu": ("Masked layer", "python benchmarks/layer.py", layer),
     "layer_cuda": ("Masked layer on a GPU", "python benchmarks/layer.py", layer),
@@ -362,6 +406,8 @@ SECTIONS = {
     ),
     "hashing": ("Hashing", "python benchmarks/hashing.py", hashing),
     "serving": ("Serving in vLLM", "make serving MODEL=runs/quickstart/merged", serving),
+    "llama": ("Running in llama.cpp", "python benchmarks/llama.py runs/quickstart/merged runs/quickstart/dense", llama),
+    "archive": ("Archives", "python benchmarks/archive.py FOLDER... --repetitions 0", archive),
 }
 
 

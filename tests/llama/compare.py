@@ -3,9 +3,9 @@
     python tests/llama/compare.py MODEL_DIR [--prompts 8] [--max-tokens 32] [--out FILE.json]
 
 llama.cpp comes in the wheel of cyllama, put by pip into a cache folder at the first run. Compared are the tokens of a
-corpus (they must be equal), greedy answers, and the loss of a text. The weights are the same to the bit, so what
-differs is llama.cpp's arithmetic: it rounds activations to 8 bits. Exit code: 0 when all tokens are equal, greedy
-answers differ at near ties only and the losses are within 0.02; else 1.
+corpus (they must be equal), greedy answers, the loss of a text, and the mean KL divergence over its tokens. The weights
+are the same to the bit, so what differs is llama.cpp's arithmetic: it rounds activations to 8 bits. Exit code: 0 when
+all tokens are equal, greedy answers differ at near ties only and the losses are within 0.02; else 1.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,11 +60,13 @@ def run_llama(file: Path, job: dict[str, Any]) -> dict[str, Any]:
     folder = llama_cpp()
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch, "job.json"), Path(scratch, "result.json")
-        given.write_text(json.dumps(job))
+        arrays = Path(scratch, "log_probabilities.npy")
+        given.write_text(json.dumps({**job, "log_probabilities": str(arrays)}))
         environment = {**os.environ, "PYTHONPATH": str(folder)}
         script = Path(__file__).with_name("llama.py")
         subprocess.run([sys.executable, script, file, given, result], env=environment, check=True)
-        return json.loads(result.read_text())
+        found = json.loads(result.read_text())
+        return found | ({"log_probabilities": torch.from_numpy(np.load(arrays))} if job["text"] else {})
 
 
 class Reference:
@@ -87,8 +90,16 @@ class Reference:
         )
         return made[0, len(prompt) :].tolist()
 
-    def loss(self, tokens: list[int]) -> float:
-        return float(torch.nn.functional.cross_entropy(self.logits(tokens)[:-1], torch.tensor(tokens[1:])))
+    def distance(self, tokens: list[int], theirs: torch.Tensor) -> dict[str, float]:
+        """Return both losses of a text and the mean KL divergence, from log-probabilities [T - 1, vocabulary]."""
+        ours, given = self.logits(tokens)[:-1].log_softmax(-1), theirs.double()
+        right = torch.tensor(tokens[1:])[:, None]
+        return {
+            "loss_tokens": len(right),
+            "loss_transformers": float(-ours.gather(1, right).mean()),
+            "loss_llama_cpp": float(-given.gather(1, right).mean()),
+            "kl": float((ours.exp() * (ours - given)).sum(-1).mean()),
+        }
 
     def gap(self, prompt: list[int], ours: list[int], theirs: list[int]) -> float:
         """Return by how much transformers prefers its token where llama.cpp first takes another one; 0 if nowhere."""
@@ -116,7 +127,7 @@ def compare(folder: Path, file: Path, options: argparse.Namespace) -> dict[str, 
         "model": folder.name, "export_s": round(seconds, 1), **proof,
         "texts": len(texts), "texts_with_other_tokens": differ,
         "greedy": len(gaps), "greedy_equal": sum(gap == 0 for gap in gaps), "largest_gap": max(gaps),
-        "loss_tokens": len(text) - 1, "loss_transformers": reference.loss(text), "loss_llama_cpp": found["loss"],
+        **reference.distance(text, found["log_probabilities"]),
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import cyllama.llama.llama_cpp as llama
@@ -55,10 +56,11 @@ class Runner:
             tokens.append(int(self.logits(-1).argmax()))
         return tokens
 
-    def loss(self, tokens: list[int]) -> float:
+    def log_probabilities(self, tokens: list[int]) -> np.ndarray:
+        """Return those of every token but the first, float32 [T - 1, vocabulary]."""
         self.context.kv_cache_clear()
         self.decode(tokens, 0, every=True)
-        return float(-np.mean([log_softmax(self.logits(i))[tokens[i + 1]] for i in range(len(tokens) - 1)]))
+        return np.stack([log_softmax(self.logits(i)).astype(np.float32) for i in range(len(tokens) - 1)])
 
 
 def main() -> None:
@@ -66,8 +68,11 @@ def main() -> None:
     job = json.loads(Path(job_file).read_text())
     runner = Runner(file, job["threads"])
     found = {"tokens": [list(runner.vocabulary.tokenize(text, False, True)) for text in job["texts"]]}
+    began = time.process_time()
     found["greedy"] = [runner.greedy(prompt, job["count"]) for prompt in job["prompts"]]
-    found["loss"] = runner.loss(job["text"])
+    found["seconds"] = time.process_time() - began
+    if job["text"]:
+        np.save(job["log_probabilities"], runner.log_probabilities(job["text"]))
     Path(result).write_text(json.dumps(found))
 
 
