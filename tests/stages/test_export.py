@@ -141,7 +141,7 @@ def test_all_problems_are_given_at_once_and_nothing_is_installed(
     expected = "3 problems", "does not end in .gguf", "multiple of 32", "['NobodysForCausalLM'], which llama.cpp's"
     assert all(word in str(stop.value) for word in expected)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("sqft.stages.export.install", lambda: pytest.fail("installs"))
+    monkeypatch.setattr("sqft.stages.export.to_gguf.install", lambda: pytest.fail("installs"))
     with pytest.raises(InputError, match="2 problems"):
         sqft.export(model, tmp_path / "m.bin")
 

@@ -792,6 +792,20 @@ class TestModelCard:
         ):
             assert part in body
 
+    @pytest.mark.parametrize(
+        ("strategy", "gguf", "openvino"),
+        [({"strategy": "group", "group_size": 16}, False, True), ({"strategy": "channel"}, True, False)],
+    )
+    def test_the_formats_that_hold_the_grid_are_named(self, tmp_path, strategy, gguf, openvino):
+        weights = {"num_bits": 4, "symmetric": False, **strategy}
+        stored = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+        groups = {"group_0": {"weights": weights}}
+        self.merge(tmp_path, config={"dtype": "bfloat16", "quantization_config": {**stored, "config_groups": groups}})
+        report.run(tmp_path, recipe_of())
+        body = self.read(tmp_path)
+        assert ("sqft export path/to/this/folder model.gguf" in body) is gguf
+        assert ("sqft export path/to/this/folder openvino --format openvino" in body) is openvino
+
     def test_a_failed_proof_is_said(self, tmp_path):
         self.merge(tmp_path)
         check = {"name": "logits_equal", "passed": False, "value": 0.0625, "bound": 0.0, "detail": "layers.3"}

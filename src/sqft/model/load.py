@@ -11,13 +11,19 @@ from sqft.storage.checkpoint import Checkpoint, plain_files
 from sqft.storage.integers import quantization_config
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
 def open_model(
-    folder: str | Path, *, packed: bool = False, attention: str | None = None, trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    packed: bool = False,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Return a model folder's causal language model in evaluation mode, in the dtype it is stored in.
+    """Return a model folder's causal language model in evaluation mode.
 
     A quantised folder is opened by transformers, which decompresses it: what any user of the folder gets. With `packed`
     its weights stay packed in memory, frozen; so do those of GPTQ folders, which transformers cannot open on its own.
@@ -26,6 +32,7 @@ def open_model(
     Args:
         folder: model folder, or an archive.
         packed: keep quantised weights packed.
+        dtype: of its weights and arithmetic; None is the one in which it is stored.
         attention: attention implementation; None leaves transformers' choice.
         trust_remote_code: passed to transformers.
 
@@ -38,7 +45,7 @@ def open_model(
     checkpoint = Checkpoint(folder)
     check_blocks(folder, len(checkpoint.entries))
     # Not "auto", which takes the dtype that config.json names: merging adds to the weights as they are stored.
-    options: dict[str, Any] = {"dtype": checkpoint.dtype, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype or checkpoint.dtype, "trust_remote_code": trust_remote_code}
     if attention is not None:
         options["attn_implementation"] = attention
     if stored is not None and (packed or stored.get("quant_method") == "gptq"):

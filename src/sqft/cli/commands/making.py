@@ -138,12 +138,18 @@ def unpack(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     from sqft import verbs
 
-    proof = verbs.export(options.model, options.out, converter=options.converter, proof=options.proof)
+    proof = verbs.export(
+        options.model, options.out, format=options.format, converter=options.converter, proof=options.proof
+    )
     if options.json:
         print(json.dumps(proof, indent=2))
         return 0
     print(f"{proof['linears']} linears, {proof['weights']:,} weights, read back and equal to the bit")
     print(f"{proof['type']}, {proof['bits']:g} bits a weight, {proof['bytes'] / 1e6:.1f} MB: {proof.path}")
+    if "logits" in proof:
+        print(
+            f"logits of {proof['tokens']} tokens differ from transformers' in float32 by at most {proof['logits']:.2g}"
+        )
     return 0
 
 

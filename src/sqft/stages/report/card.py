@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sqft.stages.report.facts import Facts
+    from sqft.storage.scheme import Scheme
 
 CARD = "README.md"
 MARK = "<!-- Written by sqft report, which writes it anew unless this line is removed. -->"
@@ -48,6 +49,7 @@ _GGUF = (
     "llama.cpp and Ollama run it from a GGUF file that holds the same weights to the bit. Do not run `llama-quantize` "
     "on that file: it would round them again."
 )
+_OPENVINO = "OpenVINO runs it from a folder that holds the same weights to the bit, where it knows the architecture."
 _CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -176,16 +178,26 @@ def _loading(config: Mapping[str, Any], *, trust: bool) -> Section:
     blocks: list[Block] = [Text(opens), Code(code, "python"), Code(serve, "sh")]
     if quantization:
         blocks.append(Text(_ROUNDED))
-    if _fits_gguf(config):
+    scheme = _scheme(quantization)
+    if scheme is not None and _fits_gguf(scheme):
         blocks += [Text(_GGUF), Code(f"sqft export {FOLDER} model.gguf", "sh")]
+    if scheme is not None and _fits_openvino(scheme):
+        blocks += [Text(_OPENVINO), Code(f"sqft export {FOLDER} openvino --format openvino", "sh")]
     return Section("loading", "Loading it", blocks)
 
 
-def _fits_gguf(config: Mapping[str, Any]) -> bool:
-    """Tell whether the grid is one of those that `sqft export` writes; the scales' values decide the rest."""
-    quantization = config.get("quantization_config") or {}
+def _scheme(quantization: dict[str, Any]) -> Scheme | None:
     try:
-        scheme = parse_scheme(quantization, "")
+        return parse_scheme(quantization, "")
     except InputError:
-        return False
+        return None
+
+
+def _fits_gguf(scheme: Scheme) -> bool:
+    """Tell whether the grid is one of those that GGUF has a type for; the scales' values decide the rest."""
     return (scheme.group_size or BLOCK) % BLOCK == 0 and (scheme.symmetric or scheme.bits < 8)
+
+
+def _fits_openvino(scheme: Scheme) -> bool:
+    """Tell whether OpenVINO takes the integers as they are."""
+    return scheme.format == "compressed-tensors" and scheme.bits == 4 and scheme.group_size is not None
