@@ -39,7 +39,7 @@ def _rooms() -> Iterator[str]:
 
 
 def _commands() -> Iterator[str]:
-    from sqft.cli.arguments import parser
+    from sqft.cli.parser import parser
 
     root = parser()
     subcommands = next(a for a in root._actions if isinstance(a, argparse._SubParsersAction))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sqft.cli.arguments import parser
+from sqft.cli.parser import parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

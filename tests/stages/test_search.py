@@ -147,8 +147,9 @@ def test_cached_weights_answer_to_the_bit_and_follow_the_ranks(trained: tuple[Pa
         assert torch.equal(model(input_ids=ids).logits, live["max"])
 
 
-@pytest.mark.parametrize("strategy", ["hill_climbing", "random", "nsga2"])
-@pytest.mark.parametrize("evaluations", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("strategy", "evaluations"), [("hill_climbing", 0), ("hill_climbing", 5), ("random", 1), ("nsga2", 0), ("nsga2", 5)]
+)
 def test_a_killed_search_goes_on_to_the_same_end(
     strategy: str, evaluations: int, sparse: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

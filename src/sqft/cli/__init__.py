@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from sqft import __version__, processes
 from sqft.cli import commands
-from sqft.cli.arguments import parser
+from sqft.cli.parser import parser
 from sqft.errors import InputError, SqftError
 from sqft.memory import is_out_of_memory
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from sqft.versions import versions
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -19,8 +18,15 @@ def write(page: Page, path: Path) -> Path:
     """Write a page as `path`.md and as `path`.html, one document that loads nothing; return the latter's path."""
     text, html = path.with_suffix(".md"), path.with_suffix(".html")
     write_text(text, form("page.md.j2", page=page))
-    write_text(html, form("page.html.j2", page=page, version=versions()["sqft"], text_form=text.name))
+    write_text(html, form("page.html.j2", page=page, version=_version(), text_form=text.name))
     return html
+
+
+def _version() -> str:
+    try:
+        return version("sqft")
+    except PackageNotFoundError:  # run from its sources
+        return "(its sources)"
 
 
 def form(template: str, **values: object) -> str:
