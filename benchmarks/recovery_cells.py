@@ -174,6 +174,8 @@ GRID = (
     Cell("sparse4", 2, update=True, rank=128),
     Cell("int4", 2),
     Cell("int3", 2),
+    Cell("int3", 2, rank=128),
+    Cell("int4", 2, rank=128),
     Cell("sparse4", 2, linears="five"),
     Cell("sparse4", 2),
     Cell("sparse4", update=True, teacher=True, distill="logits"),

@@ -1,14 +1,12 @@
 """The ordered arithmetic against a loop over single numbers, and its gradients against autograd in float64."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sqft.core import delta, ordered
-from sqft.core.delta import MaskedLinear, adapter_gradients, effective_codes, effective_weight, empty_inside
+from sqft.core.delta import MaskedLinear, effective_codes, effective_weight, empty_inside
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.core.ordered import ordered_product
@@ -150,23 +148,6 @@ def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch, capl
         ordered._kernels.cache_clear()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "Triton is not installed" in caplog.text
-
-
-def test_a_gradient_on_a_gpu_is_masked_in_place_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, mask, lora_A, lora_B = tensors()
-    gradient = torch.randn(OUT, INPUTS)
-
-    def masked(grad: torch.Tensor, packed: torch.Tensor, inside: torch.Tensor | None) -> None:
-        assert inside is None
-        grad.mul_(mask)
-
-    wanted = adapter_gradients(gradient.clone(), lora_A, lora_B, SCALING, pack_mask(mask))
-    monkeypatch.setattr(delta, "kernels_on", lambda device, dtype: SimpleNamespace(mask_gradient_=masked))
-    found = adapter_gradients(gradient, lora_A, lora_B, SCALING, pack_mask(mask))
-    assert (gradient[~mask] == 0).all()
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.dtype == torch.float32
-        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_what_lies_on_a_gpu_is_brought_to_the_cpu_for_blas_and_back(monkeypatch: pytest.MonkeyPatch) -> None:

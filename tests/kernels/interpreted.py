@@ -7,7 +7,7 @@ from sqft.core import delta, ordered
 from sqft.core.delta import MaskedLinear, dequantized, effective_codes, effective_weight
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask, unpack_mask
-from sqft.kernels import weights
+from sqft.kernels import gradients, weights
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (70, 200), (33, 131), (5, 64)]
@@ -141,8 +141,9 @@ def test_the_quantised_weight_its_codes_and_where_it_is_inside(case, generator) 
     assert equal(weights.dequantized(QuantizedWeight(pack_codes(codes, bits), weight.grid, dtype)), expected)
 
 
-@pytest.mark.parametrize("case", GRIDS[1:6], ids=str)
-def test_the_masked_gradient(case, generator) -> None:
+@pytest.mark.parametrize("case", [*GRIDS[:6], ((200, 700), 4, 28, None, torch.float32, True)], ids=str)
+def test_the_gradients_of_a_and_b(case, generator, monkeypatch) -> None:
+    """By float64, and with the sides shared out or not."""
     shape, bits, group, _, dtype, masked = case
     weight = quantised(shape, bits, group, None, generator, dtype)
     lora_A, lora_B = factors(*shape, 3, generator)
@@ -151,10 +152,18 @@ def test_the_masked_gradient(case, generator) -> None:
     effective_weight(weight, lora_A, lora_B, SCALING, mask, inside_OI=inside, ordered=True)
     weights.effective_quantized(weight, lora_A * SCALING, lora_B, mask, filled)
     gradient = torch.randn(shape, generator=generator).to(dtype)
+    before = gradient.clone()
     kept = torch.ones(shape, dtype=torch.bool) if mask is None else unpack_mask(mask, shape[1])
-    for bits_, where in ((None, kept), (filled, kept & inside)):
-        found = weights.mask_gradient_(gradient.clone(), mask, bits_)
-        assert torch.equal(found, gradient * where)
+    wide_A, wide_B = (factor.to(dtype).double() for factor in (lora_A, lora_B))
+    for programs in (1, 512):
+        monkeypatch.setattr(gradients, "_PROGRAMS", programs)
+        for bits_, where in ((None, kept), (filled, kept & inside)):
+            grad_A, grad_B = gradients.adapter_gradients(gradient, lora_A, lora_B, SCALING, mask, bits_)
+            wide = gradient.double() * where
+            assert grad_A.dtype == grad_B.dtype == torch.float32
+            assert torch.allclose(grad_A.double(), SCALING * wide_B.T @ wide, atol=1e-4, rtol=1e-5)
+            assert torch.allclose(grad_B.double(), SCALING * wide @ wide_A.T, atol=1e-4, rtol=1e-5)
+    assert torch.equal(gradient, before)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -25,10 +25,10 @@ def test_the_kernels_equal_the_ordered_path_to_the_bit() -> None:
 COMPILE = """
 import re, triton
 from triton.backends.compiler import GPUTarget
-from sqft.kernels import weights
+from sqft.kernels import gradients, weights
 
 TYPES = {"w": "*bf16", "out": "*bf16", "a": "*fp32", "b": "*fp32", "mask": "*u8", "q": "*u8", "zero": "*u8",
-         "scale": "*bf16", "start": "*i8", "inside": "*u8", "grad": "*bf16"}
+         "scale": "*bf16", "start": "*i8", "inside": "*u8", "grad": "*bf16", "factor": "*fp32"}
 
 
 def ptx(kernel, tile, **constants):
@@ -44,8 +44,11 @@ def ptx(kernel, tile, **constants):
 text = ptx(weights._float_kernel, weights.TILE, w_column=1, out_column=1, R=32, MASKED=True)
 if not FUSED:
     grid = {"BITS": 4, "WIDTH": 4, "START": 1, "RESULT": 0, "MASKED": True, "INSIDE": True}
-    text += ptx(weights._grid_kernel, weights.GRID_TILE, R=32, **grid)
-    ptx(weights._gradient_kernel, weights.TILE, MASKED=True, INSIDE=True)
+    for one in (False, True):
+        text += ptx(weights._grid_kernel, weights.GRID_TILE, R=32, ONE_GROUP=one, **grid)
+    for of_A in (False, True):
+        given = {"scaling": 2.0, "R": 32, "RANKS": 32, "OF_A": of_A, "WIDE": False}
+        ptx(gradients._product_kernel, gradients.TILE, MASKED=True, INSIDE=True, **given)
 print("FMA", len(re.findall(r"fma", text)), *sorted(set(re.findall(r"div[.]\\w+[.]f32|[.]ftz|approx", text))))
 """
 

@@ -17,9 +17,9 @@ are built in chunks that fit a core's cache: elementwise passes over a whole flo
 
 B A has one of two arithmetics, which training, merge and verify must share. `blas` is the CPU's matrix product; what
 lies on a GPU is brought to the CPU for it. `ordered` is defined operation by operation (:mod:`sqft.core.ordered`), so
-that any device repeats it to the bit: then the quotient by s and its sum with W_start are rounded one by one too,
-weights outside the mask keep all their bits, and no Ŵ' is -0. On CUDA it runs in Triton kernels, which take no memory
-but the result; elsewhere it is slow.
+that any device repeats it to the bit: then 1 / s, its product with the delta and the sum with W_start are rounded one
+by one too, weights outside the mask keep all their bits, and no Ŵ' is -0. On CUDA it runs in Triton kernels, which
+take no memory but the result; elsewhere it is slow.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def _adapted_steps(
             delta = delta.unflatten(1, (scale.shape[1], -1))
             steps = weight.start_steps(chunk)
             # addcdiv may round its quotient or not, as the device does.
-            steps = (steps.add_(delta.div_(scale)) if ordered else steps.addcdiv_(delta, scale)).round_()
+            steps = steps.add_(delta.mul_(scale.reciprocal())) if ordered else steps.addcdiv_(delta, scale)
+            steps = steps.round_()
             if inside_OI is None:
                 torch.minimum(torch.maximum(steps, low, out=steps), high, out=steps)
             else:
@@ -202,7 +203,7 @@ def adapter_gradients(
     dA = scaling · Bᵀ (G ⊙ M), dB = scaling · (G ⊙ M) Aᵀ. A bfloat16 G is multiplied in bfloat16, as autocast would.
 
     Args:
-        grad_OI: G [O, I], float32 or the compute dtype. On CUDA it is masked in place: no second one fits.
+        grad_OI: G [O, I], float32 or the compute dtype.
         lora_A_RI: [R, I].
         lora_B_OR: [O, R].
         scaling: lora_alpha / r_max.
@@ -212,12 +213,14 @@ def adapter_gradients(
     Returns:
         float32 [R, I] and [O, R].
     """
+    given = (lora_A_RI, lora_B_OR, scaling, mask_packed, inside_OI)
+    of_kernels = inside_OI is None or inside_OI.dtype == torch.uint8
+    if kernels_on(grad_OI.device, grad_OI.dtype) is not None and grad_OI.is_contiguous() and of_kernels:
+        from sqft.kernels import gradients
+
+        return gradients.adapter_gradients(grad_OI, *given)
     rows, columns = grad_OI.shape
     factor_A, factor_B = lora_A_RI.to(grad_OI.dtype), lora_B_OR.to(grad_OI.dtype)
-    kernels = kernels_on(grad_OI.device, grad_OI.dtype)
-    if kernels is not None and grad_OI.is_contiguous() and (inside_OI is None or inside_OI.dtype == torch.uint8):
-        kernels.mask_gradient_(grad_OI, mask_packed, inside_OI)
-        return (factor_B.T @ grad_OI).float().mul_(scaling), (grad_OI @ factor_A.T).float().mul_(scaling)
     grad_A = torch.zeros(lora_A_RI.shape, dtype=torch.float32, device=grad_OI.device)
     grad_B = torch.empty(lora_B_OR.shape, dtype=torch.float32, device=grad_OI.device)
     for chunk in row_chunks(rows, columns, grad_OI.device, 2 * _CHUNK_BYTES, grad_OI.dtype.itemsize):

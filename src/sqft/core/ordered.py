@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels read and write
 CHUNK_BYTES = 1 << 18
 """Of float32 a chunk of rows: the sum and the product together stay in a core's second-level cache."""
 
@@ -44,8 +45,7 @@ def ordered_product(lora_B_OR: torch.Tensor, scaled_A_RI: torch.Tensor) -> torch
 
 def kernels_on(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """Return :mod:`sqft.kernels.weights` where it runs, on CUDA with Triton, and takes the dtype; else None."""
-    kernels = _kernels() if device.type == "cuda" else None
-    return kernels if kernels is not None and dtype in kernels.FLOATS else None
+    return _kernels() if device.type == "cuda" and dtype in _FLOATS else None
 
 
 @cache

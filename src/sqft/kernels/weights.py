@@ -1,4 +1,4 @@
-"""W', Ŵ', its codes and the masked gradient, each in one pass over the weight, in Triton.
+"""W', Ŵ' and its codes, each in one pass over the weight, in Triton.
 
 The arithmetic is that of :mod:`sqft.core.ordered` and of the PyTorch path of :mod:`sqft.core.delta` with `ordered`, to
 the bit: r in order, one rounded product and one rounded sum each, IEEE division, one rounding to the weight's dtype.
@@ -13,39 +13,44 @@ weight, where PyTorch reads and writes 34 bytes and more.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from sqft.kernels.tiles import as_bytes, bits_of, device_of, rounded
+
 if TYPE_CHECKING:
     from sqft.core.grid import QuantizedWeight
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes of weights that the kernels read and write."""
-TILE, GRID_TILE = (64, 128, 8), (32, 64, 4)
-"""Rows, columns and warps. Rows and columns are fewer than threads: so each thread loads the factors that it needs,
-where otherwise the compiler shares them by a barrier for each r. A quantised weight takes more registers."""
+TILE, GRID_TILE = (16, 128, 4), (64, 32, 2)
+"""Rows, columns and warps, the fastest of those tried on an H200. Rows and columns are fewer than threads: so each
+thread loads the factors that it needs, where otherwise the compiler shares them by a barrier for each r. A tile of a
+quantised weight is no wider than the smallest usual group, so that it has a scale a row."""
+_LEAST = 16  # columns of a tile whose weights share a scale
 _NO_START, _OFFSETS, _FLOAT_START = 0, 1, 2
 _WEIGHT, _CODES, _DEQUANTIZED = 0, 1, 2
-_UNROLL = tl.constexpr(4)
+_UNROLL = tl.constexpr(2)
 _TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 · 2²³: x + it − it rounds half to even where |x| < 2²²
 
 
 @triton.jit
-def _low_rank(zeros, a_ptr, b_ptr, o, i, O, I, a_row, b_row, R: tl.constexpr):  # noqa: E741
-    """Return the tile of Δ, in order, from A [R, I] and the transpose of B [R, O].
+def _low_rank(zeros, a_ptr, b_ptr, o, i, a_row, b_row, R: tl.constexpr):
+    """Return the tile of Δ, in order, from A [R, I] and the transpose of B [R, O], both padded to whole tiles.
 
     The sum has the layout of the zeros that it starts from. They come from values that were loaded: a thread then has
     neighbouring columns of few rows, and loads a fifth of what the compiler's own choice of layout would have it load.
+    The factors of r + 1 are on their way while those of r are multiplied.
     """
     total = zeros
+    b, a = tl.load(b_ptr + o), tl.load(a_ptr + i)
     for r in tl.range(0, R, loop_unroll_factor=_UNROLL):
-        b = tl.load(b_ptr + r * b_row + o, mask=o < O, other=0.0)
-        a = tl.load(a_ptr + r * a_row + i, mask=i < I, other=0.0)
+        ahead = (r + 1) % R
+        next_b, next_a = tl.load(b_ptr + ahead * b_row + o), tl.load(a_ptr + ahead * a_row + i)
         total = total + b[:, None] * a[None, :]
+        b, a = next_b, next_a
     return total
 
 
@@ -59,25 +64,6 @@ def _zeros(w):
 
 
 @triton.jit
-def _bits(bits_ptr, row, i, ok, stride):
-    """Return the bits of columns i of a row of bytes, as int32 0 or 1."""
-    byte = tl.load(bits_ptr + row * stride + (i // 8)[None, :], mask=ok, other=0).to(tl.int32)
-    return (byte >> (i % 8)[None, :]) & 1
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """Round float32 to a dtype, half to even; to bfloat16 in integers, because the interpreter's cast truncates."""
-    if dtype == tl.bfloat16:
-        u = x.to(tl.uint32, bitcast=True)
-        u = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-        u = tl.where(x == x, u, 0x7FC0)  # the carry would make some NaN a zero
-        return u.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
 def _float_kernel(
     w_ptr, a_ptr, b_ptr, mask_ptr, out_ptr, O, I, w_row, w_column, out_row, out_column, a_row, b_row, mask_row,  # noqa: E741
     R: tl.constexpr, MASKED: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
@@ -88,10 +74,10 @@ def _float_kernel(
     ok = (o < O)[:, None] & (i < I)[None, :]
     row, column = o.to(tl.int64)[:, None], i.to(tl.int64)[None, :]
     w = tl.load(w_ptr + row * w_row + column * w_column, mask=ok, other=0.0)
-    delta = _low_rank(_zeros(w), a_ptr, b_ptr, o, i, O, I, a_row, b_row, R)
-    result = _rounded(w.to(tl.float32) + delta, w.dtype)
+    delta = _low_rank(_zeros(w), a_ptr, b_ptr, o, i, a_row, b_row, R)
+    result = rounded(w.to(tl.float32) + delta, w.dtype)
     if MASKED:
-        result = tl.where(_bits(mask_ptr, row, i, ok, mask_row) == 1, result, w)
+        result = tl.where(bits_of(mask_ptr, row, i, ok, mask_row) == 1, result, w)
     tl.store(out_ptr + row * out_row + column * out_column, result, mask=ok)
 
 
@@ -99,8 +85,8 @@ def _float_kernel(
 def _grid_kernel(
     q_ptr, start_ptr, scale_ptr, zero_ptr, a_ptr, b_ptr, mask_ptr, out_ptr, inside_ptr,
     O, I, W, G, group, a_row, b_row, mask_row, inside_row,  # noqa: E741
-    R: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, RESULT: tl.constexpr,
-    MASKED: tl.constexpr, INSIDE: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    ONE_GROUP: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
+    RESULT: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """Store Ŵ', its codes or Ŵ of a tile, and the bits of where the sum was not clamped."""
     tiles = tl.cdiv(W, BI)
@@ -114,25 +100,30 @@ def _grid_kernel(
     at = row * I + i[None, :]
     byte = tl.load(q_ptr + row * W + j[None, :], mask=ok, other=0).to(tl.int32)
     if RESULT != 2:  # before the loads below, whose values would take registers meanwhile
-        delta = _low_rank((byte >> 8).to(tl.float32), a_ptr, b_ptr, o, i, O, I, a_row, b_row, R)
+        delta = _low_rank((byte >> 8).to(tl.float32), a_ptr, b_ptr, o, i, a_row, b_row, R)
     code = ((byte >> (plane * WIDTH)) & ((1 << WIDTH) - 1)).to(tl.float32)
-    of_group = row * G + (i // group)[None, :]
-    scale = tl.load(scale_ptr + of_group, mask=ok, other=1.0).to(tl.float32)
-    zero = tl.load(zero_ptr + of_group, mask=ok, other=0).to(tl.float32)
+    if ONE_GROUP:  # a scale and a quotient a row
+        of_group = row * G + (plane * W + first) // group
+        known = (o < O)[:, None]
+    else:
+        of_group = row * G + (i // group)[None, :]
+        known = ok
+    scale = tl.load(scale_ptr + of_group, mask=known, other=1.0).to(tl.float32)
+    zero = tl.load(zero_ptr + of_group, mask=known, other=0).to(tl.float32)
     if RESULT == 2:
-        tl.store(out_ptr + at, _rounded((code - zero) * scale, out_ptr.dtype.element_ty), mask=ok)
+        tl.store(out_ptr + at, rounded((code - zero) * scale, out_ptr.dtype.element_ty), mask=ok)
     else:
         low = 0.0 - zero
         high = ((1 << BITS) - 1) - zero
         if MASKED:
-            delta = tl.where(_bits(mask_ptr, row, i, ok, mask_row) == 1, delta, 0.0)
+            delta = tl.where(bits_of(mask_ptr, row, i, ok, mask_row) == 1, delta, 0.0)
         if START == 2:
             steps = tl.math.div_rn(tl.load(start_ptr + at, mask=ok, other=0.0).to(tl.float32), scale)
         else:
             steps = code - zero
             if START == 1:
                 steps = steps + tl.load(start_ptr + at, mask=ok, other=0).to(tl.float32) * 0.00390625  # exact
-        steps = steps + tl.math.div_rn(delta, scale)
+        steps = steps + delta * tl.math.div_rn(1.0, scale)
         # A step beyond the grid is far enough: it rounds to outside, and the rounding below needs small numbers. Not
         # min and max: a NaN passes comparisons unchanged, on every device.
         steps = tl.where(steps < low - 1.0, low - 1.0, steps)
@@ -143,7 +134,7 @@ def _grid_kernel(
         if RESULT == 1:
             tl.store(out_ptr + at, (clamped + zero).to(tl.int32).to(tl.uint8), mask=ok)
         else:
-            tl.store(out_ptr + at, _rounded((clamped + 0.0) * scale, out_ptr.dtype.element_ty), mask=ok)
+            tl.store(out_ptr + at, rounded((clamped + 0.0) * scale, out_ptr.dtype.element_ty), mask=ok)
         if INSIDE:
             bits = (steps == clamped).to(tl.int32) << (j % 8)[None, :]
             packed = tl.sum(tl.reshape(bits, (BO, BI // 8, 8)), axis=2)
@@ -152,36 +143,13 @@ def _grid_kernel(
             tl.store(inside, packed.to(tl.uint8), mask=(o < O)[:, None] & (k < tl.cdiv(W, 8))[None, :])
 
 
-@triton.jit
-def _gradient_kernel(
-    grad_ptr, mask_ptr, inside_ptr, O, I, W, mask_row, inside_row,  # noqa: E741
-    MASKED: tl.constexpr, INSIDE: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-):  # fmt: skip
-    """Set a tile of G to zero where the mask or the bits of inside are 0."""
-    tiles = tl.cdiv(W, BI)
-    plane = tl.program_id(0) // tiles
-    j = (tl.program_id(0) - plane * tiles) * BI + tl.arange(0, BI)
-    i = plane * W + j
-    o = tl.program_id(1) * BO + tl.arange(0, BO)
-    ok = (o < O)[:, None] & ((j < W) & (i < I))[None, :]
-    row = o.to(tl.int64)[:, None]
-    kept = tl.full((BO, BI), 1, tl.int32)
-    if MASKED:
-        kept = kept & _bits(mask_ptr, row, i, ok, mask_row)
-    if INSIDE:
-        kept = kept & _bits(inside_ptr + plane * tl.cdiv(W, 8), row, j, ok, inside_row)
-    at = grad_ptr + row * I + i[None, :]
-    grad = tl.load(at, mask=ok, other=0.0)
-    tl.store(at, tl.where(kept == 1, grad, tl.zeros((BO, BI), dtype=grad.dtype)), mask=ok)
-
-
 def effective_weight(
     weight_OI: torch.Tensor, scaled_A_RI: torch.Tensor, lora_B_OR: torch.Tensor, mask_packed: torch.Tensor | None
 ) -> torch.Tensor:
     """Return W' of a float weight, in its dtype and memory layout.
 
     Args:
-        weight_OI: [O, I] of :data:`FLOATS`, of any strides.
+        weight_OI: [O, I] bfloat16, float16 or float32, of any strides.
         scaled_A_RI: float32 [R, I], scaling · A.
         lora_B_OR: float32 [O, R].
         mask_packed: uint8 [O, ceil(I / 8)], or None.
@@ -189,8 +157,10 @@ def effective_weight(
     rows, columns = weight_OI.shape
     height, width, warps = TILE
     result = torch.empty_like(weight_OI)
-    lora_A, lora_B, mask = scaled_A_RI.contiguous(), lora_B_OR.T.contiguous(), _bytes(mask_packed, weight_OI)
-    with _device_of(weight_OI):
+    lora_A = _padded(scaled_A_RI, triton.cdiv(columns, width) * width)
+    lora_B = _padded(lora_B_OR.T, triton.cdiv(rows, height) * height)
+    mask = as_bytes(mask_packed, weight_OI)
+    with device_of(weight_OI):
         _float_kernel[(triton.cdiv(columns, width), triton.cdiv(rows, height))](
             weight_OI, lora_A, lora_B, mask, result, rows, columns, *weight_OI.stride(), *result.stride(),
             lora_A.stride(0), lora_B.stride(0), mask.stride(0), len(lora_A), mask_packed is not None, height, width,
@@ -206,7 +176,7 @@ def effective_quantized(
     mask_packed: torch.Tensor | None,
     inside: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return Ŵ' [O, I] in the weight's dtype, one of :data:`FLOATS`.
+    """Return Ŵ' [O, I] in the weight's dtype.
 
     Args:
         weight: the quantised base.
@@ -230,7 +200,7 @@ def effective_codes(
 
 
 def dequantized(weight: QuantizedWeight) -> torch.Tensor:
-    """Return Ŵ [O, I] in the weight's dtype, one of :data:`FLOATS`."""
+    """Return Ŵ [O, I] in the weight's dtype."""
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     _on_grid(weight, result, _DEQUANTIZED, None, None, None)
     return result
@@ -241,33 +211,6 @@ def empty_inside(weight: QuantizedWeight) -> torch.Tensor:
     rows, width = weight.packed.shape
     planes = triton.cdiv(weight.shape[1], width)
     return torch.empty(rows, planes, triton.cdiv(width, 8), dtype=torch.uint8, device=weight.device)
-
-
-def mask_gradient_(
-    grad_OI: torch.Tensor, mask_packed: torch.Tensor | None, inside: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Set G to zero outside the mask and where the sum was clamped, in place, and return it.
-
-    Args:
-        grad_OI: [O, I] of :data:`FLOATS`, contiguous.
-        mask_packed: uint8 [O, ceil(I / 8)], or None.
-        inside: what :func:`effective_quantized` filled, or None.
-    """
-    if mask_packed is None and inside is None:
-        return grad_OI
-    assert grad_OI.is_contiguous()
-    rows, columns = grad_OI.shape
-    planes = 1 if inside is None else inside.shape[1]
-    width = triton.cdiv(columns, planes)
-    mask, bits = _bytes(mask_packed, grad_OI), _bytes(inside, grad_OI)
-    height, across, warps = TILE
-    with _device_of(grad_OI):
-        _gradient_kernel[(planes * triton.cdiv(width, across), triton.cdiv(rows, height))](
-            grad_OI, mask, bits, rows, columns, width, mask.stride(0), bits.stride(0),
-            mask_packed is not None, inside is not None, height, across,
-            num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
-    return grad_OI
 
 
 def _on_grid(
@@ -285,24 +228,26 @@ def _on_grid(
     planes = triton.cdiv(columns, width)
     start = packed if weight.start is None else weight.start.contiguous()
     start_kind = _NO_START if weight.start is None else _FLOAT_START if start.is_floating_point() else _OFFSETS
-    lora_A, lora_B = (scale, scale) if factors is None else (factors[0].contiguous(), factors[1].T.contiguous())
-    mask, bits = _bytes(mask_packed, packed), _bytes(inside, packed)
+    mask, bits = as_bytes(mask_packed, packed), as_bytes(inside, packed)
     height, across, warps = GRID_TILE
-    with _device_of(packed):
+    group = columns // groups
+    if (common := math.gcd(width, group, across)) >= _LEAST:
+        height, across = height * across // common, common
+    lora_A = lora_B = scale
+    if factors is not None:
+        lora_A = _padded(factors[0], (planes - 1) * width + triton.cdiv(width, across) * across)
+        lora_B = _padded(factors[1].T, triton.cdiv(rows, height) * height)
+    with device_of(packed):
         _grid_kernel[(planes * triton.cdiv(width, across), triton.cdiv(rows, height))](
             packed, start, scale, zero, lora_A, lora_B, mask, result, bits,
-            rows, columns, width, groups, columns // groups, lora_A.stride(0), lora_B.stride(0), mask.stride(0),
-            bits.stride(0), 1 if factors is None else len(lora_A), grid.bits, 4 if grid.bits == 3 else grid.bits,
-            start_kind, kind, mask_packed is not None, inside is not None, height, across,
-            num_warps=warps, enable_fp_fusion=False,
+            rows, columns, width, groups, group, lora_A.stride(0), lora_B.stride(0), mask.stride(0), bits.stride(0),
+            group % across == 0 and width % across == 0, 1 if factors is None else len(lora_A), grid.bits,
+            4 if grid.bits == 3 else grid.bits, start_kind, kind, mask_packed is not None, inside is not None,
+            height, across, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def _bytes(bits: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
-    """Return the bits contiguous; a kernel without them is given some tensor that it does not read."""
-    return stand_in if bits is None else bits.contiguous()
-
-
-def _device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Make a tensor's GPU the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def _padded(factor_RN: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return a factor contiguous, with zeros up to a number of columns, so that its loads need no bounds."""
+    missing = columns - factor_RN.shape[1]
+    return torch.nn.functional.pad(factor_RN, (0, missing)) if missing else factor_RN.contiguous()
