@@ -110,3 +110,8 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def local_path(text: str | Path) -> Path:
+    """Return a path with a leading `~` as the home folder. A file may be called ~x: without such a user it stays."""
+    return Path(os.path.expanduser(text))

@@ -149,6 +149,13 @@ def test_what_a_trainer_saved_of_an_elastic_adapter_is_its_rank_space(
         assert space.choices == (8, 6, 4)
         shared = space.groups["model.layers.1.self_attn.q_proj+k_proj+v_proj"]
         assert set(shared) == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"}
+    # A record of ours that was cut is refused, not guessed.
+    record = tmp_path / "sparse" / "adapter_config.json"
+    whole = json.loads(record.read_text())
+    for name in ("kind", "start"):
+        record.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        with pytest.raises(InputError, match=f"has no {name}"):
+            SavedAdapter.open(tmp_path / "sparse")
     # Stock PEFT reads the dense one as plain LoRA of the largest rank.
     assert json.loads((tmp_path / "dense" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert "ranks" not in json.loads((tmp_path / "dense" / "adapter_config.json").read_text())

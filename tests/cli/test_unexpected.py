@@ -68,6 +68,8 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert SearchConfig(ranks_file="~/r").ranks_file == f"{tmp_path}/r"
     assert EvaluateConfig(baselines=["~/b", "c~"]).baselines == [f"{tmp_path}/b", "c~"]
     assert cli.run(["inspect", "~/none"]) == 2
+    assert cli.run(["inspect", "~nobody of this name"]) == 2, "a name that begins with ~ is no home folder"
+    assert SparsifyConfig(mask="~no such user/mask").mask == "~no such user/mask"
 
 
 def test_bad_input_is_a_value_error_too() -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from sqft.data.files import holds_rows, local_path, split_name
+from sqft.data.files import holds_rows, split_name
 from sqft.data.load import Data, load_examples
 from sqft.data.tasks import Example
+from sqft.disk import local_path
 from sqft.errors import InputError
 from sqft.recipe import DataConfig, Template
 

@@ -156,6 +156,10 @@ def check_settings(config: dict[str, Any], problems: Problems) -> LoraConfig:
         problems.add(f"its peft_type is {config.get('peft_type')!r}; only LORA and {PEFT_TYPE} merge")
         return LoraConfig()
     ours = config["peft_type"] == PEFT_TYPE
+    missing = [name for name in ("kind", "start") if ours and name not in config]
+    problems.extend(
+        f"{CONFIG} has no {name}, with which every adapter of type {PEFT_TYPE} is saved" for name in missing
+    )
     for name, positive in (("r", _is_rank), ("lora_alpha", _is_alpha)):
         if not positive(config.get(name)):
             problems.add(f"{CONFIG} has {name} {config.get(name, 'nowhere')!r}; it must be a number above 0")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqft.disk import local_path
 from sqft.recipe import (
     MAX_SEED,
     Config,
@@ -25,7 +26,7 @@ from sqft.recipe import (
 
 def _path(text: str) -> Path:
     """Return a path; a shell leaves a `~` in --out=~/x as it is."""
-    return Path(text).expanduser()
+    return local_path(text)
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from sqft.data.encode import beginning, encode, encode_prompt, ended, plain_tokens
-from sqft.data.files import as_row, holds_rows, local_path, read_rows, read_text
+from sqft.data.files import as_row, holds_rows, read_rows, read_text
 from sqft.data.load import Data
 from sqft.data.own import build_examples, check_text, own_builder, read_each
 from sqft.data.sources import FOLDER_VARIABLE, data_folder
+from sqft.disk import local_path
 from sqft.errors import InputError
 
 if TYPE_CHECKING:

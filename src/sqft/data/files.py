@@ -56,14 +56,6 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", *_TABLES, ".parquet")
 """Suffixes of files of rows; each may be followed by .gz, .bz2 or .xz."""
 
 
-def local_path(name: str) -> Path:
-    """Return a path with `~` expanded; the home of an unknown user is left unexpanded."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        return Path(name)
-
-
 def split_name(name: str) -> tuple[str, str]:
     """Split a file's name into stem and suffix of rows: ('train', '.jsonl.gz'), or (name, '')."""
     inner = next((name.removesuffix(packed) for packed in _PACKED if name.lower().endswith(packed)), name)

@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqft.data import generated
 from sqft.data.chat import as_chat
-from sqft.data.files import local_path, read_rows, split_name
+from sqft.data.files import read_rows, split_name
 from sqft.data.guards import cut, drop, questions
 from sqft.data.own import build_examples, own_builder
 from sqft.data.sources import Reader
 from sqft.data.taskfile import is_task_file, load_task_file
 from sqft.data.tasks import BUILTIN, MIXES, SPLITS, Example, Metric, Split, Task, mix_members
+from sqft.disk import local_path
 from sqft.errors import InputError, SplitAbsentError
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from sqft.data import generated
-from sqft.data.files import local_path, read_rows, without_absent
+from sqft.data.files import read_rows, without_absent
 from sqft.data.folders import misnamed, split_file
 from sqft.data.own import build_examples, own_builder
 from sqft.data.tasks import BUILTIN, SPLITS, Example, Row, Split, Task
+from sqft.disk import local_path
 from sqft.errors import InputError, SplitAbsentError
 
 if TYPE_CHECKING:

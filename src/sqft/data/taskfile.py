@@ -26,10 +26,11 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from sqft.data.files import local_path, split_name
+from sqft.data.files import split_name
 from sqft.data.numbers import final_number
 from sqft.data.placeholders import Column, fill, parse
 from sqft.data.tasks import SPLITS, Example, Row, Task
+from sqft.disk import local_path
 from sqft.errors import InputError
 from sqft.recipe import Config, parse_config, read_yaml
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sqft.disk import local_path
 from sqft.errors import InputError
 from sqft.storage.tokenizer import mend_byte_fallback
 
@@ -37,7 +38,7 @@ def local_folder(model: str, workspace: Path, revision: str | None = None, *, na
     Raises:
         InputError: there is no such model, it has no safetensors, or a local one is given a revision.
     """
-    path = _package_file(model) if model.startswith("package:") else Path(model).expanduser()
+    path = _package_file(model) if model.startswith("package:") else local_path(model)
     local = path.suffix == ".gguf" or _is_path(model)
     if local and revision is not None:
         raise InputError(f"model {model}: revision is {revision}, which only a model of the Hub has; leave it out")
@@ -68,7 +69,7 @@ def adapter_folder(adapter: str, revision: str | None = None) -> Path:
         raise InputError(
             f"adapter {adapter}: revision is {revision}, which only an adapter of the Hub has; leave it out"
         )
-    path = Path(adapter).expanduser()
+    path = local_path(adapter)
     if not path.is_dir():
         raise InputError(f"adapter {adapter}: no such folder")
     return path
@@ -81,7 +82,7 @@ def is_hub_id(reference: str) -> bool:
 
 
 def _is_path(reference: str) -> bool:
-    here = Path(reference).expanduser().exists()
+    here = local_path(reference).exists()
     return here or reference.startswith((".", "/", "~")) or reference.count("/") > 1
 
 

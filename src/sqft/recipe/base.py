@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from sqft.disk import local_path
 from sqft.errors import Problems
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -23,7 +23,7 @@ class Config(BaseModel):
 
 def _home(path: str) -> str:
     """Return a path with a leading `~` replaced by the home folder."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return str(local_path(path)) if path.startswith("~") else path
 
 
 PathText = Annotated[str, AfterValidator(_home)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sqft.disk import refuse_depth
+from sqft.disk import local_path, refuse_depth
 from sqft.errors import InputError
 from sqft.recipe.base import parse_config
 from sqft.recipe.whole import Recipe
@@ -58,7 +58,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         InputError: the file is missing, is not YAML, or has wrong keys or values; every problem is listed.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -22,11 +22,11 @@ from sqft.adapters.attach import load_model
 from sqft.adapters.cached import cached_weights
 from sqft.adapters.saved import SavedAdapter
 from sqft.data.chat import as_chat
-from sqft.data.files import local_path
 from sqft.data.load import member_configs
 from sqft.data.taskfile import is_task_file
 from sqft.data.tasks import BUILTIN, PERPLEXITY, Example, Task, judged_digest, question_key
 from sqft.device import device_key, place
+from sqft.disk import local_path
 from sqft.errors import InputError, Problems
 from sqft.memory import costing
 from sqft.recipe import DataConfig

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from sqft.artifact import MANIFEST, Artifact
 from sqft.data.tasks import question_key
+from sqft.disk import local_path
 from sqft.errors import InputError
 from sqft.recipe import CalibrationConfig, Config, DataConfig, parse_config
 from sqft.verbs.places import fix_date
@@ -40,7 +41,7 @@ def as_path(path: str | Path | None) -> Path | None: ...
 
 def as_path(path: str | Path | None) -> Path | None:
     """Return a path with `~` as the home folder."""
-    return None if path is None else Path(path).expanduser()
+    return None if path is None else local_path(path)
 
 
 def parse(model: type[ConfigT], values: Mapping[str, Any], verb: str) -> ConfigT:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqft.context import Context
 from sqft.device import device_key, resolve
+from sqft.disk import local_path
 from sqft.recipe import EvaluateConfig, VerifyConfig
 from sqft.stages import evaluate as _evaluate
 from sqft.stages import verify as _verify
@@ -96,7 +97,7 @@ def evaluate(
     adapter = as_path(adapter)
     named = {"model": model, "adapter": adapter, "seed": seed, "model_revision": model_revision}
     named |= {"trust_remote_code": trust_remote_code, **device_key(resolve(device)), **as_flags(data, settings)}
-    inputs = [Path(model).expanduser()] + ([] if adapter is None else [adapter])
+    inputs = [local_path(model)] + ([] if adapter is None else [adapter])
     file = result_file(as_path(out), "evaluate", named, *inputs)
     folder = model_folder(model, file.parent, model_revision)
     context = Context(seed, trust_remote_code, device)

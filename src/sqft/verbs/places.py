@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqft.artifact import DESCRIPTION, MANIFEST, digest_input, partial_of
 from sqft.data.chat import with_date
 from sqft.digests import digest_text
-from sqft.disk import read_json
+from sqft.disk import local_path, read_json
 from sqft.errors import InputError
 from sqft.model.sources import local_folder
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def model_folder(model: str | Path, beside: Path, revision: str | None = None) -> Path:
     """Return a model's local folder; what must be unpacked goes beside the result, each file in a folder of its own."""
     text = str(model)
-    reference = text if text.startswith("package:") else str(Path(model).expanduser().absolute())
+    reference = text if text.startswith("package:") else str(local_path(model).absolute())
     return local_folder(text, beside / f"{Path(model).stem}-{digest_text(reference)[:8]}", revision)
 
 
