@@ -336,6 +336,49 @@ def archive(result: dict[str, Any]) -> str:
     )
 
 
+def decoding(result: dict[str, Any]) -> str:
+    names = {
+        "read": "reading the dense matrix alone",
+        "torch_bf16": "PyTorch, BF16",
+        "bf16": "kernel, BF16",
+        "sparse_bf16": "kernel, sparse BF16",
+        "int4": "kernel, INT4",
+        "sparse_int4": "kernel, sparse INT4",
+    }
+    one = result["rows"]["1"]
+    rows = [
+        {
+            "": said,
+            "MB": round(one[name]["bytes"] / 1e6, 1),
+            "ms": f"{one[name]['milliseconds']:.1f}",
+            "GB/s": f"{one[name]['gigabytes_a_second']:.1f}",
+            **{
+                f"× PyTorch, {count} row{'s' * (count != '1')}": f"{many[name]['times_torch_bf16']:.2f}"
+                for count, many in result["rows"].items()
+            },
+        }
+        for name, said in names.items()
+    ]
+    models = [
+        {
+            "folder": folder,
+            "opened": {"plain": "plain", "archive": "archive", "packed": "plain, `packed=True`"}[name],
+            "in memory": f"{row['bytes'] / 1e6:.0f} MB",
+            "tokens/s": f"{row['tokens_a_second']:.1f}",
+            "× plain": f"{row['times_plain']:.2f}",
+        }
+        for folder, opened in result["models"].items()
+        for name, row in opened.items()
+    ]
+    shape = " x ".join(map(str, result["shape"]))
+    return (
+        f"One row of x (and several) times matrices of {shape} in turn, out of the cache; {result['zeros']:.0%} zeros at random, groups of "
+        f"{result['group']}. Forms alternate; times and ratios are medians. The weights are those of the dequantised model to the bit.\n\n"
+        f"{table(rows)}\n\nSmolLM2-135M, one sequence, token by token (its products are small, and a fifth of its weights are the dense head):"
+        f"\n\n{table(models)}"
+    )
+
+
 def llama(result: dict[str, Any]) -> str:
     rows = [
         {
@@ -407,6 +450,7 @@ SECTIONS = {
     "hashing": ("Hashing", "python benchmarks/hashing.py", hashing),
     "serving": ("Serving in vLLM", "make serving MODEL=runs/quickstart/merged", serving),
     "llama": ("Running in llama.cpp", "python benchmarks/llama.py runs/quickstart/merged runs/quickstart/dense", llama),
+    "decode": ("Decoding with packed weights", "python benchmarks/decode.py FOLDER... --out", decoding),
     "archive": ("Archives", "python benchmarks/archive.py FOLDER... --repetitions 0", archive),
 }
 

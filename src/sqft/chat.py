@@ -16,6 +16,7 @@ from sqft.context import Context
 from sqft.data.encode import encode_prompt
 from sqft.device import DeviceName, place, resolve
 from sqft.errors import InputError
+from sqft.model.load import decodes_packed
 
 
 class Chat:
@@ -44,8 +45,11 @@ class Chat:
         device: DeviceName = "auto",
     ) -> None:
         self.tokenizer: Any = Context(0, trust_remote_code).tokenizer(model)
-        opened = load_model(model, adapter, trust_remote_code=trust_remote_code)
-        self.model: Any = place(opened, resolve(device), "use a card with more memory").eval()
+        where = resolve(device)
+        # One sequence is decoded at a time, which is as fast as the weights are small.
+        packed = where.type == "cpu" and decodes_packed(model)
+        opened = load_model(model, adapter, packed=packed, trust_remote_code=trust_remote_code, device=where)
+        self.model: Any = place(opened, where, "use a card with more memory").eval()
         self.templated = not raw and bool(self.tokenizer.chat_template)
         self.max_tokens = max_tokens
         self.turns: list[dict[str, str]] = []
@@ -64,7 +68,7 @@ class Chat:
         if room < 1:
             raise InputError(f"the conversation has {len(ids)} tokens and the model's context is {most}; begin anew")
         started = time.monotonic()
-        with torch.no_grad(), cached_weights(self.model):
+        with torch.no_grad(), cached_weights(self.model, but_decoded=True):
             found = self.model.generate(
                 torch.tensor([ids], device=self.model.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.model.device),

@@ -23,6 +23,7 @@ import torch
 from sqft.core.bfloat16 import multiplies_bfloat16
 from sqft.disk import read_json
 from sqft.errors import SqftError
+from sqft.kernels import decode
 from sqft.recipe import Recipe
 from sqft.versions import versions
 
@@ -58,6 +59,7 @@ def examine() -> dict[str, Any]:
         "disk_free_bytes": here.free,
         "cuda": torch.version.cuda,
         "gpus": gpus,
+        "decoding": decode.absence(),
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
         "optional": {name: _version(name) for name in _OPTIONAL},
         "stages": dict.fromkeys(_STAGES, device),
@@ -117,6 +119,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("disk here", f"{_gigabytes(found['disk_free_bytes'])} free"),
         *(gpus or [("GPU", f"none: {why}")]),
         ("compiler", found["compiler"] or "none"),
+        ("decoding", f"by PyTorch: {found['decoding']}" if found["decoding"] else "by the kernel for packed weights"),
         ("optional", optional),
         ("stages", "; ".join(f"{device}: {', '.join(stages)}" for device, stages in users.items())),
     ]

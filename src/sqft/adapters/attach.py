@@ -11,6 +11,7 @@ from sqft.adapters.config import SqftConfig
 from sqft.adapters.plain import plain_settings
 from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import MANIFEST, Artifact
+from sqft.device import resolve
 from sqft.errors import InputError, Problems
 from sqft.model.load import open_model
 from sqft.model.packed import PackedLinear
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -32,19 +34,22 @@ def load_model(
     elastic: bool = False,
     attention: str | None = None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Return a model folder's causal language model, with an adapter attached if one is given.
 
     A quantised folder is opened by transformers, which decompresses it: what any user of the folder gets. With an
-    adapter or `packed`, its weights stay packed in memory; so do those of GPTQ folders.
+    adapter or `packed`, its weights stay packed in memory; so do those of GPTQ folders. With neither, an archive's
+    linears stay in memory as they are, where the kernel for decoding can be used (:mod:`sqft.kernels.decode`).
 
     Args:
         folder: model folder.
         adapter: adapter folder to attach, unmerged, or None.
-        packed: keep quantised weights packed.
+        packed: keep quantised weights packed; adapters can be trained on them.
         elastic: attach a dense adapter with layers whose rank can be set, too, instead of PEFT's own.
         attention: attention implementation; None leaves transformers' choice.
         trust_remote_code: passed to transformers.
+        device: where it will compute; None is a card where there is one. The model itself is on the CPU.
 
     Returns:
         The model in evaluation mode, in the dtype that it is stored in.
@@ -53,7 +58,10 @@ def load_model(
         InputError: the folder does not load, or the adapter does not belong to it.
     """
     packed = packed or adapter is not None
-    model = open_model(folder, packed=packed, attention=attention, trust_remote_code=trust_remote_code)
+    in_place = not packed and (device or resolve()).type == "cpu"
+    model = open_model(
+        folder, packed=packed, in_place=in_place, attention=attention, trust_remote_code=trust_remote_code
+    )
     if adapter is not None:
         model = attach_saved(model, folder, adapter, elastic=elastic)
         model.eval()

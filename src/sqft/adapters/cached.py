@@ -15,6 +15,7 @@ import torch
 
 from sqft.adapters.layers import sqft_layers
 from sqft.adapters.masked import SqftMaskedLinear
+from sqft.kernels import decode
 from sqft.model.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def cached_weights(model: nn.Module) -> Iterator[None]:
+def cached_weights(model: nn.Module, *, but_decoded: bool = False) -> Iterator[None]:
     """Cache the effective weights of a model's linears inside the block; change ranks there with :func:`switch_ranks`.
 
     Args:
         model: in evaluation mode, frozen or not; one without linears of ours is left as it is.
+        but_decoded: leave packed linears as they are where the kernel for decoding multiplies them: for one sequence.
     """
     if model.training:
         raise RuntimeError("weights are cached for evaluation alone; call model.eval() first")
@@ -35,8 +37,10 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     adapted = {id(layer.base_layer) for layer in masked}
     try:
         with torch.no_grad():
+            decoded = but_decoded and decode.available()
             for linear in packed:
-                linear.cached = None if id(linear) in adapted else linear.weight
+                left = id(linear) in adapted or (decoded and linear.stored is not None)
+                linear.cached = None if left else linear.weight
             for layer in masked:
                 layer.cached = layer.effective()
         yield

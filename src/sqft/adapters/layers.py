@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sqft.core.delta import effective_weight
 from sqft.errors import InputError
+from sqft.model.archived import ArchivedLinear
 from sqft.model.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ class SqftLinear(LoraLinear):
         **kwargs: Any,
     ) -> None:
         """See PEFT's layer; `config` carries the ranks."""
+        if isinstance(base_layer, ArchivedLinear):
+            raise InputError(
+                f"{kwargs.get('target_name', '')}: the model was opened to run as its archive holds it, and has no "
+                "weight to adapt; open it with sqft.load_model(FOLDER, packed=True), or with its adapter by "
+                "sqft.load_model(FOLDER, ADAPTER)"
+            )
         if not isinstance(base_layer, PackedLinear) and getattr(base_layer, "weight", None) is None:
             folder = config.base_model_name_or_path or "FOLDER"
             raise InputError(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sqft.adapters.layers import SqftLinear
+from sqft.kernels import decode
 from sqft.model.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ class _Product:
 
 @contextmanager
 def stock_products() -> Iterator[None]:
-    """Let :func:`prepacked` do nothing inside the block, so that all models run PyTorch's stock linears."""
+    """Let all models run PyTorch's stock linears inside the block: none is prepacked, none decodes by our kernel."""
     token = _ALLOWED.set(False)
     try:
-        yield
+        with decode.stock():
+            yield
     finally:
         _ALLOWED.reset(token)
 

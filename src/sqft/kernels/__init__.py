@@ -1,1 +1,1 @@
-"""Compiled paths of core's functions; each gives core's result to the bit, or is not used. Needs Triton."""
+"""Compiled paths of core's functions: weights to the bit, or they are not used. In Triton, and in C++ for decoding."""

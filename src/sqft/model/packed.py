@@ -1,8 +1,9 @@
 """A linear whose quantised weight stays packed in memory, in forward and in backward.
 
-The weight is dequantised when the layer runs, and again in its backward, so training holds no float copy of it. Codes,
-scales and zero points are parameters of bytes without gradient: DistributedDataParallel broadcasts them and FSDP2
-shards them as it does any parameter, optimisers are not given them, and `model.to(dtype)` casts floats alone.
+The weight is dequantised when the layer runs, and again in its backward, so training holds no float copy of it. Without
+gradient a few rows are multiplied with the codes as they are, where that is possible (:mod:`sqft.kernels.decode`).
+Codes, scales and zero points are parameters of bytes without gradient: DistributedDataParallel broadcasts them and
+FSDP2 shards them as it does any parameter, optimisers are not given them, and `model.to(dtype)` casts floats alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from sqft.core.delta import FrozenLinear, dequantized
-from sqft.core.grid import Grid, QuantizedWeight
+from sqft.core.grid import Grid, QuantizedWeight, storage_bits
+from sqft.kernels import decode
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +38,7 @@ class PackedLinear(nn.Linear):
     scale_bytes: nn.Parameter
     zero_point: nn.Parameter
     cached: torch.Tensor | None = None
+    _kept: decode.Stored | None = None
 
     def __init__(
         self, weight: QuantizedWeight, bias: torch.Tensor | None = None, folder: str | Path | None = None
@@ -66,8 +69,23 @@ class PackedLinear(nn.Linear):
         """The codes, under the name that PEFT asks a quantised linear's device of instead of `weight`."""
         return self.packed
 
+    @property
+    def stored(self) -> decode.Stored | None:
+        """The codes as the kernel for decoding takes them; None where it does not."""
+        if self._kept is None or self._kept.values is not self._parameters["packed"]:
+            shape, scale = (self.out_features, self.in_features), self.scale_bytes
+            self._kept = decode.Stored(
+                shape, self.packed, scale=scale, zero=self.zero_point, scale_dtype=self.scale_dtype
+            )
+        kept = self._kept
+        bfloat16 = self.dtype == torch.bfloat16 and kept.values.device.type == "cpu"
+        return kept if bfloat16 and storage_bits(self.bits) == 4 and kept.fits else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Ŵᵀ + bias."""
+        worth = self.cached is None or decode.few(x)
+        if worth and decode.takes(x) and (stored := self.stored) is not None:
+            return stored.linear(x, self.bias)
         if self.cached is not None:
             return functional.linear(x, self.cached, self.bias)
         return cast("torch.Tensor", FrozenLinear.apply(x, self.quantized, self.bias))

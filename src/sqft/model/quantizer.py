@@ -22,9 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes, storage_bits
 from sqft.errors import InputError
+from sqft.model.archived import ArchivedLinear
 from sqft.model.names import DiskNames
 from sqft.model.opening import check_complete, load_config
 from sqft.model.packed import PackedLinear, stored_bytes
+from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import PackedCheckpoint, quantization_config
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from sqft.storage.scheme import Scheme
 
 METHOD = "sqft-packed"
+ARCHIVED_METHOD = "sqft-archived"
 
 
 def packed_config(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -109,10 +112,7 @@ class PackedQuantizer(HfQuantizer):
             source = PackedCheckpoint(folder)
         self.scheme = source.scheme
         names = DiskNames(model, source.checkpoint, skip=source.stored_names())
-        # What transformers does not do where there is a quantiser: compare shapes, and cast what it renames.
-        self.folder = folder
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.renamed = {parameter for name, parameter in names.parameter_of.items() if name != parameter}
+        self._remember(model, names)
         stored, modules = set(names.parameter_of.values()), dict(model.named_modules())
         lost = []
         for weight, shape in source.shapes.items():
@@ -127,6 +127,12 @@ class PackedQuantizer(HfQuantizer):
                 lost.append(f"{module}.bias")
             model.set_submodule(module, packed)
         check_complete(folder, lost)
+
+    def _remember(self, model: PreTrainedModel, names: DiskNames) -> None:
+        # What transformers does not do where there is a quantiser: compare shapes, and cast what it renames.
+        self.folder = names.checkpoint.folder
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.renamed = {parameter for name, parameter in names.parameter_of.items() if name != parameter}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         wrong = []
@@ -160,6 +166,41 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters train on it."""
         return True
+
+
+@register_quantization_config(ARCHIVED_METHOD)
+class ArchivedConfig(QuantizationConfigMixin):
+    """What asks for :class:`ArchivedQuantizer`.
+
+    Args:
+        linears: names of the modules whose weights are not among the files.
+        packed: whether there are quantised weights among them.
+    """
+
+    def __init__(self, linears: list[str], packed: bool, quant_method: str = ARCHIVED_METHOD) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.linears, self.packed = linears, packed
+
+
+@register_quantizer(ARCHIVED_METHOD)
+class ArchivedQuantizer(PackedQuantizer):
+    """Puts linears of an archive in the places of those whose weights come from there; whoever loads fills them."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = cast("ArchivedConfig", self.quantization_config)
+        if config.packed:
+            super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
+        elif checkpoint_files:
+            self._remember(model, DiskNames(model, Checkpoint(Path(checkpoint_files[0]).parent)))
+        for module in config.linears:
+            model.set_submodule(module, ArchivedLinear(cast("nn.Linear", model.get_submodule(module))))
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Return the model's own conversions, and ours where quantised weights are loaded."""
+        packed = cast("ArchivedConfig", self.quantization_config).packed
+        return super().update_weight_conversions(weight_conversions) if packed else weight_conversions
 
 
 def _empty(scheme: Scheme, shape: tuple[int, int], scale: torch.dtype, dtype: torch.dtype) -> QuantizedWeight:

@@ -190,7 +190,7 @@ def _evaluate_all(
     from sqft.evaluation.perplexity import perplexity
 
     tokenizer = context.tokenizer(model_dir)
-    model = load_model(model_dir, adapter, trust_remote_code=context.trust_remote_code)
+    model = load_model(model_dir, adapter, trust_remote_code=context.trust_remote_code, device=context.device)
     place(model, context.device, "evaluate on a card with more memory")
     results, answering = {}, {}
     model.eval()

@@ -290,6 +290,7 @@ def _prompts(config: VerifyConfig, base: Path, examples: Sequence[Example], cont
     return ids
 
 
+@stock_products()
 def _answers(
     folder: Path,
     adapter: Path | None,
@@ -300,7 +301,7 @@ def _answers(
     *,
     finer: bool,
 ) -> _Answers:
-    """Run one model as its users would."""
+    """Run one model as its users would, by PyTorch's own products alone."""
     tokenizer = context.tokenizer(folder)
     model = load_model(folder, adapter, trust_remote_code=context.trust_remote_code)
     place(model, context.device, "verify on a card with more memory")
@@ -308,7 +309,7 @@ def _answers(
     dtype = next(model.parameters()).dtype
     logits, right = _logits(model, prompts), []
     if task is not None:
-        with cached_weights(model), stock_products():
+        with cached_weights(model):
             right = score_examples(model, tokenizer, task, rows, batch=8)
     wide = _logits(model.double() if dtype == torch.float32 else model.float(), prompts) if finer else []
     return _Answers(dtype, logits, wide, right)

@@ -255,9 +255,11 @@ class ArchiveFile:
         """Return how a tensor lies here."""
         return self._notes[name].layout
 
-    def packed(self, name: str) -> Packed:
-        """Return a tensor as it lies here."""
+    def packed(self, name: str, *, read: bool = True) -> Packed:
+        """Return a tensor as it lies here, without its parts unless `read`."""
         note = self._notes[name]
+        if not read:
+            return note
         with safe_open(str(self.path), framework="pt") as stream:
             parts = {suffix: stream.get_tensor(name + suffix) for suffix in PARTS[note.layout]}
         return replace(note, parts=parts)

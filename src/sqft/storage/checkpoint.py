@@ -17,15 +17,16 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from sqft.core.mask import finite
 from sqft.digests import model_files
@@ -33,6 +34,9 @@ from sqft.disk import read_json
 from sqft.errors import InputError, NumericalError, Problems
 from sqft.storage.archive import ArchiveFile, open_archive, stored, unpack_file
 from sqft.storage.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from sqft.storage.layouts import Packed
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -235,6 +239,11 @@ class Checkpoint:
         """
         return self._archives[self.entries[name].file].kept(name)
 
+    def packed(self, name: str, *, read: bool = True) -> Packed | None:
+        """Return a tensor as it lies in an archive, without its parts unless `read`; None of one in a plain file."""
+        archive = self._archives.get(self.entries[name].file)
+        return None if archive is None else archive.packed(name, read=read)
+
     def copy_file(self, file: str, target: Path) -> None:
         """Write one of the model's files elsewhere; out of an archive as it was before."""
         if file in self._archives:
@@ -292,14 +301,24 @@ def copy_model(source: Path, target: Path) -> Checkpoint:
 
 
 @contextmanager
-def plain_files(folder: str | Path) -> Iterator[Path]:
-    """Give a folder of plain files: this one, or of an archive an unpacked copy that goes afterwards."""
+def plain_files(folder: str | Path, without: Collection[str] = ()) -> Iterator[Path]:
+    """Give a folder of plain files: this one, or of an archive an unpacked copy that goes afterwards.
+
+    Args:
+        folder: the model.
+        without: tensors that the copy does not need; what is left of the model is then held in memory while written.
+    """
     checkpoint = Checkpoint(folder)
     if not checkpoint.archived:
         yield Path(folder)
         return
     with TemporaryDirectory() as name:
-        copy_model(Path(folder), Path(name))
+        if without:
+            rest = {tensor: checkpoint.read(tensor) for tensor in checkpoint.entries if tensor not in without}
+            copy_side_files(Path(folder), Path(name))
+            save_file(rest, Path(name) / WEIGHTS, metadata={"format": "pt"})
+        else:
+            copy_model(Path(folder), Path(name))
         yield Path(name)
 
 

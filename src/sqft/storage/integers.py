@@ -212,6 +212,11 @@ class PackedCheckpoint:
         prefix = weight.removesuffix(".weight")
         return self.scheme.decode(lambda suffix: self.checkpoint.read(f"{prefix}.{suffix}"), self.shapes[weight])
 
+    def grid(self, weight: str) -> Grid:
+        """Return the grid of a weight; its codes are not read."""
+        prefix = weight.removesuffix(".weight")
+        return self.scheme.decode_grid(lambda suffix: self.checkpoint.read(f"{prefix}.{suffix}"), self.shapes[weight])
+
     def scale_dtype(self, weight: str) -> torch.dtype:
         """Return what a weight's scales are stored in."""
         return self.checkpoint.entries[f"{weight.removesuffix('.weight')}.{self.scheme.suffixes[1]}"].dtype

@@ -153,20 +153,24 @@ class Scheme:
             read: returns the stored tensor of a suffix.
             shape: (O, I).
         """
+        words = read(self.suffixes[0])
+        codes = self._unpack(words.T if self.format == "gptq" else words, shape[1])
+        return codes, self.decode_grid(read, shape)
+
+    def decode_grid(self, read: Callable[[str], torch.Tensor], shape: tuple[int, int]) -> Grid:
+        """Return the grid alone; arguments as of :meth:`decode`."""
         rows, columns = shape
         if self.format == "gptq":
-            codes = self._unpack(read("qweight").T, columns)
             zero = self._unpack(read("qzeros"), rows).T.contiguous()
             if self.gptq_version == 1:
                 zero = zero + 1
-            return codes, Grid(read("scales").T.contiguous(), zero, self.bits, columns, self.symmetric)
-        codes = self._unpack(read("weight_packed"), columns)
+            return Grid(read("scales").T.contiguous(), zero, self.bits, columns, self.symmetric)
         scale = read("weight_scale")
         if self.symmetric:
             zero = torch.full(scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=scale.device)
         else:
             zero = self._unpack(read("weight_zero_point").T, rows).T.contiguous()
-        return codes, Grid(scale, zero, self.bits, columns, self.symmetric)
+        return Grid(scale, zero, self.bits, columns, self.symmetric)
 
     def _pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Return codes, uint8 [R, C], as int32 words [R, C·n/32]; in stretches: each code becomes an int32 and more."""
