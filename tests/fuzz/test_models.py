@@ -20,7 +20,7 @@ from sqft.errors import InputError
 from sqft.model.inspect import inspect_model
 from sqft.storage.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sqft.storage.integers import PackedCheckpoint
-from sqft.storage.masks import MASK_FILE, START_FILE, load_mask, load_start, read_masks, write_masks
+from sqft.storage.masks import MASK_FILE, START_FILE, MaskFile, load_mask, load_start, read_masks
 from sqft.storage.scheme import Scheme
 
 TINY = {
@@ -68,7 +68,9 @@ def packed(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest
     ignored = ["lm_head", *(n.removesuffix(".weight") for n in tensors if "proj.weight" in n)]
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": scheme.to_config(ignored)}))
     (folder / "sqft").mkdir()
-    write_masks(folder, {WEIGHT: torch.full((shape[0], shape[1] // 8), 255, dtype=torch.uint8)}, {WEIGHT: "16,16"})
+    masks = MaskFile(folder)
+    masks.write(WEIGHT, torch.ones(16, 16, dtype=torch.bool))
+    masks.finish()
     save_file({WEIGHT: torch.zeros(shape, dtype=torch.int8)}, folder / START_FILE)
     return folder
 
@@ -161,8 +163,9 @@ def test_masks_made_elsewhere_are_read_or_refused(model: Path, packed: Path, dat
     with copied() as place:
         mask = put(place, "mask.safetensors", data.draw(tensor_files((packed / MASK_FILE).read_bytes())))
         for name, found in (outcome(lambda: read_masks(mask, source, {WEIGHT}), mask, leaves=place) or {}).items():
-            assert found.dtype == torch.bool
-            assert found.shape == source.entries[name].shape
+            rows, columns = source.entries[name].shape
+            assert found.dtype == torch.uint8
+            assert found.shape == (rows, -(-columns // 8))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from sqft.model.targets import skeleton
 from sqft.recipe import FinetuneConfig, MergeConfig, SearchConfig, SparsifyConfig, VerifyConfig
 from sqft.stages import extract, finetune, merge, sparsify, verify
 from sqft.stages.finetune import loop
+from sqft.stages.verify import behaviour
 from sqft.storage.checkpoint import Checkpoint
 
 PAIRS = [(f"Question: {a} + {b}?\nAnswer:", f" {a + b}") for a in range(6) for b in range(6)]
@@ -216,7 +217,7 @@ def test_a_merge_that_did_nothing_fails(chain: Callable[..., Path]) -> None:
 def test_wrong_answers_fail_the_accuracy_check(chain: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     out = chain()
     answers = iter([[True, True, False, True], [True, False, False, True]])
-    monkeypatch.setattr(verify, "score_examples", lambda *a, **k: next(answers))
+    monkeypatch.setattr(behaviour, "score_examples", lambda *a, **k: next(answers))
     (check,) = [c for c in prove(out)["checks"] if not c["passed"]]
     assert check["name"] == "accuracy_equal"
     assert check["detail"] == "3 of 4 right unmerged, 2 merged, 1 answers differ"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from sqft.adapters.config import SqftConfig
@@ -16,13 +17,13 @@ from sqft.errors import InputError, Problems
 from sqft.model.load import open_model
 from sqft.model.packed import PackedLinear
 from sqft.storage.identity import check_identity
+from sqft.storage.integers import quantization_config
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
     import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -84,24 +85,60 @@ def attach_saved(
     """
     saved = SavedAdapter.open(adapter)
     check_trained_on(base, saved)
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-        if config.peft_type == "LORA" and not isinstance(config, SqftConfig) and (elastic or _is_packed(model)):
-            # PEFT's own LoRA layer would add its delta to a weight that it only sees dequantised.
-            config = SqftConfig(**{**plain_settings(config), "kind": "dense"})
-        config.base_model_name_or_path = str(base)
+    with _loading(base, adapter):
+        config = _config(base, adapter, ours=elastic or any(isinstance(m, PackedLinear) for m in model.modules()))
         attached = cast("PreTrainedModel", PeftModel.from_pretrained(model, str(adapter), config=config))
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise InputError(f"adapter {adapter}: does not load on {base}: {error}") from error
     found = {name.removeprefix("base_model.model.") for name, m in attached.named_modules() if isinstance(m, LoraLayer)}
     check_modules(saved, base, found)
     return attached
 
 
-def _is_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedLinear) for module in model.modules())
+def block_attacher(base: str | Path, saved: SavedAdapter) -> Callable[[PreTrainedModel, str], None]:
+    """Return what attaches an adapter's part of a block to a model of which that block alone has its weights.
+
+    For :class:`sqft.model.blockwise.BlockwiseModel`; whether the adapter belongs to the base is checked before.
+
+    Args:
+        base: the base's folder.
+        saved: the adapter.
+    """
+
+    def attach(network: PreTrainedModel, block: str) -> None:
+        inside = {name: low for name, low in saved.modules.items() if name.startswith(f"{block}.")}
+        if not inside:
+            return
+        with _loading(base, saved.path):
+            adapted = PeftModel(network, _config(base, saved.path, ours=quantization_config(base) is not None))
+            tensors = {
+                f"base_model.model.{name}.{part}.weight": getattr(low, part)
+                for name, low in inside.items()
+                for part in ("lora_A", "lora_B")
+            }
+            set_peft_model_state_dict(adapted, tensors)
+        del network.peft_config  # PEFT would take the next block's for a second adapter
+
+    return attach
+
+
+@contextmanager
+def _loading(base: str | Path, adapter: str | Path) -> Iterator[None]:
+    """Turn what PEFT raises into an error that names both folders."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise InputError(f"adapter {adapter}: does not load on {base}: {error}") from error
+
+
+def _config(base: str | Path, adapter: str | Path, *, ours: bool) -> PeftConfig:
+    """Return the configuration with which PEFT attaches an adapter, with layers of ours for a dense one if asked."""
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    if config.peft_type == "LORA" and not isinstance(config, SqftConfig) and ours:
+        # PEFT's own LoRA layer would add its delta to a weight that it only sees dequantised.
+        config = SqftConfig(**{**plain_settings(config), "kind": "dense"})
+    config.base_model_name_or_path = str(base)
+    return cast("PeftConfig", config)
 
 
 def check_modules(adapter: SavedAdapter, base: str | Path, adapted: Collection[str]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from sqft.core.mask import unpack_mask
 from sqft.model.opening import quiet_transformers
 
 if TYPE_CHECKING:
@@ -27,15 +28,26 @@ class DiskNames:
         model: the skeleton.
         checkpoint: its folder's tensors.
         skip: tensors that are no parameters: the parts of quantised weights.
+        quantizer: transformers' quantiser of the model, where it has one: its conversions and dtypes go with it.
+        dtypes: those of transformers' parameters that are not in the dtype of the model, by patterns of names.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, skip: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        skip: Collection[str] = (),
+        *,
+        quantizer: Any = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.model = model
         self.checkpoint = checkpoint
-        self.conversions = get_model_conversion_mapping(model)
+        self._quantizer, self._dtypes = quantizer, dict(dtypes or {})
+        self.conversions = get_model_conversion_mapping(model, None, quantizer)
         self._renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
         self._state = model.state_dict()
@@ -63,7 +75,7 @@ class DiskNames:
         )
 
     def in_memory(self, prefix: str, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return on-disk masks as bool masks of the loaded parameters under `prefix`; True where none is given.
+        """Return packed on-disk masks as bool masks of the loaded parameters under `prefix`; True where none is given.
 
         The masks go the way of the weights: loaded in their place, taken out, and the weights put back.
         """
@@ -73,7 +85,11 @@ class DiskNames:
             if parameter.startswith(prefix):
                 entry = self.checkpoint.entries[name]
                 mask = masks.get(name)
-                tensors[name] = torch.ones(entry.shape, dtype=entry.dtype) if mask is None else mask.to(entry.dtype)
+                tensors[name] = (
+                    torch.ones(entry.shape, dtype=entry.dtype)
+                    if mask is None
+                    else unpack_mask(mask, entry.shape[-1]).to(entry.dtype)
+                )
         self._load(tensors)
         found = {name: self.model.get_parameter(name).data != 0 for name in loaded}
         for name, value in loaded.items():
@@ -84,7 +100,12 @@ class DiskNames:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        options = LoadStateDictConfig(weight_mapping=cast(Any, self.conversions), dtype=None)
+        options = LoadStateDictConfig(
+            weight_mapping=cast(Any, self.conversions),
+            dtype=None,
+            dtype_plan=self._dtypes,
+            hf_quantizer=self._quantizer,
+        )
         with quiet_transformers():
             convert_and_load_state_dict_in_model(self.model, tensors, options)
 

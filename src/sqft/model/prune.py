@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sqft.core.columns import Pattern, prune_columns
-from sqft.core.mask import finite, mask_from_score, pack_mask
+from sqft.core.mask import finite, mask_from_score
 from sqft.core.pruners import Method, magnitude, resolve_method
 from sqft.errors import InputError, NumericalError
 from sqft.model.calibrate import overflow_remedy
@@ -18,7 +18,7 @@ from sqft.recipe import parse_pattern
 from sqft.storage.masks import read_masks
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from sqft.core.statistics import Statistics
     from sqft.model.calibrate import Block
@@ -36,7 +36,7 @@ class BlockPruner:
     Attributes:
         method: how weights are chosen.
         pattern: how many, and where.
-        given: masks by on-disk weight name that are used instead, or None.
+        given: packed masks by on-disk weight name that are used instead, or None.
         unreached_by_magnitude: what to do with an expert that no calibration token reached; False is an error.
         update: whether the weights that stay make up for those that a score or a given mask prunes.
     """
@@ -165,18 +165,14 @@ def mask_view(target: Target, masks: dict[str, torch.Tensor]) -> torch.Tensor:
     return target.of(masks[f"{target.module}.{target.parameter}"])
 
 
-def packed_disk_masks(
+def disk_masks(
     block: Block, masks: dict[str, torch.Tensor], targets: Collection[Target]
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the targets' masks as they are stored: ({on-disk name: packed mask}, {name: unpacked shape})."""
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the targets' masks as they lie on disk: (on-disk name, bool mask)."""
     touched = {f"{t.module}.{t.parameter}" for t in targets}
-    packed: dict[str, torch.Tensor] = {}
-    shapes: dict[str, str] = {}
     for name, mask in block.names.to_disk(_bytes(masks)).items():
         if block.names.parameter_of[name] in touched:
-            packed[name] = pack_mask(mask.view(torch.bool)).cpu()
-            shapes[name] = ",".join(str(n) for n in mask.shape)
-    return packed, shapes
+            yield name, mask.view(torch.bool)
 
 
 def _bytes(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

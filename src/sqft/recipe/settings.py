@@ -251,7 +251,12 @@ class VerifyConfig(Config):
     """The proof that merging changed nothing."""
 
     prompts: PositiveInt = Field(16, description="held-out prompts whose logits are compared")
-    accuracy_rows: PositiveInt = Field(32, description="held-out rows on which accuracy is compared")
+    accuracy_rows: int = Field(
+        32,
+        ge=0,
+        description="held-out rows on which accuracy is compared, by models that are in memory whole; 0: none, and "
+        "models are read block by block",
+    )
     logit_bound: float | None = Field(
         None,
         ge=0,

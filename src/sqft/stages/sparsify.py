@@ -18,14 +18,14 @@ from sqft.disk import check_space
 from sqft.errors import InputError, Problems
 from sqft.model.calibrate import Block, check_tokens, visit_blocks
 from sqft.model.names import DiskNames
-from sqft.model.prune import BlockPruner, make_pruner, mask_view, masked_of, packed_disk_masks
+from sqft.model.prune import BlockPruner, disk_masks, make_pruner, mask_view, masked_of
 from sqft.model.targets import Target, coverage_of, find_targets, skeleton
 from sqft.model.whole import check_whole
 from sqft.recipe import SparsifyConfig, parse_pattern
 from sqft.stage import Stage
 from sqft.storage.checkpoint import Checkpoint, copy_model
 from sqft.storage.integers import quantization_config
-from sqft.storage.masks import write_masks
+from sqft.storage.masks import MaskFile
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,7 @@ class _Pruning:
 
     prune: BlockPruner
     output: Checkpoint
-    masks: dict[str, torch.Tensor] = field(default_factory=dict)
-    shapes: dict[str, str] = field(default_factory=dict)
+    masks: MaskFile
     layers: list[dict[str, Any]] = field(default_factory=list)
     masked: int = 0
 
@@ -62,9 +61,8 @@ class _Pruning:
         for name, tensor in block.names.to_disk(block.parameters()).items():
             if block.names.parameter_of[name] in touched:
                 self.output.write(name, tensor.to(self.output.entries[name].dtype))
-        packed, shapes = packed_disk_masks(block, masks, block.targets)
-        self.masks |= packed
-        self.shapes |= shapes
+        for name, mask in disk_masks(block, masks, block.targets):
+            self.masks.write(name, mask)
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def _work(
     config: SparsifyConfig, model: Path, tokens: torch.Tensor | None, context: Context, ready: _Ready, draft: Draft
 ) -> dict[str, Any]:
     """Prune the model block by block, and return what the manifest says was done."""
-    pruning = _Pruning(ready.pruner, copy_model(model, draft.path))
+    pruning = _Pruning(ready.pruner, copy_model(model, draft.path), MaskFile(draft.path))
     visit_blocks(
         model,
         ready.targets,
@@ -145,7 +143,7 @@ def _work(
         device=context.device,
         trust_remote_code=context.trust_remote_code,
     )
-    write_masks(draft.path, pruning.masks, pruning.shapes)
+    pruning.masks.finish()
     return _result(config, ready, pruning, tokens)
 
 

@@ -15,11 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from sqft.artifact import MANIFEST, Artifact, digest_input
-from sqft.core.mask import unpack_mask
+from sqft.core.mask import pack_mask, unpack_mask
 from sqft.errors import InputError, Problems
 from sqft.storage.allocate import allocate_file
 from sqft.storage.archive import ArchiveFile, open_archive, stored, unpack_file
@@ -27,9 +27,6 @@ from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
-
-    import torch
-
 
 MASK_FILE = Path("sqft") / "mask.safetensors"
 START_FILE = Path("sqft") / "start.safetensors"
@@ -86,7 +83,7 @@ def _open_masks(file: Path, mtime_ns: int) -> dict[str, tuple[int, ...]]:
             raise InputError(f"{file}: has no shape for {error}; it is no file of masks that sqft wrote") from error
         for name, shape in shapes.items():
             found = masks.shape(name) if isinstance(masks, _Archived) else tuple(masks.get_slice(name).get_shape())
-            if not shape or found != (*shape[:-1], math.ceil(shape[-1] / 8)):
+            if not shape or found != _packed_shape(shape):
                 raise InputError(f"{file}: the mask of {name} has {list(found)} bytes, its shape {list(shape)} others")
         return shapes
 
@@ -115,18 +112,49 @@ def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
         return unpack_mask(masks.get_tensor(found), shapes[found][-1])
 
 
-def write_masks(folder: Path, packed: dict[str, torch.Tensor], shapes: dict[str, str]) -> None:
-    """Write a model folder's masks; equal masks give equal bytes, which safetensors' own writer does not promise.
+class MaskFile:
+    """A model folder's masks, written as they come: which there are is known once all of them have come.
 
-    Args:
-        folder: the model's folder.
-        packed: {on-disk weight name: packed mask, uint8}.
-        shapes: {the same names: the unpacked shape as '64,128'}.
+    They wait behind each other in a file beside the final one, which takes over from its end, so that neither memory
+    nor disk holds them twice. Equal masks give equal bytes, which safetensors' own writer does not promise.
     """
-    allocate_file(folder / MASK_FILE, {name: (mask.dtype, tuple(mask.shape)) for name, mask in packed.items()}, shapes)
-    written = Checkpoint(folder, [str(MASK_FILE)])
-    for name, mask in packed.items():
-        written.write(name, mask)
+
+    def __init__(self, folder: Path) -> None:
+        """Take the model's folder; without masks nothing is written to it."""
+        self._file = folder / MASK_FILE
+        self._waiting = self._file.with_suffix(".waiting")
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def write(self, name: str, mask: torch.Tensor) -> None:
+        """Add the bool mask [..., I] of an on-disk weight, in its layout on disk."""
+        self._waiting.parent.mkdir(exist_ok=True)
+        with open(self._waiting, "ab") as stream:
+            stream.write(pack_mask(mask).cpu().contiguous().numpy().data)
+        self._shapes[name] = tuple(mask.shape)
+
+    def finish(self) -> None:
+        """Write the file, if there are masks."""
+        if not self._shapes:
+            return
+        packed = {name: _packed_shape(shape) for name, shape in self._shapes.items()}
+        metadata = {name: ",".join(str(n) for n in shape) for name, shape in self._shapes.items()}
+        allocate_file(self._file, {name: (torch.uint8, shape) for name, shape in packed.items()}, metadata)
+        written = Checkpoint(self._file.parent.parent, [str(MASK_FILE)])
+        end = self._waiting.stat().st_size
+        with open(self._waiting, "r+b") as stream:
+            for name, shape in reversed(packed.items()):
+                end -= math.prod(shape)
+                stream.seek(end)
+                written.write(name, torch.frombuffer(bytearray(stream.read()), dtype=torch.uint8).view(shape))
+                stream.truncate(end)
+        self._waiting.unlink()
+
+
+def _packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], math.ceil(shape[-1] / 8))
 
 
 def copy_masks(source: Path, target: Path) -> None:
@@ -149,41 +177,49 @@ def read_masks(file: Path, source: Checkpoint, targeted: Collection[str]) -> dic
         source: the model's tensors.
         targeted: on-disk names of the weights that may be masked.
 
+    Returns:
+        {on-disk weight name: packed mask, uint8}: a bit a weight.
+
     Raises:
         InputError: unreadable, no weight of the model, no target, or another shape or values than a mask's; all at
             once.
     """
     try:
-        tensors = load_file(file)
-        with safe_open(str(file), framework="pt") as stream:
-            metadata = stream.metadata() or {}
+        with safe_open(str(file), framework="pt") as stream, Problems(f"sparsify.mask {file}") as problems:
+            return _packed_masks(stream, source, targeted, problems)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"sparsify.mask {file}: cannot be read as safetensors ({error})") from error
-    masks = {}
-    others = []
-    with Problems(f"sparsify.mask {file}") as problems:
-        for key, tensor in tensors.items():
-            name = key if key in source.entries else f"{key}.weight"
-            if name not in source.entries:
-                problems.add(f"{key} is no weight of the model")
-                continue
-            if name not in targeted:
-                others.append(key)
-                continue
-            shape = source.entries[name].shape
-            mask = unpack_mask(tensor, shape[-1]) if key in metadata else tensor
-            if tuple(mask.shape) != shape:
-                problems.add(f"{key} has shape {list(mask.shape)}, the weight {list(shape)}")
-            elif not bool(((mask == 0) | (mask == 1)).all()):
-                problems.add(f"{key} has values other than 0 and 1")
-            else:
-                masks[name] = mask.bool()
-        if others:
-            listed = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
-            problems.add(
-                f"{len(others)} of its {len(tensors)} masks are of weights that are no targets: {listed}; take them "
-                "out of the file, or choose them with sparsify.targets and sparsify.ignore"
-            )
+
+
+def _packed_masks(
+    stream: Any, source: Checkpoint, targeted: Collection[str], problems: Problems
+) -> dict[str, torch.Tensor]:
+    """Return the packed masks of an open file, of which one is unpacked at a time."""
+    metadata, keys = stream.metadata() or {}, list(stream.keys())
+    masks, others = {}, []
+    for key in keys:
+        name = key if key in source.entries else f"{key}.weight"
+        if name not in source.entries:
+            problems.add(f"{key} is no weight of the model")
+            continue
+        if name not in targeted:
+            others.append(key)
+            continue
+        shape = source.entries[name].shape
+        tensor = stream.get_tensor(key)
+        mask = unpack_mask(tensor, shape[-1]) if key in metadata else tensor
+        if tuple(mask.shape) != shape:
+            problems.add(f"{key} has shape {list(mask.shape)}, the weight {list(shape)}")
+        elif not bool(((mask == 0) | (mask == 1)).all()):
+            problems.add(f"{key} has values other than 0 and 1")
+        else:
+            masks[name] = pack_mask(mask.bool())
+    if others:
+        listed = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
+        problems.add(
+            f"{len(others)} of its {len(keys)} masks are of weights that are no targets: {listed}; take them "
+            "out of the file, or choose them with sparsify.targets and sparsify.ignore"
+        )
     return masks
 
 

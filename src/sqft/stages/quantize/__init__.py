@@ -31,11 +31,11 @@ from sqft.model.targets import Target, coverage_of, find_targets, skeleton
 from sqft.model.whole import check_whole
 from sqft.recipe import CalibrationConfig
 from sqft.stage import Stage
-from sqft.stages.quantize.blocks import Quantizing, packed_mask
+from sqft.stages.quantize.blocks import Quantizing
 from sqft.storage.allocate import allocate, allocate_file
 from sqft.storage.checkpoint import Checkpoint, copy_side_files
 from sqft.storage.integers import quantization_config
-from sqft.storage.masks import START_FILE, load_mask, write_masks
+from sqft.storage.masks import START_FILE, MaskFile, load_mask
 from sqft.storage.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def _work(
         pruned=set(ready.pruned),
         output=output,
         start=Checkpoint(draft.path, [str(START_FILE)]),
+        masks=MaskFile(draft.path),
     )
     calibrated = config.calibration or (CalibrationConfig() if sparsify is None else sparsify.calibration)
     visit_blocks(
@@ -194,9 +195,8 @@ def _finish(work: Quantizing, source: Checkpoint, network: Any, folder: Path) ->
             work.output.write(name, source.read(name))
         mask = None if name in work.masks else load_mask(work.source, name)
         if mask is not None:
-            work.masks[name], work.shapes[name] = packed_mask(mask)
-    if work.masks:
-        write_masks(folder, work.masks, work.shapes)
+            work.masks.write(name, mask)
+    work.masks.finish()
     config = read_json(folder / "config.json")
     config["quantization_config"] = work.scheme.to_config(left_float(network, list(work.targets)))
     write_json(folder / "config.json", config)

@@ -10,12 +10,12 @@ import torch
 
 from sqft.core.gptq import Quantized, gptq, round_to_nearest
 from sqft.core.grid import stretches
-from sqft.core.mask import finite, pack_mask
+from sqft.core.mask import finite
 from sqft.errors import NumericalError
 from sqft.memory import release_memory
 from sqft.model.calibrate import Block, overflow_remedy
-from sqft.model.prune import BlockPruner, mask_view, packed_disk_masks
-from sqft.storage.masks import SPARSE_FROM, load_mask
+from sqft.model.prune import BlockPruner, disk_masks, mask_view
+from sqft.storage.masks import SPARSE_FROM, MaskFile, load_mask
 
 if TYPE_CHECKING:
     from sqft.model.targets import Target
@@ -36,9 +36,8 @@ class Quantizing:
     pruned: set[Target]
     output: Checkpoint
     start: Checkpoint
+    masks: MaskFile
     written: set[str] = field(default_factory=set)
-    masks: dict[str, torch.Tensor] = field(default_factory=dict)
-    shapes: dict[str, str] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     masked: int = 0
 
@@ -54,9 +53,8 @@ class Quantizing:
             self._quantize(block, group, masks, disk_name)
         if self.pruner is not None:
             self.masked += sum(not bool(mask_view(t, masks).all()) for t in pruned)
-            packed, shapes = packed_disk_masks(block, masks, pruned)
-            self.masks |= packed
-            self.shapes |= shapes
+            for name, mask in disk_masks(block, masks, pruned):
+                self.masks.write(name, mask)
         # Linears that were pruned and stay float; all else is copied from the source.
         floats = {f"{t.module}.{t.parameter}" for t in block.targets if t in self.pruned and t not in self.targets}
         for name, tensor in block.names.to_disk(block.parameters() if floats else {}).items():
@@ -156,15 +154,10 @@ class Quantizing:
         if target in self.pruned:
             kept &= mask_view(target, masks)
         elif stored is not None:
-            self.masks[name], self.shapes[name] = packed_mask(stored)
+            self.masks.write(name, stored)
         elif int(kept.count_nonzero()) <= (1 - SPARSE_FROM) * kept.numel():
-            self.masks[name], self.shapes[name] = packed_mask(kept.cpu())
+            self.masks.write(name, kept)
         return kept
-
-
-def packed_mask(mask: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """Return a mask as it is stored, and its shape as text."""
-    return pack_mask(mask), ",".join(str(n) for n in mask.shape)
 
 
 def _relative_error(tall: Quantized, weight_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> float | None:

@@ -24,26 +24,20 @@ Checks, each with its value and bound, in verify.json:
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sqft.adapters.attach import check_trained_on, load_model
-from sqft.adapters.cached import cached_weights
+from sqft.adapters.attach import check_trained_on
 from sqft.adapters.merged import BaseWeights
 from sqft.adapters.saved import SavedAdapter
 from sqft.core.mask import finite
-from sqft.data.encode import check_vocabulary, encode
-from sqft.device import device_key, place
+from sqft.device import device_key
 from sqft.digests import digest_file, digest_text
 from sqft.disk import read_json
-from sqft.evaluation.harness import score_examples
-from sqft.evaluation.prepacked import stock_products
 from sqft.memory import costing
-from sqft.model.load import embedding_rows
-from sqft.model.opening import load_config
 from sqft.stage import Stage
+from sqft.stages.verify.behaviour import Side, check, compare
 from sqft.storage.checkpoint import Checkpoint, side_files
 from sqft.storage.integers import PackedCheckpoint
 from sqft.storage.masks import load_mask
@@ -116,14 +110,10 @@ def _prove(
     checks = [_zeros_kept(weights, output, merged), *found]
     # Two products against one, and their sum rounded to the model's precision. Onto a grid it is a loss, not rounding.
     rounded = saved.kind == "dense" and not weights.any_packed
-    pair = ((base, saved.path), (merged, None))
+    pair = (Side(base, saved), Side(merged))
     with costing() as cost:
-        checks += _behaviour(config, pair, task, examples, context, rounded=rounded, not_finite=not_finite)
-    return {"passed": all(check["passed"] for check in checks), "checks": checks, "cost": cost}
-
-
-def _check(name: str, value: float, bound: float, detail: str) -> dict[str, Any]:
-    return {"name": name, "passed": value <= bound, "value": value, "bound": bound, "detail": detail}
+        checks += compare(config, pair, task, examples, context, rounded=rounded, not_finite=not_finite)
+    return {"passed": all(found["passed"] for found in checks), "checks": checks, "cost": cost}
 
 
 def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path) -> dict[str, Any]:
@@ -155,7 +145,7 @@ def _zeros_kept(weights: BaseWeights, output: Checkpoint, merged: Path) -> dict[
     if new:
         worst = sorted(new.items(), key=lambda item: -item[1])[:5]
         detail = "new non-zeros in " + ", ".join(f"{name} ({count})" for name, count in worst)
-    return _check("zeros_kept", sum(new.values()), 0, detail)
+    return check("zeros_kept", sum(new.values()), 0, detail)
 
 
 def _weights(weights: BaseWeights, adapter: SavedAdapter, output: Checkpoint) -> tuple[list[dict[str, Any]], list[str]]:
@@ -176,7 +166,7 @@ def _weights(weights: BaseWeights, adapter: SavedAdapter, output: Checkpoint) ->
     touched += [name for name in weights.checkpoint.entries if name not in output.entries]
     for name in output.entries:
         tensor = output.read(name)
-        if tensor.is_floating_point() and not finite(tensor.float()):
+        if tensor.is_floating_point() and not finite(tensor if tensor.itemsize > 1 else tensor.float()):
             not_finite.append(name)
         known = name in weights.checkpoint.entries and name not in adapted
         if known and not torch.equal(_bits(tensor), _bits(weights.checkpoint.read(name))):
@@ -198,7 +188,7 @@ def _weights(weights: BaseWeights, adapter: SavedAdapter, output: Checkpoint) ->
     detail = f"{rest} other tensors and {files} files beside them equal the base's to the bit"
     checks.append(_none("rest_untouched", others, detail))
     detail = f"{changed} of {len(adapted)} adapted weights differ from the base's" if changed else "nothing was merged"
-    return [*checks, _check("adapter_applied", 0 if changed else 1, 0, detail)], not_finite
+    return [*checks, check("adapter_applied", 0 if changed else 1, 0, detail)], not_finite
 
 
 def _files(base: Path, merged: Path) -> tuple[int, list[str]]:
@@ -219,135 +209,8 @@ def _files(base: Path, merged: Path) -> tuple[int, list[str]]:
 
 def _none(name: str, differing: list[str], detail: str) -> dict[str, Any]:
     """Return a check that passes when nothing differs."""
-    return _check(name, len(differing), 0, f"differ: {', '.join(differing[:5])}" if differing else detail)
+    return check(name, len(differing), 0, f"differ: {', '.join(differing[:5])}" if differing else detail)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """One model's logits [tokens, vocabulary] per prompt, also in a wider dtype, and which rows it answers right."""
-
-    dtype: torch.dtype
-    logits: list[torch.Tensor]
-    finer: list[torch.Tensor]
-    right: list[bool]
-
-
-@torch.no_grad()
-def _behaviour(
-    config: VerifyConfig,
-    pair: tuple[tuple[Path, Path | None], ...],
-    task: Task | None,
-    examples: Sequence[Example],
-    context: Context,
-    *,
-    rounded: bool,
-    not_finite: list[str],
-) -> list[dict[str, Any]]:
-    """Run both models, one at a time in memory, and compare what they answer.
-
-    Args:
-        config: how many prompts and rows.
-        pair: (model, adapter) unmerged and merged.
-        task: whose metric judges.
-        examples: held-out rows.
-        context: of the run.
-        rounded: whether the merged weights are a sum that was rounded.
-        not_finite: tensors that hold NaN or Inf.
-    """
-    base = pair[0][0]
-    prompts = _prompts(config, base, examples, context)
-    rows = list(examples[: config.accuracy_rows])
-    live, merged = (_answers(*folders, prompts, task, rows, context, finer=rounded) for folders in pair)
-    source = "held-out prompts" if examples else "random token sequences (no task was given)"
-    over = f"over {sum(len(ids) for ids in prompts)} tokens of {len(prompts)} {source}"
-    every = [row for model in (live, merged) for row in (*model.logits, *model.finer)]
-    broken = sum(int((~torch.isfinite(row)).sum()) for row in every)
-    checks = [_all_finite(not_finite, broken, over)]
-    if broken:
-        return checks
-    checks.append(_logits_agree(config, live, merged, over, rounded=rounded))
-    if task is not None:
-        flipped = sum(a != b for a, b in zip(live.right, merged.right, strict=True))
-        counts = f"{sum(live.right)} of {len(rows)} right unmerged, {sum(merged.right)} merged"
-        allowed = len(rows) // 10 if rounded or config.logit_bound else 0
-        checks.append(_check("accuracy_equal", flipped, allowed, f"{counts}, {flipped} answers differ"))
-    return checks
-
-
-def _prompts(config: VerifyConfig, base: Path, examples: Sequence[Example], context: Context) -> list[list[int]]:
-    """Return the token ids of the held-out prompts, or seeded random ones where there are none."""
-    tokenizer = context.tokenizer(base)
-    if examples:
-        return [encode(tokenizer, e.prompt, e.answer)[0] for e in examples[: config.prompts]]
-    generator = torch.Generator().manual_seed(context.seed)
-    model_config = load_config(base, trust_remote_code=context.trust_remote_code)
-    vocabulary = min(len(tokenizer), int(model_config.get_text_config(decoder=True).vocab_size))
-    ids: list[list[int]] = torch.randint(vocabulary, (config.prompts, 32), generator=generator).tolist()
-    return ids
-
-
-@stock_products()
-def _answers(
-    folder: Path,
-    adapter: Path | None,
-    prompts: list[list[int]],
-    task: Task | None,
-    rows: list[Example],
-    context: Context,
-    *,
-    finer: bool,
-) -> _Answers:
-    """Run one model as its users would, by PyTorch's own products alone."""
-    tokenizer = context.tokenizer(folder)
-    model = load_model(folder, adapter, trust_remote_code=context.trust_remote_code)
-    place(model, context.device, "verify on a card with more memory")
-    check_vocabulary([token for ids in prompts for token in ids], embedding_rows(model), "verify", tokenizer)
-    dtype = next(model.parameters()).dtype
-    logits, right = _logits(model, prompts), []
-    if task is not None:
-        with cached_weights(model):
-            right = score_examples(model, tokenizer, task, rows, batch=8)
-    wide = _logits(model.double() if dtype == torch.float32 else model.float(), prompts) if finer else []
-    return _Answers(dtype, logits, wide, right)
-
-
-def _logits_agree(
-    config: VerifyConfig, live: _Answers, merged: _Answers, over: str, *, rounded: bool
-) -> dict[str, Any]:
-    """Return the check of the logits: against what rounding costs anyway for a sum, else against the bound."""
-    if not rounded or config.logit_bound is not None:
-        _, distance = _distances(live.logits, merged.logits)
-        return _check("logits_equal", distance, config.logit_bound or 0, f"largest difference of a logit {over}")
-    (moved, _), (noise, _) = _distances(live.finer, merged.finer), _distances(live.logits, live.finer)
-    detail = (
-        f"merging moves a logit by {moved:.2g} on average {over}, computing in "
-        f"{str(merged.dtype).removeprefix('torch.')} by {noise:.2g}; the quotient"
-    )
-    return _check("logits_close", moved / max(noise, 1e-30), 1, detail)
-
-
-def _all_finite(tensors: list[str], logits: int, over: str) -> dict[str, Any]:
-    """Return the check that nothing is NaN or Inf; its value counts tensors and logits that are."""
-    detail = f"no weight and no logit {over} is NaN or Inf"
-    if tensors or logits:
-        detail = f"NaN or Inf in tensors: {', '.join(tensors[:5]) or 'none'}; in {logits} logits {over}"
-    return _check("all_finite", len(tensors) + logits, 0, detail)
-
-
-def _logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
-    return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].cpu() for ids in prompts]
-
-
-def _distances(one: list[torch.Tensor], other: list[torch.Tensor]) -> tuple[float, float]:
-    """Return the (mean, largest) absolute difference of finite logits over all prompts."""
-    total, count, largest = 0.0, 0, 0.0
-    for a, b in zip(one, other, strict=True):
-        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-        difference = (a.to(wide) - b.to(wide)).abs()
-        total, count = total + float(difference.sum()), count + difference.numel()
-        largest = max(largest, float(difference.max()))
-    return total / count, largest
