@@ -1,12 +1,12 @@
 """What each stage takes of memory and disk at the shapes of Llama-3-8B: what grows with the blocks, and what does not.
 
-    python benchmarks/large.py MODEL_FOLDER [--blocks 2 4] [--threads 1]
+    python benchmarks/large.py MODEL_FOLDER [--blocks 2 4] [--method gptq] [--threads 1]
 
 A random model with the shapes of Llama-3-8B in bfloat16 (4,096 hidden, 14,336 in between, 128,256 tokens, untied) and a
-few of its 32 blocks goes through the stages, each in a process of its own: Wanda to 50 % and GPTQ to 4 bits on 8 x 128
-tokens, two steps of quantisation-aware training at rank 8, merge, and verify without generated answers. `peak` is the
-highest resident memory of the process, libraries and all; `written` is what the folder of a stage takes. MODEL_FOLDER
-lends its tokenizer. Six blocks and all take about an hour on one thread, and 20 GB of disk.
+few of its 32 blocks goes through the stages, each in a process of its own: Wanda to 50 % on 8 x 128 tokens, GPTQ (or
+rounding) to 4 bits, two steps of quantisation-aware training at rank 8, merge, and verify without generated answers.
+`peak` is the highest resident memory of the process, libraries and all; `written` is what the folder of a stage takes.
+MODEL_FOLDER lends its tokenizer. It takes 20 GB of disk.
 """
 
 from __future__ import annotations
@@ -27,23 +27,33 @@ SAMPLES, LENGTH = 8, 128
 
 
 def write_model(folder: Path, like: Path, blocks: int) -> int:
-    """Write the random model; return its bytes."""
+    """Write the random model, whose numbers repeat every 4 million; return its bytes."""
     import torch
+    from accelerate import init_empty_weights
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=blocks,
         num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    with init_empty_weights():
+        shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
+    numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    tensors = {}
+    for name, shape in shapes.items():
+        repeated = numbers.repeat(-(-shape.numel() // len(numbers)))[: shape.numel()].view(shape)
+        tensors[name] = repeated.clone() if "norm" not in name else torch.ones(shape, dtype=torch.bfloat16)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
     for file in like.glob("*token*"):
         shutil.copy(file, folder)
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def one(stage: str, at: Path, threads: int) -> None:
+def one(stage: str, at: Path, threads: int, method: str) -> None:
     """Run one stage and print what it took; the body of a process."""
     import torch
 
@@ -64,7 +74,11 @@ def one(stage: str, at: Path, threads: int) -> None:
         )
     elif stage == "quantize":
         artifact = quantize.run(
-            QuantizeConfig.model_validate({"calibration": calibration}), at / "sparse", tokens, at / "int4", context
+            QuantizeConfig.model_validate({"method": method, "calibration": calibration}),
+            at / "sparse",
+            None if method == "rtn" else tokens,
+            at / "int4",
+            context,
         )
     elif stage == "finetune":
         config = FinetuneConfig.model_validate(
@@ -87,11 +101,11 @@ def one(stage: str, at: Path, threads: int) -> None:
     print(json.dumps(found))
 
 
-def measure(like: Path, at: Path, blocks: int, threads: int) -> dict[str, Any]:
+def measure(like: Path, at: Path, blocks: int, threads: int, method: str) -> dict[str, Any]:
     """Return the figures of all stages of a model with so many blocks."""
     rows: dict[str, Any] = {"model_bytes": write_model(at / "model", like, blocks)}
     for stage in STAGES:
-        command = [sys.executable, __file__, "--stage", stage, str(at), "--threads", str(threads)]
+        command = [sys.executable, __file__, "--stage", stage, str(at), "--threads", str(threads), "--method", method]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{stage} failed: {done.stdout}")
@@ -107,16 +121,17 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--method", choices=["gptq", "rtn"], default="gptq")
     parser.add_argument("--stage", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
-        one(options.stage[0], Path(options.stage[1]), options.threads)
+        one(options.stage[0], Path(options.stage[1]), options.threads, options.method)
         return
     found = {}
     for blocks in options.blocks:
         with tempfile.TemporaryDirectory() as temporary:
-            found[str(blocks)] = measure(options.model, Path(temporary), blocks, options.threads)
-    save("large", {"samples": SAMPLES, "length": LENGTH, "blocks": found})
+            found[str(blocks)] = measure(options.model, Path(temporary), blocks, options.threads, options.method)
+    save("large", {"samples": SAMPLES, "length": LENGTH, "method": options.method, "blocks": found})
 
 
 if __name__ == "__main__":
