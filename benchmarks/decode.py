@@ -1,11 +1,11 @@
 """How fast a CPU decodes with weights as they are stored: one matrix out of the cache, and a model, token by token.
 
-    python benchmarks/decode.py [FOLDER ...] [--threads 1] [--out]
+    python benchmarks/decode.py [FOLDER ...] [--out]
 
-Of each form there are as many matrices of 14336 x 4096 as exceed the cache, multiplied in turn with one row of x. Forms
-alternate, and ratios are medians of rounds: a machine that others use too slows all alike. `read` sums the bytes of the
-dense matrices, which is what the memory gives. A FOLDER (INT4 or sparse 16-bit) is packed into a temporary archive, and
-both are opened by sqft.load_model.
+Of each form there are as many matrices of 14336 x 4096 as exceed the cache, multiplied in turn with a few rows of x.
+Forms alternate on one thread, times are the processor's, and ratios are medians of rounds: the machine has other users.
+`read` sums the bytes of the dense matrices, which is what the memory gives. A FOLDER (INT4 or sparse 16-bit) is packed
+into a temporary archive, and both are opened by sqft.load_model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 import sqft
-from common import alternate, ratio, save
+from common import ratio, save
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.sparse import to_bitmask
 from sqft.kernels import decode
@@ -82,7 +82,13 @@ def matrices(rounds: int, count: int, rows: int) -> dict[str, Any]:
         "torch_bf16": lambda: [functional.linear(x, matrix) for matrix in dense],
         **{name: lambda many=many: [w.product(x) for w in many] for name, many in weights.items()},
     }
-    times = alternate(actions, rounds)
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(rounds + 1):
+        for name, action in actions.items():
+            start = time.process_time()
+            action()
+            if turn:
+                times[name].append(time.process_time() - start)
     found = {}
     for name, seconds in times.items():
         stored = size(weights.get(name, weights["bf16"])[0])
@@ -113,9 +119,9 @@ def tokens_a_second(folder: Path, rounds: int, tokens: int) -> dict[str, Any]:
                 cache = model(ids, use_cache=True).past_key_values  # the prompt is read outside the time
                 token = ids[:, -1:]
                 for _ in range(tokens):
-                    start = time.perf_counter()
+                    start = time.process_time()
                     token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-                    begun.append(time.perf_counter() - start)
+                    begun.append(time.process_time() - start)
                 if turn:  # the first decompresses
                     speeds[name].append(1 / statistics.median(begun))
         result = {
@@ -135,13 +141,12 @@ def main() -> None:
     """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--matrices", type=int, default=4, help="that are multiplied in turn")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--out", action="store_true", help="write benchmarks/results/decode.json")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     assert decode.absence() is None, decode.absence()
     result: dict[str, Any] = {
         "shape": [ROWS, COLUMNS],

@@ -393,7 +393,7 @@ def decoding(result: dict[str, Any]) -> str:
     shape = " x ".join(map(str, result["shape"]))
     return (
         f"One row of x (and several) times matrices of {shape} in turn, out of the cache; {result['zeros']:.0%} zeros at random, groups of "
-        f"{result['group']}. Forms alternate; times and ratios are medians. The weights are those of the dequantised model to the bit.\n\n"
+        f"{result['group']}. Forms alternate; times are seconds of the processor on one thread, times and ratios medians. The weights are those of the dequantised model to the bit.\n\n"
         f"{table(rows)}\n\nSmolLM2-135M, one sequence, token by token (its products are small, and a fifth of its weights are the dense head):"
         f"\n\n{table(models)}"
     )

@@ -114,8 +114,10 @@ class Archived:
         for _, parameter in network.named_parameters(remove_duplicate=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
         for weight in self.checkpoint.entries if self.quantized is None else self.quantized.shapes:
-            module, _, name = names.parameter(weight).rpartition(".")
-            linear = network.get_submodule(module) if name == "weight" else None
+            place = names.parameter(weight)
+            module, _, name = place.rpartition(".")
+            as_it_is = place == weight or place.endswith(f".{weight}")  # transformers does not convert it
+            linear = network.get_submodule(module) if as_it_is and name == "weight" else None
             if type(linear) is nn.Linear and users[id(linear.weight)] == 1 and self._stays(weight, linear):
                 self.linears[weight] = module
         if self.quantized is None:
