@@ -14,15 +14,17 @@ from sqft.adapters.cached import cached_weights
 from sqft.adapters.config import SqftConfig
 from sqft.chat import Chat
 from sqft.context import Context
+from sqft.data.tasks import Example
 from sqft.errors import InputError
 from sqft.evaluation.prepacked import stock_products
 from sqft.kernels import decode
 from sqft.model.archived import ArchivedLinear, unpacked
 from sqft.model.load import decodes_packed
 from sqft.model.packed import PackedLinear
-from sqft.recipe import QuantizeConfig, SparsifyConfig
-from sqft.stages import quantize, sparsify, verify
+from sqft.recipe import QuantizeConfig, SparsifyConfig, VerifyConfig
+from sqft.stages import quantize, sparsify
 from sqft.stages.pack import pack
+from sqft.stages.verify import behaviour
 
 if decode.absence() is not None:
     pytest.skip(str(decode.absence()), allow_module_level=True)
@@ -166,13 +168,13 @@ def test_models_of_other_dtypes_and_sizes_of_groups_are_unpacked(made: Any, tiny
     assert "ArchivedLinear" not in kinds(load_model(pack(folder, tmp_path / "archive8").path))
 
 
-def test_verify_runs_pytorchs_own_products(made: Any, products: list[Any]) -> None:
+def test_verify_runs_pytorchs_own_products(made: Any, products: list[Any], tiny_tokenizer: Any) -> None:
     plain, archive = made("compressed-tensors")
-    prompts = tokens(5).tolist()
-    found, wanted = (
-        verify._answers(folder, None, prompts, None, [], Context(), finer=False) for folder in (archive, plain)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(found.logits, wanted.logits, strict=True))
+    for folder in (plain, archive):
+        tiny_tokenizer.save_pretrained(folder)
+    sides, rows = (behaviour.Side(plain), behaviour.Side(archive)), [Example("1 +", " 1")]
+    checks = behaviour.compare(VerifyConfig(), sides, None, rows, Context(), rounded=False, not_finite=[])
+    assert {check["name"]: check["value"] for check in checks}["logits_equal"] == 0
     assert not products
 
 

@@ -7,6 +7,7 @@ the part is read, run once for each of them, and dropped. No two of the threads 
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from queue import SimpleQueue
 from threading import Thread, current_thread
 from typing import TYPE_CHECKING, Any, cast
@@ -35,7 +36,8 @@ class Forward(Thread):
         super().__init__(daemon=True)
         self.part: str | None = None
         self.result: Any = None
-        self._run = run
+        context = copy_context()  # without it a thread begins in an empty one
+        self._run = lambda: context.run(run)
         self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._stops: SimpleQueue[tuple[str | None, Any]] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
