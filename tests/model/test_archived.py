@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sqft.evaluation.prepacked import stock_products
 from sqft.kernels import decode
 from sqft.model.archived import ArchivedLinear, unpacked
 from sqft.model.load import decodes_packed
+from sqft.model.lockstep import Forward
 from sqft.model.packed import PackedLinear
 from sqft.recipe import QuantizeConfig, SparsifyConfig, VerifyConfig
 from sqft.stages import quantize, sparsify
@@ -212,3 +214,12 @@ def test_a_chat_keeps_a_quantised_folder_packed(
     assert said[0] == said[1]
     monkeypatch.setattr(decode, "_library", lambda: None)
     assert "PackedLinear" not in kinds(Chat(plain, raw=True).model)
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_a_forward_in_a_thread_of_its_own_keeps_to_stock_products(stock: bool) -> None:
+    with stock_products() if stock else nullcontext():
+        forward = Forward(decode.available)
+        forward.go_on()
+        forward.join()
+    assert forward.result is not stock
