@@ -1,9 +1,9 @@
-"""What each stage takes of memory and disk at the shapes of Llama-3-8B: what grows with the blocks, and what does not.
+"""What each stage takes of memory and disk at the shapes of a large model: what grows with its blocks, and what not.
 
-    python benchmarks/large.py MODEL_FOLDER [--blocks 2 4] [--method gptq] [--threads 1]
+    python benchmarks/large.py MODEL_FOLDER [--shape Llama-3-8B] [--blocks 2 4] [--method gptq]
 
-A random model with the shapes of Llama-3-8B in bfloat16 (4,096 hidden, 14,336 in between, 128,256 tokens, untied) and a
-few of its 32 blocks goes through the stages, each in a process of its own: Wanda to 50 % on 8 x 128 tokens, GPTQ (or
+A random model with these shapes in bfloat16 (of Llama-3-8B: 4,096 hidden, 14,336 in between, 128,256 tokens, untied)
+and a few blocks goes through the stages, each in a process of its own: Wanda to 50 % on 8 x 128 tokens, GPTQ (or
 rounding) to 4 bits, two steps of quantisation-aware training at rank 8, merge, and verify without generated answers.
 `peak` is the highest resident memory of the process, libraries and all; `written` is what the folder of a stage takes.
 MODEL_FOLDER lends its tokenizer. It takes 20 GB of disk.
@@ -22,20 +22,23 @@ from typing import Any
 
 from common import save
 
+# Hidden size, the size in between, tokens, heads of keys and values.
+SHAPES = {"Llama-3-8B": (4096, 14336, 128256, 8), "TinyLlama-1.1B": (2048, 5632, 49152, 4)}
 STAGES = ("sparsify", "quantize", "finetune", "merge", "verify")
 SAMPLES, LENGTH = 8, 128
 
 
-def write_model(folder: Path, like: Path, blocks: int) -> int:
+def write_model(folder: Path, like: Path, shape: str, blocks: int) -> int:
     """Write the random model, whose numbers repeat every 4 million; return its bytes."""
     import torch
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    hidden, between, vocabulary, pairs = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=blocks,
-        num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0, tie_word_embeddings=False, dtype="bfloat16",
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=between, num_hidden_layers=blocks,
+        num_attention_heads=32, num_key_value_heads=pairs, tie_word_embeddings=False, dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     with init_empty_weights():
@@ -101,9 +104,9 @@ def one(stage: str, at: Path, threads: int, method: str) -> None:
     print(json.dumps(found))
 
 
-def measure(like: Path, at: Path, blocks: int, threads: int, method: str) -> dict[str, Any]:
+def measure(like: Path, at: Path, shape: str, blocks: int, threads: int, method: str) -> dict[str, Any]:
     """Return the figures of all stages of a model with so many blocks."""
-    rows: dict[str, Any] = {"model_bytes": write_model(at / "model", like, blocks)}
+    rows: dict[str, Any] = {"model_bytes": write_model(at / "model", like, shape, blocks)}
     for stage in STAGES:
         command = [sys.executable, __file__, "--stage", stage, str(at), "--threads", str(threads), "--method", method]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -122,6 +125,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--method", choices=["gptq", "rtn"], default="gptq")
+    parser.add_argument("--shape", choices=list(SHAPES), default="Llama-3-8B")
     parser.add_argument("--stage", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
@@ -130,8 +134,13 @@ def main() -> None:
     found = {}
     for blocks in options.blocks:
         with tempfile.TemporaryDirectory() as temporary:
-            found[str(blocks)] = measure(options.model, Path(temporary), blocks, options.threads, options.method)
-    save("large", {"samples": SAMPLES, "length": LENGTH, "method": options.method, "blocks": found})
+            found[str(blocks)] = measure(
+                options.model, Path(temporary), options.shape, blocks, options.threads, options.method
+            )
+    save(
+        "large",
+        {"shape": options.shape, "samples": SAMPLES, "length": LENGTH, "method": options.method, "blocks": found},
+    )
 
 
 if __name__ == "__main__":

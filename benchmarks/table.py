@@ -127,17 +127,16 @@ def large(result: dict[str, Any]) -> str:
     rows = []
     for stage in ("sparsify", "quantize", "finetune", "merge", "verify"):
         row: dict[str, Any] = {"stage": stage}
-        for count in counts:
-            row[f"peak GB, {count} blocks"] = round(result["blocks"][count][stage]["peak"] / 1e9, 2)
-        for count in counts:
-            row[f"written GB, {count} blocks"] = round(result["blocks"][count][stage]["written"] / 1e9, 2)
+        for what in ("peak", "written"):
+            for count in counts:
+                row[f"{what} GB, {count} blocks"] = round(result["blocks"][count][stage][what] / 1e9, 2)
         rows.append(row)
     models = " and ".join(f"{result['blocks'][count]['model_bytes'] / 1e9:.2f}" for count in counts)
     quantised = "rounded" if result["method"] == "rtn" else "quantised by GPTQ"
     text = (
-        f"A random model with the shapes of Llama-3-8B and {' and '.join(counts)} of its 32 blocks ({models} GB in bfloat16), pruned by Wanda to 50 % on "
-        f"{result['samples']} × {result['length']} tokens, {quantised} to 4 bits in groups of 64, tuned for two steps at rank 8, merged, and verified without "
-        "generated answers. Peaks are of each stage's own process, libraries and all; only finetune holds the whole model."
+        f"A random model with the shapes of {result['shape']} and {' and '.join(counts)} blocks ({models} GB in bfloat16), pruned by Wanda to 50 % "
+        f"on {result['samples']} × {result['length']} tokens, {quantised} to 4 bits in groups of 64, tuned for two steps at rank 8, merged, and "
+        "verified without generated answers. Peaks are of each stage's own process, libraries and all (0.62 GB); finetune holds the whole model."
     )
     return f"{text}\n\n{table(rows)}"
 
@@ -437,8 +436,13 @@ SECTIONS = {
     ),
     "plan": ("Forecasts", "python benchmarks/plan.py", plan),
     "large": (
+        "What grows with the blocks",
+        "python benchmarks/large.py runs/quickstart/dense --shape TinyLlama-1.1B --blocks 2 8 --method rtn",
+        large,
+    ),
+    "large_8b": (
         "The shapes of an 8 B model",
-        "python benchmarks/large.py runs/quickstart/dense --method rtn",
+        "python benchmarks/large.py runs/quickstart/dense --blocks 2 --method rtn",
         large,
     ),
     "streaming": ("Pruning a model that does not fit", "python benchmarks/streaming.py", streaming),
