@@ -1,9 +1,6 @@
 """Masks and starts are parameters that nothing trains, casts or saves, and attaching dequantises no weight."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
+import forked
 from sqft import SqftConfig, load_model
 from sqft.adapters.layers import sqft_layers
 from sqft.context import Context
@@ -150,8 +148,5 @@ def test_attaching_dequantises_no_weight(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sparse", "quantized"])
 def test_two_processes_share_them(kind: str, bases: dict[str, Path]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(Path(__file__).with_name("sharing.py")), kind, str(bases[kind])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True)
+    done = forked.run([kind, str(bases[kind])], 2, Path(__file__).with_name("sharing.py"))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from sqft import cli, verbs
+from sqft.cli.flags import given
+from sqft.cli.parser import parser
 from sqft.errors import InputError
+from sqft.recipe import FinetuneConfig
 from sqft.verbs.places import model_folder, result_file
 
 
@@ -126,6 +129,14 @@ def test_the_help_of_tasks_knows_no_recipe(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         cli.run(["evaluate", "--help"])
     assert "recipe's" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"), [(["q_proj", "v_proj"], ["q_proj", "v_proj"]), (["q_proj"], ["q_proj"]), (["null"], None)]
+)
+def test_a_list_that_may_be_absent_takes_several_values(values: list[str], wanted: list[str] | None) -> None:
+    options = parser().parse_args(["finetune", "m", "a", "--task", "gsm8k", "--target-modules", *values])
+    assert FinetuneConfig.model_validate(given(options, FinetuneConfig)).target_modules == wanted
 
 
 def test_an_unknown_flag_is_refused_with_its_commands_usage(capsys: pytest.CaptureFixture[str]) -> None:

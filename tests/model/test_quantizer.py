@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import forked
 from sqft import packed_config
 from sqft.context import Context
 from sqft.errors import InputError
@@ -237,8 +237,5 @@ def test_folders_that_lack_something_are_refused(base: Callable[..., Path], tmp_
 @pytest.mark.slow
 def test_two_processes_share_a_packed_model(base: Callable[..., Path]) -> None:
     """DDP broadcasts the bytes, FSDP2 shards them: logits and gradients are those of one process, to the bit."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    script = str(Path(__file__).with_name("sharing.py"))
-    done = subprocess.run([*command, script, str(base())], env=environment, capture_output=True, text=True, check=False)
+    done = forked.run([str(base())], 2, Path(__file__).with_name("sharing.py"))
     assert done.returncode == 0, done.stderr

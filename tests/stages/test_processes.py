@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import forked
 from sqft.artifact import Artifact
 from sqft.errors import InputError
 from sqft.recipe import FinetuneConfig
@@ -50,9 +51,12 @@ def recipe(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 def run(recipe: Path, out: Path, *more: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    launch = several if processes > 1 else []
-    command = [sys.executable, *launch, "-m", "sqft", "run", str(recipe), "--out", str(out), *more]
+    return forked.run(["run", str(recipe), "--out", str(out), *more], processes)
+
+
+def by_torchrun(recipe: Path, out: Path, *more: str, processes: int) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    command = [*launch, "-m", "sqft", "run", str(recipe), "--out", str(out), *more]
     # No GPU may be used: a machine may have fewer than the processes.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -73,7 +77,7 @@ def alone(recipe: Path) -> Path:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_rows_of_a_step(recipe: Path, alone: Path, tmp_path: Path, processes: int) -> None:
     out = tmp_path / "many"
-    shared = run(recipe, out, *TRAINING, processes=processes)
+    shared = (by_torchrun if processes == 2 else run)(recipe, out, *TRAINING, processes=processes)
     assert shared.returncode == 0, shared.stderr
     assert shared.stdout.count("report:") == 1
     one, many = adapter(alone), adapter(out)

@@ -46,7 +46,7 @@ def add_flags(
         text = (field.description or "").replace("%", "%%")
         switch = inner is bool or set(typing.get_args(inner)) == {bool, type(None)}
         if not required and not (switch and default is None):
-            text += f"{' ' if text else ''}(default: {'off' if default is None else default})"
+            text += f"{' ' if text else ''}(default: {'null' if default is None else default})"
         given = defaults.get(name, argparse.SUPPRESS)
         options: dict[str, Any] = {"dest": f"set:{prefix}{name}", "help": text, "default": given}
         flag = f"--{prefix}{name.replace('_', '-')}"
@@ -54,8 +54,7 @@ def add_flags(
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
             continue
         choices = _choices(inner)
-        is_list = typing.get_origin(inner) is list
-        if is_list:
+        if list in map(typing.get_origin, (inner, *typing.get_args(inner))):  # a list, or a list that may be absent
             options["nargs"] = "+"
         if choices:
             options["choices"] = choices
@@ -81,7 +80,7 @@ def given(options: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]
         first, *rest = name.removeprefix("set:").split(".")
         if not name.startswith("set:") or first not in model.model_fields:
             continue
-        value = None if value == "null" else value
+        value = None if value in ("null", ["null"]) else value
         if rest:
             values.setdefault(first, {})[rest[0]] = value
         else:

@@ -41,6 +41,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from sqft.data.numbers import final_number as final_number  # metric generate reads answers with it
 from sqft.data.numbers import short_number
 
 Metric = Literal["choice", "generate", "exact", "perplexity"]
