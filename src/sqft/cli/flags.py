@@ -54,7 +54,8 @@ def add_flags(
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
             continue
         choices = _choices(inner)
-        if list in map(typing.get_origin, (inner, *typing.get_args(inner))):  # a list, or a list that may be absent
+        kinds = [typing.get_origin(kind) for kind in (inner, *typing.get_args(inner))]
+        if list in kinds:  # also one that may be absent
             options["nargs"] = "+"
         if choices:
             options["choices"] = choices
