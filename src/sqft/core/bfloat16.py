@@ -21,6 +21,7 @@ _aten = torch.ops.aten
 # Each product's two factors among its arguments.
 _FACTORS = {
     _aten.mm.default: (0, 1),
+    _aten.mm.out: (0, 1),
     _aten.bmm.default: (0, 1),
     _aten.addmm.default: (1, 2),
     _aten.baddbmm.default: (1, 2),
@@ -54,6 +55,8 @@ class _InFloat32(TorchDispatchMode):
         if places is None or not _worthwhile(args[places[0]], args[places[1]]):
             return func(*args, **(kwargs or {}))
         given = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+        if func is _aten.mm.out:
+            return kwargs["out"].copy_(_aten.mm.default(*given))
         return func(*given, **(kwargs or {})).to(torch.bfloat16)
 
 
