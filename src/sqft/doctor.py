@@ -23,7 +23,7 @@ import torch
 from sqft.core.bfloat16 import multiplies_bfloat16
 from sqft.disk import read_json
 from sqft.errors import SqftError
-from sqft.kernels import decode
+from sqft.kernels import adapt, decode
 from sqft.recipe import Recipe
 from sqft.versions import versions
 
@@ -59,6 +59,7 @@ def examine() -> dict[str, Any]:
         "disk_free_bytes": here.free,
         "cuda": torch.version.cuda,
         "gpus": gpus,
+        "adapting": adapt.absence(),
         "decoding": decode.absence(),
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
         "optional": {name: _version(name) for name in _OPTIONAL},
@@ -119,6 +120,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("disk here", f"{_gigabytes(found['disk_free_bytes'])} free"),
         *(gpus or [("GPU", f"none: {why}")]),
         ("compiler", found["compiler"] or "none"),
+        ("adapting", f"by PyTorch: {found['adapting']}" if found["adapting"] else "by the kernel for adapted weights"),
         ("decoding", f"by PyTorch: {found['decoding']}" if found["decoding"] else "by the kernel for packed weights"),
         ("optional", optional),
         ("stages", "; ".join(f"{device}: {', '.join(stages)}" for device, stages in users.items())),

@@ -14,7 +14,9 @@ from sqft.adapters.layers import sqft_layers
 from sqft.adapters.merged import BaseWeights
 from sqft.adapters.saved import SavedAdapter, write_sub_adapter
 from sqft.context import Context
+from sqft.core import ordered
 from sqft.errors import InputError
+from sqft.kernels import adapt
 from sqft.recipe.settings import MergeConfig, QuantizeConfig, SparsifyConfig, VerifyConfig
 from sqft.stages import merge, quantize, sparsify, verify
 
@@ -83,11 +85,11 @@ def test_an_ordered_adapter_trains_loads_merges_and_verifies_in_its_arithmetic(
     )
     assert result["passed"], [check for check in result["checks"] if not check["passed"]]
     # The arithmetics differ, or all this would show nothing.
-    ordered = merged_weights(base, tmp_path / "adapter")
+    in_order = merged_weights(base, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "arithmetic": "blas"}))
     if dtype == "float32" and kind == "sparse":
-        assert not same(ordered, merged_weights(base, tmp_path / "adapter"))
+        assert not same(in_order, merged_weights(base, tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("kind", ["sparse", "quantized"])
@@ -95,7 +97,7 @@ def test_an_adapter_saved_without_the_field_is_one_of_blas(
     kind: str, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = base_of(kind, tiny_model("llama"), tmp_path / "base")
-    live = trained(base, kind, None, tmp_path / "adapter")
+    live = trained(base, kind, "blas", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     saved = json.loads(file.read_text())
     assert saved["arithmetic"] == "blas"
@@ -115,6 +117,8 @@ def test_an_adapter_saved_without_the_field_is_one_of_blas(
 
 
 def test_the_default_is_the_one_for_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config().arithmetic == ("ordered" if adapt.available() else "blas")
+    monkeypatch.setattr(ordered, "kernels_on", lambda device, dtype: None)
     assert config().arithmetic == "blas"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert config().arithmetic == config("quantized").arithmetic == "ordered"

@@ -1,5 +1,7 @@
 """The ordered arithmetic against a loop over single numbers, and its gradients against autograd in float64."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,19 @@ from sqft.core.delta import MaskedLinear, effective_codes, effective_weight, emp
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask
 from sqft.core.ordered import ordered_product
+from sqft.kernels import adapt
 
 OUT, INPUTS, RANK, SCALING = 11, 12, 5, 0.7
+
+
+@pytest.fixture(params=["kernel", "PyTorch"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run a test by the compiled kernel and by PyTorch."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(delta, "kernels_on", lambda device, dtype: None)
+    elif (reason := adapt.absence()) is not None:
+        pytest.skip(reason)
+    yield
 
 
 def tensors(seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -138,14 +151,14 @@ def test_gradients_are_autograds_in_float64(quantized: bool) -> None:
 
 def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sqft.kernels.weights", None)
-    ordered._kernels.cache_clear()
+    ordered._on_card.cache_clear()
     try:
-        assert ordered.kernels_on(torch.device("cpu"), torch.float32) is None
+        assert ordered.kernels_on(torch.device("cpu"), torch.float64) is None
         assert not caplog.records
         assert ordered.kernels_on(torch.device("cuda", 0), torch.float32) is None
         assert ordered.kernels_on(torch.device("cuda", 0), torch.float32) is None
     finally:
-        ordered._kernels.cache_clear()
+        ordered._on_card.cache_clear()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "Triton is not installed" in caplog.text
 

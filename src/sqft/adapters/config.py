@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sqft.adapters.plain import beyond_plain
+from sqft.core.ordered import suits
 from sqft.disk import write_json
 from sqft.errors import InputError
 from sqft.storage.identity import identity
@@ -71,8 +72,8 @@ class SqftConfig(LoraConfig):
         default=None,
         metadata={
             "help": "how kinds sparse and quantized sum B A: blas (the CPU's matrix product) or ordered (alike on "
-            "every device; see sqft.core.ordered). None is ordered where there is a GPU, else blas; a saved "
-            "adapter that does not say was trained with blas"
+            "every device; see sqft.core.ordered). None is ordered where there is a GPU or a C++ compiler, else "
+            "blas; a saved adapter that does not say was trained with blas"
         },
     )
     needs_sqft_layers: bool = field(
@@ -104,7 +105,8 @@ class SqftConfig(LoraConfig):
             raise InputError(f"SqftConfig: arithmetic is {self.arithmetic!r}; use {' or '.join(ARITHMETICS)}")
         if self.arithmetic is None and self.needs_sqft_layers:
             was_saved = self.base_identity is not None or self.inference_mode
-            self.arithmetic = "ordered" if torch.cuda.is_available() and not was_saved else "blas"
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.arithmetic = "ordered" if not was_saved and suits(device, torch.bfloat16) else "blas"
         self._register_custom_module({nn.Module: cast("Any", adapt)})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -15,11 +15,11 @@ G = dYᵀX), the reference's form 5. Building W' takes another 2·O·I·R twice,
 forward is one matmul with W'; backward builds W' again instead of saving it, into the buffer that then holds G. Rows
 are built in chunks that fit a core's cache: elementwise passes over a whole float32 weight cost more than the matmul.
 
-B A has one of two arithmetics, which training, merge and verify must share. `blas` is the CPU's matrix product; what
-lies on a GPU is brought to the CPU for it. `ordered` is defined operation by operation (:mod:`sqft.core.ordered`), so
-that any device repeats it to the bit: then 1 / s, its product with the delta and the sum with W_start are rounded one
-by one too, weights outside the mask keep all their bits, and no Ŵ' is -0. On CUDA it runs in Triton kernels, which
-take no memory but the result; elsewhere it is slow.
+B A has one of two arithmetics, which training, merge and verify must share. `ordered` is defined operation by operation
+(:mod:`sqft.core.ordered`), so that any device, library and number of threads repeats it to the bit: then 1 / s, its
+product with the delta and the sum with W_start are rounded one by one too, weights outside the mask keep all their
+bits, and no Ŵ' is -0. It runs in kernels that take no memory but the result: Triton on CUDA, C++ on a CPU. `blas` is
+the CPU's matrix product, for where there is no compiler; what lies on a GPU is brought to the CPU for it.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def adapter_gradients(
     dA = scaling · Bᵀ (G ⊙ M), dB = scaling · (G ⊙ M) Aᵀ. A bfloat16 G is multiplied in bfloat16, as autocast would.
 
     Args:
-        grad_OI: G [O, I], float32 or the compute dtype.
+        grad_OI: G [O, I], float32 or the compute dtype; a kernel may mask it in place.
         lora_A_RI: [R, I].
         lora_B_OR: [O, R].
         scaling: lora_alpha / r_max.
@@ -214,13 +214,17 @@ def adapter_gradients(
         float32 [R, I] and [O, R].
     """
     given = (lora_A_RI, lora_B_OR, scaling, mask_packed, inside_OI)
-    of_kernels = inside_OI is None or inside_OI.dtype == torch.uint8
-    if kernels_on(grad_OI.device, grad_OI.dtype) is not None and grad_OI.is_contiguous() and of_kernels:
+    kernels = kernels_on(grad_OI.device, grad_OI.dtype) if grad_OI.is_contiguous() else None
+    on_card = grad_OI.device.type == "cuda"
+    if kernels is not None and on_card and (inside_OI is None or inside_OI.dtype == torch.uint8):
         from sqft.kernels import gradients
 
         return gradients.adapter_gradients(grad_OI, *given)
     rows, columns = grad_OI.shape
     factor_A, factor_B = lora_A_RI.to(grad_OI.dtype), lora_B_OR.to(grad_OI.dtype)
+    if kernels is not None and not on_card:
+        kernels.mask_(grad_OI, mask_packed, inside_OI)
+        return (factor_B.T @ grad_OI).float().mul_(scaling), (grad_OI @ factor_A.T).float().mul_(scaling)
     grad_A = torch.zeros(lora_A_RI.shape, dtype=torch.float32, device=grad_OI.device)
     grad_B = torch.empty(lora_B_OR.shape, dtype=torch.float32, device=grad_OI.device)
     for chunk in row_chunks(rows, columns, grad_OI.device, 2 * _CHUNK_BYTES, grad_OI.dtype.itemsize):

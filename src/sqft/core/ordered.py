@@ -44,12 +44,33 @@ def ordered_product(lora_B_OR: torch.Tensor, scaled_A_RI: torch.Tensor) -> torch
 
 
 def kernels_on(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """Return :mod:`sqft.kernels.weights` where it runs, on CUDA with Triton, and takes the dtype; else None."""
-    return _kernels() if device.type == "cuda" and dtype in _FLOATS else None
+    """Return the kernels of the ordered arithmetic for a weight's device and dtype; None where there are none.
+
+    On CUDA with Triton :mod:`sqft.kernels.weights`, on a CPU with a C++ compiler :mod:`sqft.kernels.adapt`, whose first
+    use builds it.
+    """
+    if device.type == "cuda":
+        return _on_card() if dtype in _FLOATS else None
+    return _on_processor(dtype) if device.type == "cpu" else None
+
+
+def suits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether new adapters of a base on this device are to have the ordered arithmetic.
+
+    On a card always: BLAS there would mean the CPU's. On a CPU where a kernel makes it the faster one.
+    """
+    return device.type == "cuda" or kernels_on(device, dtype) is not None
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def _on_processor(dtype: torch.dtype) -> ModuleType | None:
+    from sqft.kernels import adapt
+
+    return adapt if dtype in adapt.DTYPES and adapt.available() else None
+
+
+@cache
+def _on_card() -> ModuleType | None:
     try:
         from sqft.kernels import weights
     except ImportError:

@@ -3,7 +3,7 @@
 // multiplies and adds them in float32. The weights are those of the dequantised model, to the bit; so a form also
 // writes the weight out, for products of many rows.
 //
-// Plain C at the border: sqft/kernels/decode.py builds this file and calls it through ctypes. Needs AVX-512 F, BW, VL,
+// Plain C at the border: sqft/kernels/decode.py has this file built and calls it through ctypes. Needs AVX-512 F, BW, VL,
 // DQ, and BMI2, F16C and FMA, which every such processor has. Reads up to 64 bytes beyond a sparse form's values.
 
 #include <immintrin.h>
@@ -12,14 +12,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "threads.h"
+
 #define INLINE inline __attribute__((always_inline))
 
 extern "C" {
-// Of the OpenMP runtime that PyTorch has loaded, whose threads are waiting anyway; there may be none.
-void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags) __attribute__((weak));
-int omp_get_thread_num() __attribute__((weak));
-int omp_get_num_threads() __attribute__((weak));
-
 struct Weight {
     int64_t form, rows, columns;
     const uint8_t *values;
@@ -316,28 +313,6 @@ void write_rows(const void *job, int64_t begin, int64_t end) {
             }
         }
     }
-}
-
-typedef void (*Rows)(const void *job, int64_t begin, int64_t end);
-
-struct Shared {
-    Rows rows;
-    const void *job;
-    int64_t count;
-};
-
-void one_share(void *data) {
-    const Shared &s = *(const Shared *)data;
-    int64_t mine = omp_get_thread_num(), of = omp_get_num_threads();
-    s.rows(s.job, s.count * mine / of, s.count * (mine + 1) / of);
-}
-
-void share(Rows rows, const void *job, int64_t count, int64_t threads) {
-    Shared shared{rows, job, count};
-    if (threads > 1 && GOMP_parallel && omp_get_thread_num && omp_get_num_threads)
-        GOMP_parallel(one_share, &shared, (unsigned)threads, 0);
-    else
-        rows(job, 0, count);
 }
 
 const Rows MULTIPLY[] = {multiply_rows<DenseBF16>, multiply_rows<SparseBF16>, multiply_rows<DenseINT4>,

@@ -4,32 +4,27 @@ Decoding reads every weight for each token, so its speed is that of reading: few
 weights that are multiplied are those of the dequantised model to the bit, and sums are float32; only their order
 differs from PyTorch's. Many rows (a prompt) take the weight written out in bfloat16, and PyTorch's own product.
 
-`decode.cpp` is built at first use by the system's C++ compiler, into a folder of the user's cache, under a name that is
-a hash of the source, the compiler and its flags. Where that is impossible, one line says why, and PyTorch's path is
-taken.
+`decode.cpp` is built at first use (:mod:`sqft.kernels.build`). Where that is impossible, one line says why, and
+PyTorch's path is taken.
 Its threads are those of the OpenMP runtime that PyTorch has loaded, as many as PyTorch uses: no second pool.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from sqft.kernels import build
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +36,7 @@ _BF16, _SPARSE_BF16, _INT4, _SPARSE_INT4 = range(4)
 _LANES, _WIDEST = 16, 1024
 _WORTH_SHARING = 1 << 17  # weights times rows from which waking other threads pays
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_SOURCE = Path(__file__).with_name("decode.cpp")
-_FLAGS = (
-    *("-std=c++17", "-O3", "-shared", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    *("-mbmi2", "-mfma", "-mf16c", "-mpopcnt"),
-)
+_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mbmi2", "-mfma", "-mf16c", "-mpopcnt")
 _ALLOWED = ContextVar("decoding by the kernel", default=True)
 
 
@@ -154,39 +145,15 @@ def _load() -> ctypes.CDLL | str:
     """Return the kernel, built if need be, or why there is none."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"the kernel is for x86-64 with AVX-512, this is {platform.machine()}"
-    name = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
-    hashed = hashlib.sha256("\0".join((_SOURCE.read_text(), name, *_FLAGS)).encode()).hexdigest()[:16]
-    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqft" / f"decode-{hashed}.so"
-    try:
-        if not place.is_file() and (said := _build(name, place)):
-            return said
-        library = ctypes.CDLL(str(place))
-    except OSError as error:
-        return f"{place}: the kernel cannot be written or opened ({error})"
+    library = build.load("decode", "decoding", *_FLAGS)
+    if isinstance(library, str):
+        return library
     if not library.sqft_supported():
         return "the processor has no AVX-512 (F, BW, VL, DQ)"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.sqft_multiply.argtypes = [*(pointer,) * 4, *(number,) * 3]
     library.sqft_write.argtypes = [pointer, pointer, number]
     return library
-
-
-def _build(compiler: str, place: Path) -> str | None:
-    """Compile the kernel to a file that is whole or not there, whoever else does; return what is wrong."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("building the kernel for decoding with %s (once)", compiler)
-    with tempfile.TemporaryDirectory(dir=place.parent) as name:
-        made = Path(name) / place.name
-        command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - no shell
-        except OSError:
-            return f"no C++ compiler builds the kernel ({compiler}); install g++ or clang++, or name one in CXX"
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
-            return f"{compiler} does not build the kernel: {said}"
-        os.replace(made, place)
-    return None
 
 
 class _Weight(ctypes.Structure):

@@ -22,6 +22,7 @@ from sqft.adapters.attach import load_model
 from sqft.adapters.config import RANK_SPACE, SqftConfig
 from sqft.adapters.elastic import rank_space
 from sqft.adapters.layers import sqft_layers
+from sqft.core import ordered
 from sqft.data.encode import check_vocabulary, encode
 from sqft.device import device_key, place
 from sqft.digests import digest_text
@@ -310,7 +311,7 @@ def attach(network: PreTrainedModel, config: FinetuneConfig) -> Any:
         exclude_modules=beside or None,
         start=config.start,
         derive_mask=config.derive_mask,
-        arithmetic="ordered" if network.device.type == "cuda" else "blas",
+        arithmetic="ordered" if ordered.suits(network.device, network.dtype) else "blas",
     )
     try:
         return get_peft_model(network, settings)

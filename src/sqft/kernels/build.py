@@ -1,0 +1,59 @@
+"""C++ kernels, built at first use by the system's compiler and loaded without PyTorch's headers.
+
+A library lies in a folder of the user's cache (`XDG_CACHE_HOME`), under a name that is a hash of its sources, the
+compiler and the flags: another version, compiler or processor builds another file, and nothing has to be deleted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
+
+
+def load(name: str, purpose: str, *flags: str) -> ctypes.CDLL | str:
+    """Return the library built from `NAME.cpp` of this folder, or why there is none.
+
+    Args:
+        name: of the source.
+        purpose: what the user is told while it is built: "building the kernel for PURPOSE".
+        flags: of the compiler, besides those that every kernel has.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    sources = [path.read_text() for path in (_FOLDER / f"{name}.cpp", *sorted(_FOLDER.glob("*.h")))]
+    hashed = hashlib.sha256("\0".join((*sources, compiler, *_FLAGS, *flags)).encode()).hexdigest()[:16]
+    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqft" / f"{name}-{hashed}.so"
+    try:
+        if not place.is_file() and (said := _build(name, purpose, compiler, flags, place)):
+            return said
+        return ctypes.CDLL(str(place))
+    except OSError as error:
+        return f"{place}: the kernel cannot be written or opened ({error})"
+
+
+def _build(name: str, purpose: str, compiler: str, flags: tuple[str, ...], place: Path) -> str | None:
+    """Compile a kernel to a file that is whole or not there, whoever else does; return what is wrong."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("building the kernel for %s with %s (once)", purpose, compiler)
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        made = Path(folder) / place.name
+        command = [*compiler.split(), *_FLAGS, *flags, str(_FOLDER / f"{name}.cpp"), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - no shell
+        except OSError:
+            return f"no C++ compiler builds the kernel ({compiler}); install g++ or clang++, or name one in CXX"
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
+            return f"{compiler} does not build the kernel: {said}"
+        os.replace(made, place)
+    return None
