@@ -1,6 +1,6 @@
 """The whole flow on one screen: dense → sparse → INT4 → super-adapter → sub-adapter → merged → verified → evaluated.
 
-A teacher, where the recipe has one, is the dense model tuned, and takes its place from then on.
+A teacher, where the recipe has one, is the dense model tuned; it takes its place from then on, or stands beside.
 
 Each stage writes a folder (or a JSON file) under the run's folder and is skipped when it is already there with the same
 settings and inputs, so a run that was interrupted continues by the same command. Everything that can be checked without
@@ -149,8 +149,10 @@ class _Flow:
         elif config.adapter is not None and given is not None:
             self.announce("merge the adapter into the dense model")
             teacher.run(self.base, given, self.recipe.model, out, self.context)
-        self.base = out if config.model is None or given is None else given
-        self.models["teacher"] = (self.base, None)
+        tuned = out if config.model is None or given is None else given
+        self.models["teacher"] = (tuned, None)
+        if config.compress:
+            self.base = tuned
 
     def _train(self, config: FinetuneConfig, out: Path, teacher: Path | None = None) -> None:
         """Train adapters on what is there, together with the processes that have waited for it."""

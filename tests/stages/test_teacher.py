@@ -275,6 +275,7 @@ def test_all_that_is_wrong_with_a_recipe_is_said_at_once(recipe: Path, tmp_path:
     [
         ({"adapter": "a", "model": "b"}, "has an adapter (a) and a model (b)"),
         ({"adapter": "a", "epochs": 1, "length": 64}, "a is there already and is not trained, so epochs, length would"),
+        ({"adapter": "a", "compress": False, "epochs": 1}, "a is there already and is not trained, so epochs would"),
         ({"revision": "v1"}, "revision is v1, which only an adapter or a model has"),
         ({"ranks": [8, 4]}, "teacher.ranks: List should have at most 1 item"),
         ({"kind": "sparse"}, "teacher.kind: Input should be 'dense'"),
@@ -289,7 +290,7 @@ def test_one_key_says_what_the_teacher_is(values: dict[str, Any], message: str, 
 
 def test_a_recipe_holds_of_a_teacher_what_is_used(recipe: Path) -> None:
     given, trained = TeacherConfig(adapter="a"), TeacherConfig(max_steps=2, length=64)
-    assert given.model_dump() == {"adapter": "a", "model": None, "revision": None}
+    assert given.model_dump() == {"compress": True, "adapter": "a", "model": None, "revision": None}
     assert given.training is None
     assert trained.training == FinetuneConfig(kind="dense", ranks=[32], max_steps=2, length=64)
     assert not {"adapter", "model", "revision"} & trained.model_dump().keys()
@@ -301,7 +302,7 @@ def test_a_recipe_holds_of_a_teacher_what_is_used(recipe: Path) -> None:
 def test_the_tokenizer_is_that_of_what_is_compressed() -> None:
     dense, mine = Path("dense"), Path("mine")
     assert teacher.tuned_folder(TeacherConfig(model="mine"), dense, mine) == mine
-    for config in (TeacherConfig(adapter="mine"), TeacherConfig(), None):
+    for config in (TeacherConfig(adapter="mine"), TeacherConfig(), TeacherConfig(model="mine", compress=False), None):
         assert teacher.tuned_folder(config, dense, mine) == dense
     assert teacher.locate(TeacherConfig(), dense) is None
 
@@ -326,6 +327,30 @@ def test_the_dense_model_is_tuned_first_as_dense_and_lora_is(recipe: Path, tmp_p
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     run(made, out)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_teacher_beside_what_is_compressed(trains: bool, recipe: Path, tmp_path: Path) -> None:
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    beside = {**(TRAINED if trains else {"adapter": str(tmp_path / "adapter")}), "compress": False}
+    distilled = ["data.validation_rows=4", "finetune.distill={hidden: 1}"]
+    assert run(load_recipe(recipe, [f"teacher={json.dumps(beside)}", *distilled]), out).verified
+    run(load_recipe(recipe, ["teacher=null", "data.validation_rows=4", "finetune=null", "evaluate=null"]), alone)
+    weights = [digest_file(folder / "quantized" / "model.safetensors") for folder in (out, alone)]
+    assert weights[0] == weights[1], "the untuned model is what was compressed"
+    rows = json.loads((out / "eval.json").read_text())["rows"]
+    assert list(rows) == ["dense", "teacher", "quantized", "tuned", "merged"]
+    text = (out / "report.md").read_text()
+    assert "for Dense + LoRA" in text
+    assert "which was compressed" not in text
+    assert "before it was compressed" not in (out / "merged" / "README.md").read_text()
+    learnt_from = json.loads((out / "adapter" / "sqft" / "manifest.json").read_text())["inputs"]["teacher"]["path"]
+    assert Path(learnt_from) == out / "teacher"
+
+
+def test_a_teacher_beside_nothing_is_refused(recipe: Path) -> None:
+    with pytest.raises(InputError, match=r"teacher\.compress is false, .* and nothing is"):
+        load_recipe(recipe, ["teacher={compress: false}", "sparsify=null", "quantize=null", "finetune.kind=dense"])
 
 
 def test_a_training_of_the_dense_model_that_cannot_be_is_refused_before_work(recipe: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The settings of the tuned dense model that a run compresses (section `teacher`)."""
+"""The settings of the tuned dense model that a run compresses, or compares with (section `teacher`)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from sqft.recipe.base import PathText, PositiveInt
 from sqft.recipe.finetune import FinetuneConfig
 
 _GIVEN = ("adapter", "model", "revision")
+_ALWAYS = ("compress",)
 
 
 class TeacherConfig(FinetuneConfig):
-    """The tuned dense model that is compressed in place of `model`: an adapter, a model, or one that the run tunes."""
+    """The tuned dense model: an adapter, a model, or one that the run tunes. It is compressed in place of `model`."""
 
     kind: Literal["dense"] = Field("dense", description="plain LoRA, merged into the dense model after its training")
     ranks: list[PositiveInt] = Field([32], min_length=1, max_length=1, description="the rank of the LoRA")
     distill: None = Field(None, description="not here: a teacher has no teacher")
+    compress: bool = Field(
+        True,
+        description="the tuned model is what is pruned and quantised; false: `model` itself is, and the tuned one is "
+        "the row “dense + LoRA” beside it and what finetune.distill learns from",
+    )
     adapter: PathText | None = Field(
         None, description="a LoRA of `model`, a folder or a Hub id: PEFT merges it, and the result is compressed"
     )
@@ -46,7 +52,7 @@ class TeacherConfig(FinetuneConfig):
             if self.revision is not None:
                 raise ValueError(f"revision is {self.revision}, which only an adapter or a model has; leave it out")
             return self
-        if settings := sorted(self.model_fields_set.difference(_GIVEN)):
+        if settings := sorted(self.model_fields_set.difference(_GIVEN, _ALWAYS)):
             raise ValueError(
                 f"{self.given} is there already and is not trained, so {', '.join(settings)} would do nothing; leave "
                 "them out, or leave out what is given to have the dense model tuned"
@@ -57,7 +63,7 @@ class TeacherConfig(FinetuneConfig):
     def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the settings of a training that does not happen, and else what is not given."""
         values: dict[str, Any] = serialize(self)
-        used = {name for name in values if (name in _GIVEN) == (self.given is not None)} - {"distill"}
+        used = {name for name in values if (name in _GIVEN) == (self.given is not None)} - {"distill"} | set(_ALWAYS)
         return {name: value for name, value in values.items() if name in used}
 
     @property

@@ -96,6 +96,16 @@ class Recipe(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _teacher_beside_what_is_compressed(self) -> Self:
+        beside = self.teacher is not None and not self.teacher.compress
+        if beside and self.sparsify is None and self.quantize is None:
+            raise ValueError(
+                "teacher.compress is false, so `model` itself would be compressed, and nothing is; add sparsify or "
+                "quantize, or leave the teacher out"
+            )
+        return self
+
     @property
     def joint(self) -> bool:
         """Whether sparsifying and quantising are one pass."""

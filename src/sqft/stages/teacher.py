@@ -51,8 +51,9 @@ def locate(config: TeacherConfig | None, workspace: Path) -> Path | None:
 
 
 def tuned_folder(config: TeacherConfig | None, dense: Path, given: Path | None) -> Path:
-    """Return the folder whose tokenizer and shapes the run has: a tuned model's that is given, else the dense one's."""
-    return dense if config is None or config.model is None or given is None else given
+    """Return the folder whose tokenizer and shapes the run has: the dense model's, or a given one's in its place."""
+    compressed = config is not None and config.model is not None and config.compress
+    return given if compressed and given is not None else dense
 
 
 def check(config: TeacherConfig, dense: Path, given: Path, reference: str, *, trust_remote_code: bool = False) -> None:

@@ -107,7 +107,7 @@ def model_card(facts: Facts, base: BaseCard) -> str:
     sparse = recipe.sparsify is not None and zeros is not None
     limit = f", at most {recipe.data.train_limit:,} training rows" if recipe.data.train_limit else ""
     taught = recipe.teacher
-    tuned = taught and (f"`{taught.given}`" if taught.given else "a LoRA trained on the same data")
+    tuned = taught and taught.compress and (f"`{taught.given}`" if taught.given else "a LoRA trained on the same data")
     about = [
         f"Base model: `{recipe.model}`",
         *([f"Tuned, before it was compressed, by: {tuned}"] if tuned else []),

@@ -45,8 +45,9 @@ def headline(facts: Facts) -> str:
         return f"{subject}: no model of this run was evaluated."
     task, score = next(iter(final.scores.items()))
     about = ", ".join(filter(None, [score.metric, score.cell.below]))
+    which = ", which was compressed" if recipe.teacher is not None and recipe.teacher.compress else ""
     others = [(model, "for the dense model untuned") for model in facts.models if model.key == "dense"]
-    others += [(model, f"for {model.label}, which was compressed") for model in facts.models if model.key == "teacher"]
+    others += [(model, f"for {model.label}{which}") for model in facts.models if model.key == "teacher"]
     others += [(model, f"for {model.label} (an earlier run)") for model in facts.models if model.key == "baseline"]
     against = [f"{m.scores[task].text} {what}" for m, what in others if m is not final and task in m.scores]
     sentence = f"{subject}{',' if done else ''} scores {score.text} on {task} ({about})"
