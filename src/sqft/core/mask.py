@@ -14,6 +14,7 @@ import torch
 from sqft.errors import InputError, NumericalError
 
 _PART = 1 << 22  # scores ranked at a time
+_GATHER = 0x0102040810204080
 
 
 def finite(tensor: torch.Tensor) -> bool:
@@ -100,14 +101,12 @@ def _lowest(score_RC: torch.Tensor, count: int) -> torch.Tensor:
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Pack a bool mask [..., I] into uint8 [..., ceil(I / 8)], bit i of byte j being column 8 j + i."""
-    columns = mask.shape[-1]
     bits = mask.view(torch.uint8)
-    if columns % 8:
-        bits = torch.nn.functional.pad(bits, (0, -columns % 8))
-    packed: torch.Tensor = bits[..., 0::8].clone()
-    for place in range(1, 8):
-        packed |= bits[..., place::8] << place
-    return packed
+    # Whole words: eight bytes of a 0 or a 1 each, of which a product moves bit 8 k to bit 56 + k.
+    padded = torch.nn.functional.pad(bits, (0, -mask.shape[-1] % 8))
+    if not padded.is_contiguous() or padded.storage_offset() % 8:
+        padded = padded.clone(memory_format=torch.contiguous_format)
+    return (padded.view(torch.int64) * _GATHER >> 56).to(torch.uint8)
 
 
 def unpack_mask(packed: torch.Tensor, columns: int) -> torch.Tensor:
@@ -120,9 +119,15 @@ def unpack_mask(packed: torch.Tensor, columns: int) -> torch.Tensor:
     Returns:
         bool mask [..., I].
     """
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits: torch.Tensor = (packed.unsqueeze(-1) >> shifts).bitwise_and_(1)
-    return bits.view(torch.bool).flatten(-2)[..., :columns]
+    bits = _bytes_of_bits().to(packed.device).index_select(0, packed.flatten().to(torch.int32))
+    return bits.view(torch.bool).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :columns]
+
+
+@cache
+def _bytes_of_bits() -> torch.Tensor:
+    """Return int64 [256]: of a byte its bits, a byte each."""
+    bits = torch.arange(256, dtype=torch.int64).unsqueeze(1) >> torch.arange(8) & 1
+    return bits.to(torch.uint8).view(torch.int64).flatten()
 
 
 def conforms(kept: torch.Tensor, keep_n: int, group_m: int) -> bool:

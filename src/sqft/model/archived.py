@@ -9,19 +9,19 @@ as they are. All else is opened as from a plain folder.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from sqft.core.grid import Grid
-from sqft.core.sparse import Bitmask, from_bitmask, to_bitmask
+from sqft.core.sparse import Bitmask, from_bitmask
 from sqft.kernels import decode
 from sqft.model.names import DiskNames
 from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import PackedCheckpoint, quantization_config
-from sqft.storage.layouts import Packed, kept_of, shape_of
+from sqft.storage.layouts import Packed, bitmask_of, shape_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,22 +151,13 @@ class Archived:
     def _stored(self, weight: str) -> decode.Stored:
         name = self._name(weight)
         packed, shape = cast("Packed", self.checkpoint.packed(name)), self.checkpoint.entries[name].shape
-        rows, _ = matrix = shape_of(shape, packed.codes)
-        if packed.layout == "2:4":
-            packed = self._as_bitmask(name, packed)
-        ends = packed.parts[".offsets"][:rows].clone()
-        found = packed.parts[".values"][: int(ends[-1])].view(torch.uint8)
-        values = functional.pad(found, (0, decode.SLACK)).view(packed.parts[".values"].dtype)
-        stored = decode.Stored(matrix, values, packed.parts[".mask"].clone(), ends)
+        matrix = shape_of(shape, packed.codes)
+        made = bitmask_of(packed, matrix)
+        found = made.values_K.view(torch.uint8)
+        values = functional.pad(found, (0, decode.SLACK)).view(made.values_K.dtype)
+        stored = decode.Stored(matrix, values, made.mask_OW, made.offsets_O)
         if self.quantized is None:
             return stored
         grid = self.quantized.grid(weight)
         scale = grid.scale_OG.clone(memory_format=torch.contiguous_format)
         return replace(stored, scale=scale.view(torch.uint8), zero=grid.zero_OG.contiguous(), scale_dtype=scale.dtype)
-
-    def _as_bitmask(self, name: str, packed: Packed) -> Packed:
-        tensor = self.checkpoint.read(name)
-        values = tensor.view(torch.int16) if packed.codes is None else packed.codes.unpack(tensor)
-        made = to_bitmask(values, kept_of(packed, tuple(tensor.shape)), group=packed.group)
-        parts: dict[str, Any] = {".mask": made.mask_OW, ".values": made.values_K, ".offsets": made.offsets_O}
-        return replace(packed, parts=parts)

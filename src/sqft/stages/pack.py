@@ -30,7 +30,7 @@ from sqft.storage.archive import SUFFIX, ArchiveFile, pack_file, place, unpack_f
 from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import PackedCheckpoint, quantization_config
 from sqft.storage.layouts import PARTS, Codes, Packed, decode, encode, encode_mask
-from sqft.storage.masks import MASK_FILE, load_mask
+from sqft.storage.masks import MASK_FILE, packed_masks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,6 +145,7 @@ class _Packer:
         # Masks have the weights' names as floats; of a quantised weight the codes are stored.
         self.stored = {} if quantized is None else {w: quantized.codes_name(w) for w in quantized.shapes}
         self.weights = {codes: weight for weight, codes in self.stored.items()}
+        self.masks = packed_masks(model)
         self.made: dict[str, ArchiveFile] = {}
         self.size = sum((model / file).stat().st_size for file in _files(model) if file.suffix == ".safetensors")
 
@@ -153,7 +154,7 @@ class _Packer:
         return self.checkpoint.read(name)
 
     def kept(self, name: str) -> torch.Tensor:
-        """Return the mask in the layout of a weight that is packed already."""
+        """Return the mask in the layout of a weight that is packed already, uint8 [O, ceil(I / 8)]."""
         return self.made[self.checkpoint.entries[name].file].kept(name)
 
     def layout(self, name: str, tensor: torch.Tensor, *, masks: bool) -> Packed:
@@ -163,10 +164,9 @@ class _Packer:
         elif masks:
             packed = encode(tensor, None, self)
         else:
-            weight = self.weights.get(name, name)
-            packed = encode(tensor, self.codes.get(name), self, load_mask(self.model, weight))
+            packed = encode(tensor, self.codes.get(name), self, self.masks(self.weights.get(name, name)))
         back = decode(packed, tuple(tensor.shape), tensor.dtype, self)
-        if not torch.equal(_integers(back), _integers(tensor)):
+        if not torch.equal(_words(back), _words(tensor)):
             raise AssertionError(f"{name}: layout {packed.layout} does not give it back")
         return packed
 
@@ -224,8 +224,11 @@ def _codes(quantized: PackedCheckpoint) -> Iterator[tuple[str, Codes]]:
         yield quantized.codes_name(weight), codes
 
 
-def _integers(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes, eight at a time where that is possible."""
+    found = tensor.contiguous().view(-1).view(torch.uint8)
+    whole = found.numel() % 8 == 0 and found.data_ptr() % 8 == 0 and found.storage_offset() % 8 == 0
+    return found.view(torch.int64) if whole else found
 
 
 def _files(folder: Path) -> list[Path]:

@@ -27,14 +27,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sqft.core.sparse import PATTERNS, WORD, Bitmask, patterns, row_values
+from sqft.core.sparse import WORD, are_patterns, mask_bytes, row_values, within
 from sqft.errors import InputError
-from sqft.storage.dtypes import DTYPE_NAMES, DTYPES
-from sqft.storage.layouts import PARTS, Codes, Layout, Packed, Source, as_bytes, decode, kept_of, shape_of
+from sqft.storage.dtypes import DTYPE_NAMES, DTYPES, read_tensor
+from sqft.storage.layouts import PARTS, Codes, Layout, Packed, Source, as_bytes, decode, kept_of, patterns_of, shape_of
 
 SUFFIX = ".packed.safetensors"
 METADATA = "sqft.archive"
 VERSION = 1
+_MASKS = (".mask", ".patterns")
 _AT_ONCE = 1 << 26  # bytes copied at a time
 
 
@@ -195,11 +196,13 @@ class ArchiveFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with safe_open(str(path), framework="pt") as stream:
-                archive = json.loads((stream.metadata() or {})[METADATA])
-                self._read_notes(archive)
-                for name in self.tensors:
-                    self._check(name, stream)
+            with safe_open(str(path), framework="pt"):  # the library's own checks: shapes, offsets, overlaps
+                pass
+            text, self._begin = read_header(path)
+            self._parts = json.loads(text)
+            self._read_notes(json.loads(self._parts.pop("__metadata__")[METADATA]))
+            for name in self.tensors:
+                self._check(name)
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{path}: is no archive that can be read ({error}); pack the model again, or download it again"
@@ -218,7 +221,7 @@ class ArchiveFile:
             codes = Codes(**note["codes"]) if "codes" in note else None
             self._notes[name] = Packed(note["layout"], {}, codes, note.get("weight"))
 
-    def _check(self, name: str, stream: Any) -> None:
+    def _check(self, name: str) -> None:
         """Compare the parts of a tensor with its checksum and with each other.
 
         Raises:
@@ -227,29 +230,35 @@ class ArchiveFile:
         note = self._notes[name]
         if note.layout in ("plain", "mask", "nonzeros"):
             return
-        rows, columns = shape_of(tuple(self.tensors[name]["shape"]), note.codes)
-        parts = {s: stream.get_tensor(name + s) for s in PARTS[note.layout] if s != ".values"}
-        if replace(note, parts=parts).crc() != self._crc[name]:
+        shape = rows, columns = shape_of(tuple(self.tensors[name]["shape"]), note.codes)
+        parts = {s: self._part(name + s) for s in PARTS[note.layout] if s != ".values"}
+        here = replace(note, parts=parts)
+        if here.crc() != self._crc[name]:
             raise ValueError(f"the checksum of {name} is not that of its {' and '.join(parts)}")
         if note.layout == "2:4":
-            count = rows * columns // (2 if note.group is None else 4)
+            count = rows * columns // (2 if note.halves is None else 4)
             width = 3 * math.ceil(columns / 32)
-            stored = parts[".patterns"]
-            _check_shape(stored, (math.ceil(rows * width / 8) * 8,), f"{name}.patterns")
-            if int(patterns(stored[: rows * width].view(rows, width), columns // 4).max()) >= PATTERNS:
-                raise ValueError(f"{name} has a pattern that is none of the {PATTERNS}")
+            _check_shape(parts[".patterns"], (math.ceil(rows * width / 8) * 8,), f"{name}.patterns")
+            if not are_patterns(patterns_of(here, *shape)):
+                raise ValueError(f"{name} has a pattern that is none of the 6")
         else:
             mask, offsets = parts[".mask"], parts[".offsets"]
             _check_shape(mask, (rows, math.ceil(columns / WORD)), f"{name}.mask")
             _check_shape(offsets, (rows + rows % 2,), f"{name}.offsets")
-            offsets = offsets[:rows]
-            counted = row_values(Bitmask(mask, mask, offsets), columns, group=note.group).cumsum(0)
-            if not torch.equal(counted, offsets.long()):
+            if bool((mask[:, -1] & ~within(columns)[-1]).any()):
+                raise ValueError(f"{name}.mask keeps more than its {columns} columns")
+            if not torch.equal(row_values(mask, columns, group=note.halves).cumsum(0), offsets[:rows].long()):
                 raise ValueError(f"{name}.offsets are not what {name}.mask counts")
-            count = int(offsets[-1])
-        found = math.prod(stream.get_slice(f"{name}.values").get_shape())
+            count = int(offsets[rows - 1])
+        found = math.prod(self._parts[f"{name}.values"]["shape"])
         if found - count not in range(8):
             raise ValueError(f"{name} has {found} values where {count} are counted")
+
+    def _part(self, name: str) -> torch.Tensor:
+        """Return a tensor of this file."""
+        entry = self._parts[name]
+        start, stop = (self._begin + offset for offset in entry["data_offsets"])
+        return read_tensor(self.path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
 
     def layout(self, name: str) -> Layout:
         """Return how a tensor lies here."""
@@ -260,9 +269,7 @@ class ArchiveFile:
         note = self._notes[name]
         if not read:
             return note
-        with safe_open(str(self.path), framework="pt") as stream:
-            parts = {suffix: stream.get_tensor(name + suffix) for suffix in PARTS[note.layout]}
-        return replace(note, parts=parts)
+        return replace(note, parts={suffix: self._part(name + suffix) for suffix in PARTS[note.layout]})
 
     def read(self, name: str, source: Source) -> torch.Tensor:
         """Return a tensor as it was; `source` is the archive's model."""
@@ -270,8 +277,10 @@ class ArchiveFile:
         return decode(self.packed(name), tuple(entry["shape"]), DTYPES[entry["dtype"]], source)
 
     def kept(self, name: str) -> torch.Tensor:
-        """Return the mask that a weight's layout holds, bool [O, I]."""
-        return kept_of(self.packed(name), tuple(self.tensors[name]["shape"]))
+        """Return the mask that a weight's layout holds, uint8 [O, ceil(I / 8)]."""
+        note, shape = self._notes[name], tuple(self.tensors[name]["shape"])
+        needed = {suffix: self._part(name + suffix) for suffix in PARTS[note.layout] if suffix in _MASKS}
+        return mask_bytes(kept_of(replace(note, parts=needed), shape), shape_of(shape, note.codes)[1])
 
 
 def _check_shape(tensor: torch.Tensor, wanted: tuple[int, ...], name: str) -> None:

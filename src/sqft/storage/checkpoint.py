@@ -33,7 +33,7 @@ from sqft.digests import model_files
 from sqft.disk import read_json
 from sqft.errors import InputError, NumericalError, Problems
 from sqft.storage.archive import ArchiveFile, open_archive, stored, unpack_file
-from sqft.storage.dtypes import DTYPES
+from sqft.storage.dtypes import DTYPES, read_tensor
 
 if TYPE_CHECKING:
     from sqft.storage.layouts import Packed
@@ -225,14 +225,12 @@ class Checkpoint:
         if entry.file in self._archives:
             return self._archives[entry.file].read(name, self)
         try:
-            with safe_open(str(self.folder / entry.file), framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(name).clone()
-        except SafetensorError as error:
+            return read_tensor(self.folder / entry.file, entry.dtype, entry.shape, entry.start, entry.stop)
+        except (OSError, RuntimeError) as error:
             raise InputError(f"model {self.folder}: {entry.file} cannot be read: {error}; download it again") from error
-        return tensor
 
     def kept(self, name: str) -> torch.Tensor:
-        """Return the mask that an archive holds of a weight, bool [O, I].
+        """Return the mask that an archive holds of a weight, uint8 [O, ceil(I / 8)].
 
         Raises:
             KeyError: it lies in no archive.

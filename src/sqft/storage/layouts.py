@@ -14,19 +14,26 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from sqft.core.mask import conforms, pack_mask, unpack_mask
+from sqft.core.mask import pack_mask
 from sqft.core.sparse import (
     MOST,
     Bitmask,
+    Integers,
     TwoOfFour,
-    from_bitmask,
-    from_two_of_four,
+    as_bitmask,
+    at_most_two_of_four,
+    compress,
+    expand,
     kept_of_patterns,
-    to_bitmask,
+    nonzeros,
+    row_values,
     to_two_of_four,
+    within,
+    words_of_bytes,
 )
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_WIDTHS = (1, 2, 4)
+"""Bytes of the values that a layout takes."""
 PARTS = {
     "plain": ("",),
     "bitmask": (".mask", ".values", ".offsets"),
@@ -55,31 +62,25 @@ class Codes:
     rows_last: bool = False
     less: int = 0
 
-    def unpack(self, words: torch.Tensor) -> torch.Tensor:
-        """Return the codes, uint8 [O, I], of stored words."""
-        codes = _nibbles(words.T.contiguous() if self.rows_last else words, self.bits)
-        return codes
+    def bytes_of(self, words: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a weight's codes, uint8 [O, I · bits / 8], of stored words."""
+        return (words.T if self.rows_last else words).contiguous().view(torch.uint8)
 
-    def pack(self, codes_OI: torch.Tensor) -> torch.Tensor:
-        """Undo :meth:`unpack`."""
-        packed = codes_OI if self.bits == 8 else codes_OI[:, 0::2] | codes_OI[:, 1::2] << 4
-        words = packed.contiguous().view(torch.int32)
+    def words_of(self, bytes_OB: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`bytes_of`."""
+        words = bytes_OB.contiguous().view(torch.int32)
         return words.T.contiguous() if self.rows_last else words
 
-    def zero_OI(self, read: Callable[[str], torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """Return the code of zero for every weight, uint8 [O, I]; `read` returns a tensor of the model."""
+    def zero_OG(self, read: Callable[[str], torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+        """Return the code of zero of each group, uint8; `read` returns a tensor of the model."""
         rows, columns = shape
         if self.zeros is None:
-            return torch.full(shape, 2 ** (self.bits - 1), dtype=torch.uint8)
+            return torch.full((rows, math.ceil(columns / self.group)), 2 ** (self.bits - 1), dtype=torch.uint8)
         words = read(self.zeros)
-        zero_GO = _nibbles(words if self.rows_last else words.T.contiguous(), self.bits)[:, :rows]
-        return (zero_GO.T + self.less).repeat_interleave(self.group, dim=1)[:, :columns].contiguous()
-
-
-def _nibbles(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the integers, uint8 [R, C], that int32 words [R, C·n/32] hold along their last axis."""
-    packed = words.contiguous().view(torch.uint8)
-    return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)
+        packed = (words if self.rows_last else words.T).contiguous().view(torch.uint8)
+        return (
+            Integers(self.bits, 8 * packed.shape[1] // self.bits).split(packed)[:, :rows].T + self.less
+        ).contiguous()
 
 
 Layout = Literal["plain", "bitmask", "2:4", "mask", "nonzeros"]
@@ -107,7 +108,7 @@ class Packed:
         return sum(part.numel() * part.itemsize for part in self.parts.values())
 
     @property
-    def group(self) -> int | None:
+    def halves(self) -> int | None:
         """Columns of which the half bytes begin at a whole byte."""
         return self.codes.group if self.codes is not None and self.codes.bits == 4 else None
 
@@ -133,7 +134,7 @@ class Source(Protocol):
         ...
 
     def kept(self, name: str) -> torch.Tensor:
-        """Return the mask that a packed weight's layout holds, bool [O, I]."""
+        """Return the mask that a packed weight's layout holds, uint8 [O, ceil(I / 8)]."""
         ...
 
 
@@ -144,30 +145,37 @@ def encode(tensor: torch.Tensor, codes: Codes | None, source: Source, mask: torc
         tensor: as stored.
         codes: how its words hold codes; None for a tensor of values.
         source: has its zero points.
-        mask: which of its weights were kept, bool [O, I]. Where all else is zero the layout keeps these, zeros among
-            them: the stored mask then takes no room of its own.
+        mask: which of its weights were kept, as it is stored, uint8 [O, ceil(I / 8)]. Where all else is zero the layout
+            keeps these, zeros among them: the stored mask then takes no room of its own.
     """
     as_it_is = Packed("plain", {"": tensor})
-    if tensor.dim() != 2 or tensor.numel() == 0 or tensor.itemsize not in INTEGERS:
+    if tensor.dim() != 2 or tensor.numel() == 0 or tensor.itemsize not in _WIDTHS:
         return as_it_is
+    kind = _integers(tuple(tensor.shape), tensor.dtype, codes, source)
+    rows = tensor.contiguous().view(torch.uint8) if codes is None else codes.bytes_of(tensor)
+    kept = nonzeros(rows, kind)
+    if mask is not None and mask.shape == (len(kept), math.ceil(kind.columns / 8)):
+        stored = words_of_bytes(mask, kind.columns)
+        kept = kept if bool((kept & ~stored).any()) else stored
+    return min((as_it_is, *_sparse(rows, kind, kept, codes)), key=lambda one: one.size)
+
+
+def _integers(shape: tuple[int, ...], dtype: torch.dtype, codes: Codes | None, source: Source) -> Integers:
+    """Return what the integers of a stored tensor are."""
+    matrix = shape_of(shape, codes)
     if codes is None:
-        values = tensor.contiguous().view(INTEGERS[tensor.itemsize])
-        kept = values != 0
-    else:
-        values = codes.unpack(tensor)
-        kept = values != codes.zero_OI(source.read, (values.shape[0], values.shape[1]))
-    if mask is not None and mask.shape == kept.shape and bool((mask | ~kept).all()):
-        kept = mask
-    return min((as_it_is, *_sparse(values, kept, codes)), key=lambda one: one.size)
+        return Integers(8 * dtype.itemsize, matrix[1])
+    return Integers(codes.bits, matrix[1], codes.group, codes.zero_OG(source.read, matrix))
 
 
-def _sparse(values: torch.Tensor, kept: torch.Tensor, codes: Codes | None) -> Iterator[Packed]:
-    group = Packed("plain", {}, codes).group
-    if values.shape[1] % 4 == 0 and conforms(kept, 2, 4):
-        two = to_two_of_four(values, kept, nibbles=group is not None)
-        yield Packed("2:4", {".patterns": _padded(two.patterns_OP), ".values": _padded(two.values_OV)}, codes)
-    elif int(kept.sum()) < min(0.97 * kept.numel(), MOST):  # a mask takes a bit of 32 at the least
-        packed = to_bitmask(values, kept, group=group)
+def _sparse(rows: torch.Tensor, kind: Integers, kept: torch.Tensor, codes: Codes | None) -> Iterator[Packed]:
+    if kind.columns % 4 == 0 and at_most_two_of_four(kept):
+        two = to_two_of_four(rows, kind, kept)
+        yield Packed("2:4", {".patterns": _padded(two.patterns_OP), ".values": _padded(two.values_K)}, codes)
+        return
+    count, numbers = int(row_values(kept, kind.columns).sum()), len(rows) * kind.columns
+    if count < min(0.97 * numbers, MOST):  # a mask takes a bit of 32 at the least
+        packed = compress(rows, kind, kept)
         parts = {
             ".mask": packed.mask_OW,
             ".offsets": _padded(packed.offsets_O),
@@ -193,7 +201,7 @@ def encode_mask(mask: torch.Tensor, weight: str, source: Source) -> Packed:
 
 
 def kept_of(packed: Packed, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the mask that a layout holds, bool [O, I]; of a tensor that is stored as it was all True.
+    """Return the mask that a layout holds, int64 [O, W]; of a tensor that is stored as it was all 1.
 
     Args:
         packed: an archive's parts.
@@ -201,15 +209,26 @@ def kept_of(packed: Packed, shape: tuple[int, ...]) -> torch.Tensor:
     """
     rows, columns = shape_of(shape, packed.codes)
     if packed.layout == "bitmask":
-        return unpack_mask(packed.parts[".mask"].view(torch.uint8), columns)
+        return packed.parts[".mask"]
     if packed.layout == "2:4":
-        return kept_of_patterns(_patterns(packed, rows, columns), columns)
-    return torch.ones(rows, columns, dtype=torch.bool)
+        return kept_of_patterns(patterns_of(packed, rows, columns), columns)
+    return within(columns).expand(rows, -1)
 
 
-def _patterns(packed: Packed, rows: int, columns: int) -> torch.Tensor:
+def patterns_of(packed: Packed, rows: int, columns: int) -> torch.Tensor:
+    """Return the patterns of a 2:4 layout, uint8 [O, P]."""
     width = 3 * math.ceil(columns / 32)
     return packed.parts[".patterns"][: rows * width].view(rows, width)
+
+
+def bitmask_of(packed: Packed, matrix: tuple[int, int]) -> Bitmask:
+    """Return a matrix [O, I] of either sparse layout as a bitmask."""
+    rows, columns = matrix
+    if packed.layout == "2:4":
+        two = TwoOfFour(patterns_of(packed, rows, columns), packed.parts[".values"])
+        return as_bitmask(two, columns, halves=packed.halves is not None)
+    offsets = packed.parts[".offsets"][:rows]
+    return Bitmask(packed.parts[".mask"], packed.parts[".values"][: int(offsets[-1])], offsets)
 
 
 def decode(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype, source: Source) -> torch.Tensor:
@@ -221,27 +240,18 @@ def decode(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype, source: S
         dtype: as stored.
         source: as there.
     """
-    codes, group = packed.codes, packed.group
+    codes = packed.codes
     if packed.layout == "plain":
         return packed.parts[""]
     if packed.layout == "mask":
         assert packed.weight is not None
-        return pack_mask(source.kept(packed.weight))
+        return source.kept(packed.weight)
     if packed.layout == "nonzeros":
         assert packed.weight is not None
         return pack_mask(source.read(packed.weight) != 0)
-    rows, columns = matrix = shape_of(shape, codes)
-    integers = INTEGERS[dtype.itemsize]
-    zeros = torch.zeros(matrix, dtype=integers) if codes is None else codes.zero_OI(source.read, matrix)
-    values = packed.parts[".values"]
-    if packed.layout == "2:4":
-        width = columns // (2 if group is None else 4)
-        two = TwoOfFour(_patterns(packed, rows, columns), values[: rows * width].view(rows, width))
-        found = from_two_of_four(two, zeros, nibbles=group is not None)
-    else:
-        offsets = packed.parts[".offsets"][:rows]
-        found = from_bitmask(Bitmask(packed.parts[".mask"], values[: int(offsets[-1])], offsets), zeros, group=group)
-    return found.view(dtype) if codes is None else codes.pack(found)
+    kind, made = _integers(shape, dtype, codes, source), bitmask_of(packed, shape_of(shape, codes))
+    found = expand(made, kind, in_order=packed.layout == "2:4")
+    return found.view(dtype) if codes is None else codes.words_of(found)
 
 
 def shape_of(stored: tuple[int, ...], codes: Codes | None) -> tuple[int, int]:
@@ -257,7 +267,8 @@ def shape_of(stored: tuple[int, ...], codes: Codes | None) -> tuple[int, int]:
 def _padded(values: torch.Tensor) -> torch.Tensor:
     """Return values in one row, with zeros up to a multiple of 8 bytes."""
     flat = values.flatten()
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % (8 // flat.itemsize)))
+    rest = -flat.numel() % (8 // flat.itemsize)
+    return torch.nn.functional.pad(flat, (0, rest)) if rest else flat
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -26,7 +26,7 @@ from sqft.storage.archive import ArchiveFile, open_archive, stored, unpack_file
 from sqft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 MASK_FILE = Path("sqft") / "mask.safetensors"
 START_FILE = Path("sqft") / "start.safetensors"
@@ -110,6 +110,15 @@ def load_mask(base: str | Path | None, name: str) -> torch.Tensor | None:
         return None
     with _opened(file) as masks:
         return unpack_mask(masks.get_tensor(found), shapes[found][-1])
+
+
+def packed_masks(base: Path) -> Callable[[str], torch.Tensor | None]:
+    """Return what reads the stored mask of a weight of a plain folder, packed; None where there is none for it."""
+    file = base / MASK_FILE
+    if not file.is_file():
+        return lambda _: None
+    shapes, masks = _open_masks(file, file.stat().st_mtime_ns), Checkpoint(base, [str(MASK_FILE)])
+    return lambda name: masks.read(name) if name in shapes else None
 
 
 class MaskFile:
