@@ -16,10 +16,11 @@ from sqft.core.sparse import (
     expand,
     from_bitmask,
     kept_of_patterns,
+    kept_values,
     mask_bytes,
     mask_words,
     nonzeros,
-    row_values,
+    row_ends,
     to_bitmask,
     to_two_of_four,
     words_of_bytes,
@@ -63,7 +64,8 @@ def test_a_bitmask_holds_bits_and_values_in_order(columns: int, share: float) ->
     assert same(packed, to_bitmask(values, kept))
     assert torch.equal(from_bitmask(packed, torch.zeros_like(values)), values)
     assert torch.equal(expand(packed, kind), rows)
-    assert row_values(packed.mask_OW, columns).tolist() == kept.sum(dim=1).tolist()
+    assert row_ends(packed.mask_OW, columns).tolist() == packed.offsets_O.tolist()
+    assert kept_values(packed.mask_OW) == int(kept.sum())
 
 
 @pytest.mark.parametrize(("columns", "group"), [(64, 32), (128, 64), (192, 48), (96, 96), (40, 8), (12, 6), (384, 128)])
@@ -91,7 +93,7 @@ def test_half_bytes_of_a_group_begin_at_a_byte(columns: int, group: int, share: 
     assert packed.values_K.tolist() == expected
     assert packed.offsets_O.tolist() == ends
     assert same(packed, to_bitmask(codes, kept, group=group))
-    assert row_values(packed.mask_OW, columns, group=group).cumsum(0).tolist() == ends
+    assert row_ends(packed.mask_OW, columns, group=group).tolist() == ends
     assert torch.equal(from_bitmask(packed, zeros.clone(), group=group), codes)
     assert torch.equal(expand(packed, kind), rows)
 
@@ -120,7 +122,7 @@ def test_a_zero_point_that_no_code_is_keeps_all() -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(2, 4)
     kind = Integers(4, 64, 32, torch.tensor([[16, 3], [0, 16]], dtype=torch.uint8))
     kept = nonzeros(kind.join(codes), kind)
-    assert row_values(kept, 64).tolist() == [62, 62]
+    assert row_ends(kept, 64).tolist() == [62, 124]
     assert torch.equal(expand(compress(kind.join(codes), kind, kept), kind), kind.join(codes))
 
 

@@ -2,7 +2,8 @@
 
 A masked or quantised linear computes its weight in every forward, so training needs no second copy of it. Evaluation
 runs hundreds of forwards on the same weights: inside :func:`cached_weights` each is computed once and kept, which takes
-the memory of the float model. Every output is equal to the bit.
+the memory of the float model. Every output is equal to the bit. An archive may have been chosen for what its model takes:
+its weights are kept only where that is at most half of the memory that is free.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from sqft.adapters.layers import sqft_layers
 from sqft.adapters.masked import SqftMaskedLinear
 from sqft.kernels import decode
+from sqft.model.archived import ArchivedLinear
 from sqft.model.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -28,11 +31,13 @@ def cached_weights(model: nn.Module, *, but_decoded: bool = False) -> Iterator[N
 
     Args:
         model: in evaluation mode, frozen or not; one without linears of ours is left as it is.
-        but_decoded: leave packed linears as they are where the kernel for decoding multiplies them: for one sequence.
+        but_decoded: leave packed and archived linears as they are where the kernel for decoding multiplies them: for
+            one sequence.
     """
     if model.training:
         raise RuntimeError("weights are cached for evaluation alone; call model.eval() first")
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    packed: list[PackedLinear | ArchivedLinear] = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    packed += _that_fit([module for module in model.modules() if isinstance(module, ArchivedLinear)])
     masked = [module for module in model.modules() if isinstance(module, SqftMaskedLinear)]
     adapted = {id(layer.base_layer) for layer in masked}
     try:
@@ -49,6 +54,12 @@ def cached_weights(model: nn.Module, *, but_decoded: bool = False) -> Iterator[N
             linear.cached = None
         for layer in masked:
             layer.cached = None
+
+
+def _that_fit(archived: list[ArchivedLinear]) -> list[ArchivedLinear]:
+    """Return these linears if the memory that is free has room for their weights, else none."""
+    needed = sum(2 * linear.in_features * linear.out_features for linear in archived)
+    return archived if needed <= psutil.virtual_memory().available / 2 else []
 
 
 def switch_ranks(model: nn.Module, ranks: Mapping[str, int]) -> int:

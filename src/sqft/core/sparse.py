@@ -105,12 +105,11 @@ def nonzeros(bytes_OB: torch.Tensor, kind: Integers) -> torch.Tensor:
 
 def compress(bytes_OB: torch.Tensor, kind: Integers, mask_OW: torch.Tensor) -> Bitmask:
     """Return a matrix in the bitmask layout; what the mask does not keep is not stored."""
-    offsets_O = row_values(mask_OW, kind.columns, group=kind.halves).cumsum(0)
-    values = kernel.compress(bytes_OB, kind.bits, mask_OW, int(offsets_O[-1]), kind.group)
-    if values is None:
+    found = kernel.compress(bytes_OB, kind.bits, mask_OW, kind.group)
+    if found is None:
         kept_OI = unpack_mask(mask_OW.view(torch.uint8), kind.columns)
         return to_bitmask(kind.split(bytes_OB), kept_OI, group=kind.halves)
-    return Bitmask(mask_OW, values, offsets_O.to(torch.int32))
+    return Bitmask(mask_OW, found[0], found[1].to(torch.int32))
 
 
 def expand(packed: Bitmask, kind: Integers, *, in_order: bool = False) -> torch.Tensor:
@@ -192,22 +191,32 @@ def within(columns: int) -> torch.Tensor:
     return mask_words(torch.ones(1, columns, dtype=torch.bool))[0]
 
 
-def row_values(mask_OW: torch.Tensor, columns: int, *, group: int | None = None) -> torch.Tensor:
-    """Return how many entries of `values_K` each row has by its mask, int64 [O]; half bytes have a group."""
+def row_ends(mask_OW: torch.Tensor, columns: int, *, group: int | None = None) -> torch.Tensor:
+    """Return where in `values_K` each row ends by its mask, int64 [O]; half bytes have a group."""
+    found = kernel.ends(mask_OW, 8 if group is None else 4, columns, group)
+    if found is not None:
+        return found
     if group is not None and group % 8:
         counts = unpack_mask(mask_OW.view(torch.uint8), columns)
-    elif group is not None and group % WORD:
+    else:
         counts = mask_bytes(_byte_counts(mask_OW), columns)
-    else:  # the product's highest byte is the sum of all eight
-        counts = _byte_counts(mask_OW) * 0x0101010101010101 >> 56
     if group is not None:
         counts = (counts.unflatten(1, (columns // group, -1)).sum(dim=2) + 1) // 2
-    return counts.sum(dim=1)
+    return counts.sum(dim=1).cumsum(0)
+
+
+def kept_values(mask_OW: torch.Tensor) -> int:
+    """Return how many values a mask keeps."""
+    found = kernel.count(mask_OW)
+    return int(_byte_counts(mask_OW).view(torch.uint8).sum()) if found is None else found
 
 
 def at_most_two_of_four(mask_OW: torch.Tensor) -> bool:
     """Return whether a mask keeps at most two of each four columns."""
-    return not bool((_four_counts(mask_OW) + 0x1111111111111111 & 0x4444444444444444).any())
+    found = kernel.two_of_four(mask_OW)
+    if found is None:
+        found = not bool((_four_counts(mask_OW) + 0x1111111111111111 & 0x4444444444444444).any())
+    return found
 
 
 def to_two_of_four(bytes_OB: torch.Tensor, kind: Integers, mask_OW: torch.Tensor) -> TwoOfFour:

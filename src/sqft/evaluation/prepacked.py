@@ -20,6 +20,7 @@ from torch import nn
 
 from sqft.adapters.layers import SqftLinear
 from sqft.kernels import decode
+from sqft.model.archived import ArchivedLinear
 from sqft.model.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _plain(model: nn.Module) -> Iterator[tuple[nn.Module, torch.Tensor, torch.Te
             if in_force and module.cached is not None and not module.fan_in_fan_out:
                 weight, bias = module.cached, module.get_base_layer().bias
                 inside.update(module.modules())
-        elif isinstance(module, PackedLinear):
+        elif isinstance(module, PackedLinear | ArchivedLinear):
             weight = module.cached
         elif type(module) is nn.Linear:
             weight = getattr(module, "weight", None)

@@ -73,25 +73,58 @@ def nonzeros(
     return mask_OW
 
 
+def ends(mask_OW: torch.Tensor, bits: int, columns: int, group: int | None = None) -> torch.Tensor | None:
+    """Return where in the kept values, or bytes of two 4-bit ones, each row ends, int64 [O]."""
+    if not _takes(mask_OW, bits, columns, group):
+        return None
+    ends_O = torch.empty(len(mask_OW), dtype=torch.int64)
+    _call("ends", bits, columns, group, None, None, mask_OW.contiguous(), None, ends_O.data_ptr())
+    return ends_O
+
+
+def count(mask_OW: torch.Tensor) -> int | None:
+    """Return how many bits of a mask are 1."""
+    return _of_mask("count", mask_OW)
+
+
+def two_of_four(mask_OW: torch.Tensor) -> bool | None:
+    """Return whether each four bits of a mask have at most two."""
+    found = _of_mask("two_of_four", mask_OW)
+    return None if found is None else bool(found)
+
+
+def _of_mask(name: str, mask_OW: torch.Tensor) -> int | None:
+    library = _load()
+    if isinstance(library, str) or mask_OW.device.type != "cpu":
+        return None
+    mask_OW = mask_OW.contiguous()
+    function = getattr(library, f"sqft_{name}")
+    function.restype = ctypes.c_int64
+    return int(function(ctypes.c_void_p(mask_OW.data_ptr()), ctypes.c_int64(mask_OW.numel())))
+
+
 def compress(
-    bytes_OB: torch.Tensor, bits: int, mask_OW: torch.Tensor, count: int, group: int | None = None
-) -> torch.Tensor | None:
-    """Return the values that a mask keeps, in order: integers [count], or bytes [count] of two 4-bit ones each.
+    bytes_OB: torch.Tensor, bits: int, mask_OW: torch.Tensor, group: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the values that a mask keeps, in order, and where each row ends, int64 [O].
 
     Args:
         bytes_OB: as in :func:`nonzeros`.
         bits: as there.
         mask_OW: int64 [O, W], without bits behind the columns.
-        count: how many entries the mask keeps.
         group: as there.
+
+    Returns:
+        Integers, or bytes of two 4-bit ones each, and the ends.
     """
     columns = bytes_OB.shape[1] * 8 // bits
-    if not _takes(bytes_OB, bits, columns, group):
+    ends_O = ends(mask_OW, bits, columns, group)
+    if ends_O is None:
         return None
-    size = count * max(1, bits // 8)
+    size = int(ends_O[-1]) * max(1, bits // 8)
     values = torch.empty(size + _ROOM, dtype=torch.uint8)
     _call("compress", bits, columns, group, None, bytes_OB.contiguous(), mask_OW.contiguous(), values)
-    return values[:size].view(_INTEGERS.get(bits, torch.uint8))
+    return values[:size].view(_INTEGERS.get(bits, torch.uint8)), ends_O
 
 
 def expand(
@@ -126,9 +159,10 @@ def _call(
     columns: int,
     group: int | None,
     zero_OG: torch.Tensor | None,
-    bytes_OB: torch.Tensor,
+    bytes_OB: torch.Tensor | None,
     mask_OW: torch.Tensor,
     values: torch.Tensor | None,
+    *more: int,
 ) -> None:
     library = _load()
     assert not isinstance(library, str)
@@ -136,4 +170,4 @@ def _call(
     tensors = zero_OG, bytes_OB, mask_OW, values
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     matrix = _Matrix(bits, mask_OW.shape[0], columns, group or _ALL, *pointers, 0 if values is None else values.nbytes)
-    getattr(library, f"sqft_{name}")(ctypes.byref(matrix))
+    getattr(library, f"sqft_{name}")(ctypes.byref(matrix), *map(ctypes.c_void_p, more))

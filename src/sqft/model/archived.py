@@ -1,7 +1,7 @@
 """Linears of an archive that stay in its layout in memory: a bit a weight, and the kept values or codes in order.
 
 For decoding on a CPU: a few rows are multiplied with them as they are, for many the weight is written out for the one
-product (:mod:`sqft.kernels.decode`). They hold no weight to train; who adapts a model opens the archive with `packed`.
+product (:mod:`sqft.kernels.decode`), or once for all of an evaluation's. They hold no weight to train; who adapts a model opens the archive with `packed`.
 Which linears: BF16 and 4-bit ones that the archive packed, in models of bfloat16 whose tensors on disk are parameters
 as they are. All else is opened as from a plain folder.
 """
@@ -35,7 +35,10 @@ class ArchivedLinear(nn.Linear):
     Attributes:
         values, mask, ends, scale, zero: the stored weight's, as parameters without gradient; the last two of codes.
         scale_dtype: of the scales.
+        cached: the weight while :func:`sqft.adapters.cached.cached_weights` is in force, else None.
     """
+
+    cached: torch.Tensor | None = None
 
     def __init__(self, linear: nn.Linear) -> None:
         """Take a linear's place; :meth:`fill` gives the weight."""
@@ -71,9 +74,10 @@ class ArchivedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Wᵀ + bias."""
-        if decode.takes(x):
+        if (self.cached is None or decode.few(x)) and decode.takes(x):
             return self.stored.linear(x, self.bias)
-        return functional.linear(x, self.weight.to(x.dtype), self.bias)
+        weight = self.weight if self.cached is None else self.cached
+        return functional.linear(x, weight.to(x.dtype), self.bias)
 
 
 def unpacked(stored: decode.Stored) -> torch.Tensor:

@@ -146,12 +146,15 @@ class _Packer:
         self.stored = {} if quantized is None else {w: quantized.codes_name(w) for w in quantized.shapes}
         self.weights = {codes: weight for weight, codes in self.stored.items()}
         self.masks = packed_masks(model)
+        self._last = "", torch.empty(0)
         self.made: dict[str, ArchiveFile] = {}
         self.size = sum((model / file).stat().st_size for file in _files(model) if file.suffix == ".safetensors")
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor of the model."""
-        return self.checkpoint.read(name)
+        """Return a tensor of the model; zero points are asked for twice, when their codes are packed and turned back."""
+        if self._last[0] != name:
+            self._last = name, self.checkpoint.read(name)
+        return self._last[1]
 
     def kept(self, name: str) -> torch.Tensor:
         """Return the mask in the layout of a weight that is packed already, uint8 [O, ceil(I / 8)]."""
@@ -165,6 +168,8 @@ class _Packer:
             packed = encode(tensor, None, self)
         else:
             packed = encode(tensor, self.codes.get(name), self, self.masks(self.weights.get(name, name)))
+        if packed.layout == "plain":
+            return packed
         back = decode(packed, tuple(tensor.shape), tensor.dtype, self)
         if not torch.equal(_words(back), _words(tensor)):
             raise AssertionError(f"{name}: layout {packed.layout} does not give it back")

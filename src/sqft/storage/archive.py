@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sqft.core.sparse import WORD, are_patterns, mask_bytes, row_values, within
+from sqft.core.sparse import WORD, are_patterns, mask_bytes, row_ends, within
 from sqft.errors import InputError
 from sqft.storage.dtypes import DTYPE_NAMES, DTYPES, read_tensor
 from sqft.storage.layouts import PARTS, Codes, Layout, Packed, Source, as_bytes, decode, kept_of, patterns_of, shape_of
@@ -247,7 +247,7 @@ class ArchiveFile:
             _check_shape(offsets, (rows + rows % 2,), f"{name}.offsets")
             if bool((mask[:, -1] & ~within(columns)[-1]).any()):
                 raise ValueError(f"{name}.mask keeps more than its {columns} columns")
-            if not torch.equal(row_values(mask, columns, group=note.halves).cumsum(0), offsets[:rows].long()):
+            if not torch.equal(row_ends(mask, columns, group=note.halves), offsets[:rows].long()):
                 raise ValueError(f"{name}.offsets are not what {name}.mask counts")
             count = int(offsets[rows - 1])
         found = math.prod(self._parts[f"{name}.values"]["shape"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,8 +25,8 @@ from sqft.core.sparse import (
     compress,
     expand,
     kept_of_patterns,
+    kept_values,
     nonzeros,
-    row_values,
     to_two_of_four,
     within,
     words_of_bytes,
@@ -121,7 +121,7 @@ class Packed:
 
     def note(self) -> dict[str, Any]:
         """Return what the header says of it."""
-        codes = None if self.codes is None else asdict(self.codes)
+        codes = None if self.codes is None else vars(self.codes)
         said = {"layout": self.layout, "crc32": self.crc() or None, "codes": codes, "weight": self.weight}
         return {name: value for name, value in said.items() if value is not None}
 
@@ -173,8 +173,7 @@ def _sparse(rows: torch.Tensor, kind: Integers, kept: torch.Tensor, codes: Codes
         two = to_two_of_four(rows, kind, kept)
         yield Packed("2:4", {".patterns": _padded(two.patterns_OP), ".values": _padded(two.values_K)}, codes)
         return
-    count, numbers = int(row_values(kept, kind.columns).sum()), len(rows) * kind.columns
-    if count < min(0.97 * numbers, MOST):  # a mask takes a bit of 32 at the least
+    if kept_values(kept) < min(0.97 * len(rows) * kind.columns, MOST):  # a mask takes a bit of 32 at the least
         packed = compress(rows, kind, kept)
         parts = {
             ".mask": packed.mask_OW,
