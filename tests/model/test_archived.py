@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +136,35 @@ def test_gradients_of_its_inputs_flow(made: Any) -> None:
     x = torch.randn(2, linear.in_features).bfloat16().requires_grad_()
     linear(x).sum().backward()
     assert torch.equal(x.grad, (torch.ones(2, linear.out_features).bfloat16() @ linear.weight))
+
+
+@pytest.mark.parametrize("form", ["float", "codes 2:4"])
+def test_evaluation_writes_the_weights_out_once(
+    form: str, made: Any, products: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+    weight = decode.Stored.weight
+    monkeypatch.setattr(decode.Stored, "weight", lambda self: (written.append(self), weight(self))[1])
+    plain, archive = made(form)
+    model, reference = load_model(archive), logits(load_model(plain), 32)
+    count = sum(isinstance(module, ArchivedLinear) for module in model.modules())
+    with cached_weights(model):
+        for _ in range(3):
+            assert torch.equal(logits(model, 32), reference)
+        assert len(written) == count
+        assert not products
+        few = logits(model, 4)
+        assert len(products) == count  # a few rows are still multiplied with what is stored
+    assert torch.equal(logits(model, 4), few)
+    assert torch.equal(logits(model, 32), reference)
+    assert len(written) == 2 * count  # nothing is kept outside
+    with cached_weights(model, but_decoded=True):
+        logits(model, 32)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with cached_weights(model):
+        logits(model, 32)
+        assert all(m.cached is None for m in model.modules() if isinstance(m, ArchivedLinear))
+    assert len(written) == 4 * count
 
 
 def test_without_the_kernel_the_model_is_unpacked(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

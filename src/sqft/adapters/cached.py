@@ -2,8 +2,8 @@
 
 A masked or quantised linear computes its weight in every forward, so training needs no second copy of it. Evaluation
 runs hundreds of forwards on the same weights: inside :func:`cached_weights` each is computed once and kept, which takes
-the memory of the float model. Every output is equal to the bit. An archive may have been chosen for what its model takes:
-its weights are kept only where that is at most half of the memory that is free.
+the memory of the float model. Every output is equal to the bit. An archive may have been chosen for its size in memory:
+its weights are kept only where they take at most half of what is free.
 """
 
 from __future__ import annotations

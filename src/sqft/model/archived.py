@@ -1,9 +1,9 @@
 """Linears of an archive that stay in its layout in memory: a bit a weight, and the kept values or codes in order.
 
 For decoding on a CPU: a few rows are multiplied with them as they are, for many the weight is written out for the one
-product (:mod:`sqft.kernels.decode`), or once for all of an evaluation's. They hold no weight to train; who adapts a model opens the archive with `packed`.
-Which linears: BF16 and 4-bit ones that the archive packed, in models of bfloat16 whose tensors on disk are parameters
-as they are. All else is opened as from a plain folder.
+product (:mod:`sqft.kernels.decode`), or once for all of an evaluation. They hold no weight to train; who adapts a model
+opens the archive with `packed`. Which linears: BF16 and 4-bit ones that the archive packed, in models of bfloat16 whose
+tensors on disk are parameters as they are. All else is opened as from a plain folder.
 """
 
 from __future__ import annotations

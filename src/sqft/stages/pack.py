@@ -151,7 +151,7 @@ class _Packer:
         self.size = sum((model / file).stat().st_size for file in _files(model) if file.suffix == ".safetensors")
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor of the model; zero points are asked for twice, when their codes are packed and turned back."""
+        """Return a tensor of the model; zero points are asked for twice, as codes are packed and turned back."""
         if self._last[0] != name:
             self._last = name, self.checkpoint.read(name)
         return self._last[1]
