@@ -252,6 +252,30 @@ def workers(result: dict[str, Any]) -> str:
     )
 
 
+def processes(result: dict[str, Any]) -> str:
+    rows = [
+        {
+            "round": number + 1,
+            "load before": one["load"],
+            "one process, s": one["1"]["work"],
+            "two, s": one["2"]["work"],
+            "one, processor s": one["1"]["processor"],
+            "two, the slower's": one["2"]["processor"],
+        }
+        for number, one in enumerate(result["rounds"])
+    ]
+    speed_up, changed = result["speed_up"], result["codes_changed"]
+    return (
+        f"`sqft quantize` on {result['samples']} samples of {result['length']} tokens, one thread a process. By two "
+        f"processes that share samples and rows the work takes **{speed_up['work']} ×** less time (medians of "
+        f"{len(rows)} alternating rounds), the whole command with its imports {speed_up['command']} × less, and the "
+        f"processor {speed_up['processor']} × less in the slower of the two. "
+        f"{100 * changed['two_processes']:.2f} % of the codes differ from one process'; "
+        f"{100 * changed['one_process_other_batch']:.2f} % differ where one process runs five sequences at a time "
+        f"instead of eight.\n\n{table(rows)}"
+    )
+
+
 def strategies(result: dict[str, Any]) -> str:
     rows = [
         {
@@ -471,6 +495,11 @@ SECTIONS = {
     "evaluation": ("Evaluation", "python benchmarks/evaluation.py MODEL --rows 238 --batch 48 --rounds 2", evaluation),
     "search": ("Search", "python benchmarks/search.py BASE ADAPTER --configurations 8", searching),
     "workers": ("Two processes on one search", "python benchmarks/workers.py BASE ADAPTER", workers),
+    "processes": (
+        "Two processes on one model",
+        "python benchmarks/processes.py runs/quickstart/dense",
+        processes,
+    ),
     "strategies": (
         "What searching gives",
         "python benchmarks/strategies.py BASE ADAPTER --out DIR",

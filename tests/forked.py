@@ -29,8 +29,13 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def run(arguments: list[str], processes: int = 1, script: Path | None = None) -> CompletedProcess[str]:
-    """Run `sqft ARGUMENTS`, or a script, in a group of processes; their outputs follow each other."""
+def run(
+    arguments: list[str], processes: int = 1, script: Path | None = None, *, stop_others: bool = True
+) -> CompletedProcess[str]:
+    """Run `sqft ARGUMENTS`, or a script, in a group of processes; their outputs follow each other.
+
+    `stop_others`, as `torchrun` does, when one has failed; else they must notice themselves.
+    """
     with socket.socket() as probe, tempfile.TemporaryDirectory() as place:
         probe.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
@@ -48,7 +53,7 @@ def run(arguments: list[str], processes: int = 1, script: Path | None = None) ->
         running = {process.sentinel: process for process in started}
         while running:
             for sentinel in wait(list(running)):
-                if running.pop(sentinel).exitcode:  # the others would wait for it
+                if running.pop(sentinel).exitcode and stop_others:
                     for process in running.values():
                         process.terminate()
         texts = [

@@ -31,6 +31,10 @@ class NumericalError(SqftError):
     """A computation produced NaN, Inf or a singular matrix."""
 
 
+class ProcessLostError(SqftError):
+    """One of the processes that share a command has ended before the others."""
+
+
 class Problems:
     """Collects every problem of an input, so that all are reported at once.
 

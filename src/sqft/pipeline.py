@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,8 @@ class RunResult:
 def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None] = logger.info) -> RunResult:
     """Take a recipe through all its stages.
 
-    Several processes (`torchrun`) share the training. The first does all else: the others wait until there is what is
-    trained on, and are done when the training is.
+    Several processes (`torchrun`) share compressing and training. The first does all else: the others wait for it, and
+    are done when what they share is.
 
     Args:
         recipe: what to do.
@@ -71,9 +72,10 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         InputError: something of the recipe, model or data cannot be used; before any work, and all at once where it can
             be.
     """
-    if processes.count() > 1 and not _trainings(recipe):
+    if processes.count() > 1 and not _shared(recipe):
         raise InputError(
-            f"recipe {recipe.name} trains nothing that {processes.count()} processes could share; start one"
+            f"recipe {recipe.name} compresses and trains nothing that {processes.count()} processes could share; "
+            "start one"
         )
     out = Path("runs") / recipe.name if out is None else out
     if recipe.threads is not None:
@@ -87,11 +89,11 @@ def run(recipe: Recipe, out: Path | None = None, announce: Callable[[str], None]
         context = Context(recipe.seed, recipe.trust_remote_code, recipe.device)
         recipe = fix_date(recipe, context, teacher.tuned_folder(recipe.teacher, dense, given), out)
         flow = _Flow(recipe, out, context, prepare(recipe, context, dense, given), announce, dense)
-        flow.teach(given)
-        if not flow.dismissed:
-            flow.sparsify()
-            flow.quantize()
-            flow.finetune()
+        if processes.first():
+            processes.barrier()
+        for stage in (partial(flow.teach, given), flow.sparsify, flow.quantize, flow.finetune):
+            if not flow.dismissed:
+                stage()
         if flow.dismissed:
             return RunResult(out, out / "report.html", None)
         flow.extract()
@@ -109,7 +111,7 @@ class _Flow:
     Attributes:
         base: the model that the next stage works on.
         models: what can be evaluated, as (model, adapter).
-        trained: how many trainings are done.
+        shared: how many stages are done that processes share.
     """
 
     recipe: Recipe
@@ -119,12 +121,12 @@ class _Flow:
     announce: Callable[[str], None]
     base: Path
     models: dict[str, tuple[Path, Path | None]] = field(default_factory=dict)
-    trained: int = 0
+    shared: int = 0
 
     @property
     def dismissed(self) -> bool:
-        """Whether this process has nothing more to do: it is not the first, and all that is trained is."""
-        return not processes.first() and self.trained == len(_trainings(self.recipe))
+        """Whether this process has nothing more to do: it is not the first, and all that is shared is done."""
+        return not processes.first() and self.shared == _shared(self.recipe)
 
     def __post_init__(self) -> None:
         self.models["dense"] = (self.base, None)
@@ -145,29 +147,29 @@ class _Flow:
             if self.dismissed:
                 return
             # Whatever zeros the dense model has are no promise: what is pruned is chosen afterwards.
-            merge.run(MergeConfig(allow_sparsity_loss=True), self.base, adapter, out, self.context)
+            merging = MergeConfig(allow_sparsity_loss=True)
+            processes.once(lambda: merge.run(merging, self.base, adapter, out, self.context))
         elif config.adapter is not None and given is not None:
             self.announce("merge the adapter into the dense model")
-            teacher.run(self.base, given, self.recipe.model, out, self.context)
+            processes.once(lambda: teacher.run(self.base, given, self.recipe.model, out, self.context))
         tuned = out if config.model is None or given is None else given
         self.models["teacher"] = (tuned, None)
         if config.compress:
             self.base = tuned
 
     def _train(self, config: FinetuneConfig, out: Path, teacher: Path | None = None) -> None:
-        """Train adapters on what is there, together with the processes that have waited for it."""
+        """Train adapters on what is there."""
         inputs, context = self.inputs, self.context if config.seed is None else self.context.seeded(config.seed)
-        if processes.first():
-            processes.barrier()
         train, validation = ([(e.prompt, e.answer) for e in rows] for rows in (inputs.train, inputs.validation))
         held_out = validation if config.evaluate_every is not None else []
         finetune.run(config, self.base, train, held_out, out, context, data=inputs.source, teacher=teacher)
-        self.trained += 1
-        last = self.trained == len(_trainings(self.recipe))
-        if processes.first() and last:
+        self._share_next()
+
+    def _share_next(self) -> None:
+        """Take in that a shared stage is done; after the last one the first process goes on alone."""
+        self.shared += 1
+        if processes.first() and self.shared == _shared(self.recipe):
             processes.leave_group()
-        elif not last and not processes.first():
-            processes.barrier()  # until the first has made what is trained on next
 
     def sparsify(self) -> None:
         config, tokens = self.recipe.sparsify, self.inputs.tokens
@@ -177,6 +179,7 @@ class _Flow:
         drawn = None if tokens is None else self.inputs.source
         sparsify.run(config, self.base, tokens, self.out / "sparse", self.context, calibration=drawn)
         self._made("sparse")
+        self._share_next()
 
     def quantize(self) -> None:
         config, tokens, joint = self.recipe.quantize, self.inputs.quantize_tokens, self.recipe.joint
@@ -188,6 +191,7 @@ class _Flow:
         out = self.out / "quantized"
         quantize.run(config, self.base, tokens, out, self.context, sparsify=pruning, calibration=drawn)
         self._made("quantized")
+        self._share_next()
 
     def finetune(self) -> None:
         config = self.recipe.finetune
@@ -240,10 +244,11 @@ class _Flow:
         _write_summary(self.out, results, self.recipe.seed)
 
 
-def _trainings(recipe: Recipe) -> list[FinetuneConfig]:
-    """Return the trainings of a run, in order."""
-    tuned = None if recipe.teacher is None else recipe.teacher.training
-    return [config for config in (tuned, recipe.finetune) if config is not None]
+def _shared(recipe: Recipe) -> int:
+    """Return how many stages of a run its processes share."""
+    pruning = None if recipe.joint else recipe.sparsify
+    training = None if recipe.teacher is None else recipe.teacher.training
+    return sum(config is not None for config in (training, pruning, recipe.quantize, recipe.finetune))
 
 
 def fix_date(recipe: Recipe, context: Context, dense: Path, out: Path) -> Recipe:

@@ -70,7 +70,7 @@ class Stage:
             check: raises all that can be known before the work, and returns what the work needs.
             work: fills the folder of the draft, and returns the manifest's `result`.
             in_turn: several processes may have shared the check; the first one writes the folder for all.
-            shared: all processes of a distributed training work together; the first one alone writes.
+            shared: all processes of a command check and work together; the first one alone writes.
 
         Raises:
             InputError: the folder was made with other settings, is being made, or the disk is full; and what `check`
@@ -78,6 +78,8 @@ class Stage:
         """
         if done := reuse(self.out, self.description):
             return done
+        if shared:
+            processes.barrier()  # all have seen that it is still to be made
         ready = check()
         with exclusive(self.out) if in_turn else nullcontext():
             if in_turn and (done := reuse(self.out, self.description)):

@@ -122,6 +122,18 @@ def test_processes_share_the_teachers_training_and_wait_for_the_base(recipe: Pat
         assert again.returncode == 0, again.stderr
 
 
+def test_processes_share_a_run_that_only_compresses(recipe: Path, tmp_path: Path) -> None:
+    settings = [*("--set", "finetune=null"), *("--set", "evaluate=null")]
+    grid = "quantize={group_size: 16, calibration: {samples: 4, length: 32}}"
+    shared = run(recipe, tmp_path / "out", *settings, "--set", grid, processes=2)
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.count("report:") == 1
+    assert Artifact.open(tmp_path / "out" / "quantized").manifest["result"]["processes"] == 2
+    nothing = run(recipe, tmp_path / "none", *settings, "--set", "sparsify=null", processes=2)
+    assert nothing.returncode == 2
+    assert nothing.stderr.count("compresses and trains nothing that 2 processes could share") == 1
+
+
 def test_processes_share_a_distilled_step(recipe: Path, tmp_path: Path) -> None:
     """Unpacked rows of unequal length: each process has other counts of tokens and of labels."""
     distill = ["--set", "finetune.distill={hidden: 1, logits: 0.5}", "--set", "finetune.max_steps=3", *TRAINING]

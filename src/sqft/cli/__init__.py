@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sqft import __version__, processes
-from sqft.cli import commands
+from sqft.cli.arguments import COMMANDS
 from sqft.cli.parser import parser
 from sqft.errors import InputError, SqftError
 from sqft.memory import is_out_of_memory
@@ -40,26 +40,26 @@ def run(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     _set_up(options)
     try:
-        if processes.count() > 1 and options.command not in (commands.run, commands.finetune):
-            raise InputError(
-                f"{processes.count()} processes share `run` and `finetune` alone; start one of this command"
-            )
-        return int(options.command(options))
+        if processes.count() > 1:
+            _join(options)
+        code = int(options.command(options))
+        processes.leave_group()
+        return code
     except SqftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        _say("interrupted; the same command continues where it stopped")
         return 130
     except OSError as error:
         logging.getLogger(__name__).debug("the cause, in full:", exc_info=True)
         full = "the disk is full; free some space and run the same command again: "
-        print(f"error: {full if error.errno == errno.ENOSPC else ''}{error}", file=sys.stderr)
+        _say(f"error: {full if error.errno == errno.ENOSPC else ''}{error}")
         return 2
     except Exception as error:
         if is_out_of_memory(error):
             detail = f": {str(error).splitlines()[0]}" if str(error) else ""
-            print(f"error: {_OUT_OF_MEMORY}{detail}", file=sys.stderr)
+            _say(f"error: {_OUT_OF_MEMORY}{detail}")
             return 2
         _tell_unexpected(error, verbose=options.verbose)
         return 1
@@ -72,13 +72,26 @@ def _tell_unexpected(error: Exception, *, verbose: bool) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if f"{os.sep}sqft{os.sep}" in frame.filename] or frames
     place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "unknown"
-    print(
+    _say(
         f"error: unexpected {type(error).__name__} at {place}: {str(error) or 'no message'}\n"
         f"This is a fault of sqft {__version__}. What was finished before stays; the same command goes on from it. "
         "Please report it as CONTRIBUTING.md says, with the recipe or command"
-        f"{'' if verbose else ' and what it prints with --verbose'}.",
-        file=sys.stderr,
+        f"{'' if verbose else ' and what it prints with --verbose'}."
     )
+
+
+def _say(text: str) -> None:
+    """Print why the command ends; of several processes that do, the first to end says it for all."""
+    if processes.speaks():
+        print(f"process {processes.rank()}: {text}" if processes.rank() else text, file=sys.stderr)
+
+
+def _join(options: argparse.Namespace) -> None:
+    """Meet the other processes of this command."""
+    if not options.shared:
+        named = ", ".join(f"`{command.name}`" for command in COMMANDS if command.shared)
+        raise InputError(f"{processes.count()} processes can share {named} alone; start one of this command")
+    processes.barrier()
 
 
 def _set_up(options: argparse.Namespace) -> None:

@@ -94,6 +94,7 @@ class Command:
         arguments: in the order of its help.
         settings: whose settings are flags of it.
         defaults: of these settings, where they differ from a recipe's.
+        shared: whether several processes may share it.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Command:
     arguments: tuple[Argument, ...]
     settings: tuple[type[Config], ...] = ()
     defaults: Mapping[str, str] = field(default_factory=dict)
+    shared: bool = False
 
 
 COMMANDS = (
@@ -116,6 +118,7 @@ COMMANDS = (
         "take a recipe through all its stages; run it again to continue",
         "recipes/quickstart.yaml",
         (RECIPE, Argument("--out", type=_path, help="the run's folder (default runs/NAME)"), SET),
+        shared=True,
     ),
     Command(
         "plan",
@@ -129,6 +132,7 @@ COMMANDS = (
         "HuggingFaceTB/SmolLM2-135M sparse --task gsm8k --sparsity 0.5",
         (SEED, REVISION, TRUST, DEVICE, Argument("model", help=_FETCHED), OUT, *CALIBRATION),
         (SparsifyConfig,),
+        shared=True,
     ),
     Command(
         "quantize",
@@ -142,6 +146,7 @@ COMMANDS = (
             Argument("--pruner", default="wanda", help="how --sparsity chooses weights (default wanda)"),
         ),
         (QuantizeConfig,),
+        shared=True,
     ),
     Command(
         "finetune",
@@ -152,6 +157,7 @@ COMMANDS = (
             Argument("--teacher", help="the uncompressed model that --distill.* learns from: Hub id or folder"),
         ),
         (FinetuneConfig, DataConfig),
+        shared=True,
     ),
     Command(
         "extract",

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 
 from sqft.cli import commands
-from sqft.cli.arguments import COMMANDS, THREADS, VERBOSE
+from sqft.cli.arguments import COMMANDS, THREADS, VERBOSE, Command
 from sqft.cli.flags import add_flags
 
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
             command.name,
             help=command.help,
             description=f"{command.help[0].upper()}{command.help[1:]}.",
-            epilog=f"Example: sqft {command.name} {command.example}",
+            epilog=_epilog(command),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for argument in (THREADS, VERBOSE):
@@ -48,5 +48,12 @@ def parser() -> argparse.ArgumentParser:
             add_flags(sub, config, defaults=command.defaults)
         for argument in command.arguments:
             argument.add_to(sub)
-        sub.set_defaults(command=getattr(commands, command.name))
+        sub.set_defaults(command=getattr(commands, command.name), shared=command.shared)
     return root
+
+
+def _epilog(command: Command) -> str:
+    """Return an example; of a command that several processes may share, also how they are started."""
+    example = f"{command.name} {command.example}"
+    sharing = f"\nSeveral GPUs: torchrun --nproc-per-node 2 -m sqft {example}" if command.shared else ""
+    return f"Example: sqft {example}{sharing}"

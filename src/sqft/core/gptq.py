@@ -53,19 +53,24 @@ class Quantized:
             start += size
         return parts
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What it consists of, a row for each row of the weight; :meth:`of` takes it."""
+        found = (self.codes_OI, self.grid.scale_OG, self.grid.zero_OG, self.offset_OI)
+        return found if self.mask_OI is None else (*found, self.mask_OI)
+
+    @classmethod
+    def of(cls, tensors: tuple[torch.Tensor, ...], *, bits: int, symmetric: bool) -> Quantized:
+        """Undo :attr:`tensors`."""
+        codes_OI, scale_OG, zero_OG, offset_OI, *mask = tensors
+        grid = Grid(scale_OG, zero_OG, bits, codes_OI.shape[1], symmetric)
+        return cls(codes_OI, grid, offset_OI, mask[0] if mask else None)
+
     @classmethod
     def join(cls, parts: list[Quantized]) -> Quantized:
         """Return the tall weight whose parts they are, in order."""
-        first = parts[0].grid
-        scale, zero = (torch.cat([getattr(part.grid, name) for part in parts]) for name in ("scale_OG", "zero_OG"))
-        grid = Grid(scale, zero, first.bits, first.columns, first.symmetric)
-        masks = [part.mask_OI for part in parts if part.mask_OI is not None]
-        return cls(
-            torch.cat([p.codes_OI for p in parts]),
-            grid,
-            torch.cat([p.offset_OI for p in parts]),
-            torch.cat(masks) if masks else None,
-        )
+        joined = tuple(torch.cat(values) for values in zip(*(part.tensors for part in parts), strict=True))
+        return cls.of(joined, bits=parts[0].grid.bits, symmetric=parts[0].grid.symmetric)
 
 
 def round_to_nearest(

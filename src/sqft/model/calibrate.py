@@ -5,9 +5,7 @@ disk, runs the calibration sequences through it while it records what every targ
 change the weights, runs the sequences again so that later blocks see the change, and drops the block. Attention masks,
 position tables and whatever else a model passes to its blocks are therefore the model's own.
 
-Inputs are observed where they are used: a torch-function mode watches every matrix product and recognises a target by
-where its weight lies in memory. That covers nn.Linear, Conv1D and the slices of fused experts with one mechanism.
-
+Inputs are observed where they are used (:mod:`sqft.model.observe`).
 On a card a block comes and goes; the hidden states stay there if they take at most half of its free memory.
 
 Memory: a block, the hidden states of all sequences three times (a block's input and output, and the embeddings, which
@@ -25,18 +23,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from sqft import processes
 from sqft.core.bfloat16 import fast_products
 from sqft.core.mask import finite
-from sqft.core.statistics import Statistics
 from sqft.device import free_bytes
 from sqft.errors import NumericalError
 from sqft.memory import release_memory
 from sqft.model.load import embedding_rows
 from sqft.model.names import DiskNames
+from sqft.model.observe import Observer, add_up
 from sqft.model.opening import check_complete
-from sqft.model.products import products
 from sqft.model.targets import Target, decoder_blocks, skeleton
 from sqft.model.uses import StandIn, text_model
 from sqft.progress import progress
@@ -45,6 +42,7 @@ from sqft.storage.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sqft.core.statistics import Statistics
     from sqft.errors import Problems
 
 logger = logging.getLogger(__name__)
@@ -53,54 +51,17 @@ _CPU = torch.device("cpu")
 _SHARE = 0.5  # of a card's free memory, for the hidden states of all sequences
 
 
-class _Observer(TorchFunctionMode):
-    """Adds the inputs of every product with a target's weight to that target's statistics.
-
-    Targets that are given the very same tensor (q, k and v; gate and up) share one set of statistics: the first of
-    them collects, the others point to it.
-    """
-
-    def __init__(self, weights: dict[Target, torch.Tensor], *, hessian: bool) -> None:
-        super().__init__()
-        self.statistics = {
-            t: Statistics.empty(w.shape[1], hessian=hessian, device=w.device) for t, w in weights.items()
-        }
-        self._targets = {_identity(w): t for t, w in weights.items()}
-        self._storages = {w.untyped_storage().data_ptr() for w in weights.values()}
-        self._last: tuple[torch.Tensor, Statistics] | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for product in products(func, args, kwargs):
-            if product.operand.untyped_storage().data_ptr() in self._storages:
-                for weight, x_TI in product.matrices():
-                    target = self._targets.get(_identity(weight))
-                    if target is not None:
-                        self._see(target, x_TI, product.source if product.alone else x_TI)
-        return func(*args, **(kwargs or {}))
-
-    def forget(self) -> None:
-        """Let go of the last input, which is as large as any activation."""
-        self._last = None
-
-    def _see(self, target: Target, x_TI: torch.Tensor, source: torch.Tensor) -> None:
-        if self._last is not None and self._last[0] is source:
-            shared, own = self._last[1], self.statistics[target]
-            if own is shared:
-                return
-            if own.tokens == 0:
-                self.statistics[target] = shared
-                return
-        with torch._C.DisableTorchFunction():
-            self.statistics[target].add(x_TI.detach())
-        self._last = (source, self.statistics[target])
-
-
 def check_tokens(tokens: torch.Tensor, network: Any, problems: Problems) -> None:
     """Add what calibration tokens would fail with in the middle of the work."""
     config = network.config.get_text_config(decoder=True)
     if tokens.numel() == 0:
         problems.add("there are no calibration tokens; give data with text in it")
     else:
+        if len(tokens) < processes.count():
+            problems.add(
+                f"calibration has {len(tokens)} samples, which {processes.count()} processes cannot share; start "
+                "fewer, or take more samples"
+            )
         rows, largest = embedding_rows(network), int(tokens.max())
         if largest >= rows:
             problems.add(
@@ -139,12 +100,6 @@ def _rows_each(shape: torch.Size, sequences: int, heads: int) -> int:
     if len(shape) == 3 and shape[1] == 1 and shape[0] in (heads, sequences * heads):
         return shape[0] // sequences if shape[0] != heads else 0
     return int(shape[0] == sequences)
-
-
-def _identity(weight: torch.Tensor) -> tuple[Any, ...]:
-    # The stride of an axis of one entry means nothing.
-    strides = [stride if size > 1 else 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)]
-    return weight.data_ptr(), *weight.shape, *strides
 
 
 @dataclass(frozen=True)
@@ -212,11 +167,12 @@ class _Run:
         missing = [n for n, p in real.named_parameters(prefix) if p.is_meta]
         check_complete(self.names.checkpoint.folder, missing)
         targets = [t for t in self.targets if t.module.startswith(f"{prefix}.")]
-        observer = _Observer({t: t.view(self.model) for t in targets}, hessian=self.hessian)
+        observer = Observer({t: t.view(self.model) for t in targets}, hessian=self.hessian)
         self._forward(real, hidden, args, kwargs, observer, keep=False)
         observer.forget()
         release_memory()
         if self.calibrated:
+            add_up(observer.statistics)
             self._check_inputs(prefix, observer.statistics)
         self.visit(Block(index, targets, observer.statistics, self.names, prefix))
         release_memory()
@@ -247,7 +203,7 @@ class _Run:
         hidden: torch.Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        observer: _Observer | None,
+        observer: Observer | None,
         *,
         keep: bool,
     ) -> Any:
@@ -312,7 +268,8 @@ def visit_blocks(
 ) -> None:
     """Call `visit` on every decoder block, in order, with the statistics of its targets' inputs.
 
-    What the visitor writes into the targets' views is what later blocks see.
+    What the visitor writes into the targets' views is what later blocks see. Several processes run samples of their
+    own and visit with the statistics of all; they must leave the same weights.
 
     Args:
         folder: the model folder; tensors are read from it block by block.
@@ -333,7 +290,8 @@ def visit_blocks(
     head = model.get_output_embeddings()
     names.load("", exclude=tuple([f"{prefix}."] + [f"{n}." for n, m in model.named_modules() if m is head]))
     model.tie_weights()
-    with progress(len(blocks), "compressing", "block") as advance:
+    bar = progress(len(blocks), "compressing", "block") if processes.first() else nullcontext(lambda _: None)
+    with bar as advance:
         heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", 0)
         real = list(blocks)
         calibrated = tokens is not None
@@ -344,7 +302,7 @@ def visit_blocks(
         body = text_model(model, blocks)
         for index, block in enumerate(real):
             blocks[index] = StandIn(block, partial(run.process, index))
-        given = torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens
+        given = torch.zeros(1, 1, dtype=torch.long) if tokens is None else tokens[processes.share(len(tokens))]
         home = _home(model, given.numel(), device)
         _move(model, prefix, home)
         body(input_ids=given.to(home), use_cache=False)

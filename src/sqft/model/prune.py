@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from sqft import processes
 from sqft.core.columns import Pattern, prune_columns
 from sqft.core.mask import finite, mask_from_score
 from sqft.core.pruners import Method, magnitude, resolve_method
@@ -85,16 +87,25 @@ class BlockPruner:
             if self.in_loop and target in left:
                 mask_OI.copy_(weight_OI != 0)
                 continue
-            pruned, mask = self._chosen(target, weight_OI, mask_OI, block.statistics[target], target not in left)
+            choose = partial(self._chosen, target, weight_OI, mask_OI, block.statistics[target], target not in left)
+            apart = self.given is not None or self.method.apart
+            pruned, mask = processes.by_rows(weight_OI.shape[0], choose, apart=apart)
             mask_OI.copy_(mask)
             if target not in left:
                 weight_OI.copy_(pruned)
         return masks
 
     def _chosen(
-        self, target: Target, weight_OI: torch.Tensor, given_OI: torch.Tensor, statistics: Statistics, settle: bool
+        self,
+        target: Target,
+        weight_OI: torch.Tensor,
+        given_OI: torch.Tensor,
+        statistics: Statistics,
+        settle: bool,
+        rows: slice,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weight as pruned, and its mask; without `settle` the weight is not made up for."""
+        """Return rows of the weight as pruned, and of its mask; without `settle` the weight is not made up for."""
+        weight_OI, given_OI = weight_OI[rows], given_OI[rows]
         try:
             pruned, mask = (weight_OI, given_OI) if self.given else self._prune(target, weight_OI, statistics)
             # What was zero before stays so: an update, or training, could fill it again otherwise.

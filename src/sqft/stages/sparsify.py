@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft import processes
 from sqft.device import device_key
 from sqft.digests import digest_text
 from sqft.disk import check_space
@@ -110,6 +111,7 @@ def run(
     return stage.make(
         lambda: _open(config, model, tokens, out, context),
         lambda ready, draft: _work(config, model, tokens, context, ready, draft),
+        shared=True,
     )
 
 
@@ -132,7 +134,8 @@ def _work(
     config: SparsifyConfig, model: Path, tokens: torch.Tensor | None, context: Context, ready: _Ready, draft: Draft
 ) -> dict[str, Any]:
     """Prune the model block by block, and return what the manifest says was done."""
-    pruning = _Pruning(ready.pruner, copy_model(model, draft.path), MaskFile(draft.path))
+    processes.once(lambda: copy_model(model, draft.path))
+    pruning = _Pruning(ready.pruner, Checkpoint(draft.path), MaskFile(draft.path))
     visit_blocks(
         model,
         ready.targets,
@@ -143,7 +146,8 @@ def _work(
         device=context.device,
         trust_remote_code=context.trust_remote_code,
     )
-    pruning.masks.finish()
+    if processes.first():
+        pruning.masks.finish()
     return _result(config, ready, pruning, tokens)
 
 
@@ -160,6 +164,7 @@ def _result(config: SparsifyConfig, ready: _Ready, pruning: _Pruning, tokens: to
         "sparsity": round(zeros / weights, 6),
         "calibration_tokens": 0 if tokens is None else int(tokens.numel()),
         "layers": pruning.layers,
+        **processes.record(),
     }
 
 

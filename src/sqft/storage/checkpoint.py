@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sqft import processes
 from sqft.core.mask import finite
 from sqft.digests import model_files
 from sqft.disk import read_json
@@ -250,7 +251,7 @@ class Checkpoint:
             shutil.copyfile(self.folder / file, target)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Overwrite a tensor in place, in its own dtype and shape.
+        """Overwrite a tensor in place, in its own dtype and shape; of several processes the first alone does.
 
         Raises:
             ValueError: the shape or dtype is not the stored one.
@@ -260,6 +261,8 @@ class Checkpoint:
             raise ValueError(
                 f"{name}: stored as {entry.dtype} {list(entry.shape)}, given {tensor.dtype} {list(tensor.shape)}"
             )
+        if not processes.first():
+            return
         # A copy: a view of one element may count as contiguous with a stride that bytes cannot be viewed through.
         data = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy()
         with open(self.folder / entry.file, "r+b") as stream:

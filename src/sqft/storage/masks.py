@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sqft import processes
 from sqft.artifact import MANIFEST, Artifact, digest_input
 from sqft.core.mask import pack_mask, unpack_mask
 from sqft.errors import InputError, Problems
@@ -138,7 +139,9 @@ class MaskFile:
         return name in self._shapes
 
     def write(self, name: str, mask: torch.Tensor) -> None:
-        """Add the bool mask [..., I] of an on-disk weight, in its layout on disk."""
+        """Add the bool mask [..., I] of an on-disk weight, in its layout on disk; the first process alone writes it."""
+        if not processes.first():
+            return
         self._waiting.parent.mkdir(exist_ok=True)
         with open(self._waiting, "ab") as stream:
             stream.write(pack_mask(mask).cpu().contiguous().numpy().data)

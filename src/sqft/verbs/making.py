@@ -17,7 +17,7 @@ from sqft.stages import report as _report
 from sqft.stages import sparsify as _sparsify
 from sqft.stages.finetune.taught import check_given
 from sqft.verbs.arguments import Source, as_data, as_path, calibrate, parse, refuse_trained_on
-from sqft.verbs.places import fix_date, model_folder
+from sqft.verbs.places import fix_date, shared_model_folder
 
 if TYPE_CHECKING:
     from sqft.artifact import Artifact
@@ -58,7 +58,7 @@ def sparsify(
     """
     config, out = parse(SparsifyConfig, settings, "sparsify"), as_path(out)
     context = Context(seed, trust_remote_code, device)
-    folder = model_folder(model, out.parent, model_revision)
+    folder = shared_model_folder(model, out.parent, model_revision)
     text = config.calibration if config.needs_text else None
     tokens, drawn = calibrate(context, folder, text, data, out)
     return _sparsify.run(config, folder, tokens, out, context, calibration=drawn)
@@ -100,7 +100,7 @@ def quantize(
     """
     config, out = parse(QuantizeConfig, settings, "quantize"), as_path(out)
     context = Context(seed, trust_remote_code, device)
-    folder = model_folder(model, out.parent, model_revision)
+    folder = shared_model_folder(model, out.parent, model_revision)
     calibration = config.calibration or CalibrationConfig()
     pruning = None
     if sparsity is not None:
@@ -146,9 +146,9 @@ def finetune(
     """
     config, out = parse(FinetuneConfig, settings, "finetune"), as_path(out)
     check_given(config, teacher)
-    taught_by = None if teacher is None else model_folder(teacher, out.parent)
+    taught_by = None if teacher is None else shared_model_folder(teacher, out.parent)
     context = Context(seed, trust_remote_code, device)
-    folder = model_folder(model, out.parent, model_revision)
+    folder = shared_model_folder(model, out.parent, model_revision)
     source = fix_date(as_data(data), context.tokenizer(folder), out)
     read = context.data(folder)
     train = [(e.prompt, e.answer) for e in read.examples(source, "train", seed)]

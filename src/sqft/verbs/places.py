@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft import processes
 from sqft.artifact import DESCRIPTION, MANIFEST, digest_input, partial_of
 from sqft.data.chat import with_date
 from sqft.digests import digest_text
@@ -27,6 +28,11 @@ def model_folder(model: str | Path, beside: Path, revision: str | None = None) -
     text = str(model)
     reference = text if text.startswith("package:") else str(local_path(model).absolute())
     return local_folder(text, beside / f"{Path(model).stem}-{digest_text(reference)[:8]}", revision)
+
+
+def shared_model_folder(model: str | Path, beside: Path, revision: str | None = None) -> Path:
+    """Return a model's local folder, as :func:`model_folder`, to all processes of a command; the first unpacks it."""
+    return processes.first_ahead(lambda: model_folder(model, beside, revision))
 
 
 def result_file(out: Path | None, stage: str, arguments: Mapping[str, object], *inputs: Path) -> Path:

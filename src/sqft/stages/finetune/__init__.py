@@ -150,7 +150,6 @@ def _open(
     context: Context,
 ) -> _Ready:
     """Open the base and its teacher, check the rows on it, and attach the adapters."""
-    processes.barrier()
     check_precision(config, model, quantised_first=False)
     if teacher is not None:
         taught.check(teacher, model, trust_remote_code=context.trust_remote_code)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft import processes
 from sqft.device import device_key
 from sqft.digests import digest_text
 from sqft.disk import check_space, read_json, write_json
@@ -102,6 +103,7 @@ def run(
     return stage.make(
         lambda: _open(config, sparsify, model, tokens, out, context),
         lambda ready, draft: _work(config, sparsify, model, tokens, context, ready, draft),
+        shared=True,
     )
 
 
@@ -115,9 +117,7 @@ def _work(
     draft: Draft,
 ) -> dict[str, Any]:
     """Quantise the model block by block, and return what the manifest says was done."""
-    copy_side_files(model, draft.path)
-    output = allocate(draft.path, ready.layout)
-    allocate_file(draft.path / START_FILE, ready.start_layout)
+    processes.once(lambda: _lay_out(model, ready, draft.path))
     work = Quantizing(
         config=config,
         scheme=scheme_of(config),
@@ -125,7 +125,7 @@ def _work(
         targets=set(ready.targets),
         pruner=ready.pruner,
         pruned=set(ready.pruned),
-        output=output,
+        output=Checkpoint(draft.path),
         start=Checkpoint(draft.path, [str(START_FILE)]),
         masks=MaskFile(draft.path),
     )
@@ -140,7 +140,8 @@ def _work(
         device=context.device,
         trust_remote_code=context.trust_remote_code,
     )
-    _finish(work, ready.source, ready.network, draft.path)
+    if processes.first():
+        _finish(work, ready.source, ready.network, draft.path)
     return _result(work, ready, sparsify, tokens)
 
 
@@ -185,7 +186,15 @@ def _result(
         "calibration_tokens": 0 if tokens is None else int(tokens.numel()),
         "weights_bytes": work.output.size_bytes,
         "layers": work.layers,
+        **processes.record(),
     }
+
+
+def _lay_out(model: Path, ready: _Ready, folder: Path) -> None:
+    """Make the files that are written block by block, and copy what lies beside the weights."""
+    copy_side_files(model, folder)
+    allocate(folder, ready.layout)
+    allocate_file(folder / START_FILE, ready.start_layout)
 
 
 def _finish(work: Quantizing, source: Checkpoint, network: Any, folder: Path) -> None:

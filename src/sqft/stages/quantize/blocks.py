@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sqft import processes
 from sqft.core.gptq import Quantized, gptq, round_to_nearest
 from sqft.core.grid import stretches
 from sqft.core.mask import finite
@@ -18,6 +20,7 @@ from sqft.model.prune import BlockPruner, disk_masks, mask_view
 from sqft.storage.masks import SPARSE_FROM, MaskFile, load_mask
 
 if TYPE_CHECKING:
+    from sqft.core.statistics import Statistics
     from sqft.model.targets import Target
     from sqft.recipe import QuantizeConfig
     from sqft.storage.checkpoint import Checkpoint
@@ -99,7 +102,6 @@ class Quantizing:
         pattern = self.pruner.pattern if one_loop and self.pruner is not None and self.pruner.in_loop else None
         if not one_loop:
             weight_OI.mul_(mask_OI)
-        names = ", ".join(target.name for target in group)
         hessian = block.statistics[group[0]].hessian_II
         options: dict[str, Any] = {
             "bits": self.config.bits,
@@ -108,16 +110,16 @@ class Quantizing:
             "dtype": self._scale_dtype(disk_name[f"{group[0].module}.weight"]),
             "least_zero": self.scheme.least_zero,
         }
+        if self.config.method == "gptq":
+            options |= {"act_order": self.config.act_order, "damping": self.config.damping}
+            options |= {"update": one_loop, "pattern": pattern}
+        rounding = partial(self._round, weight_OI, mask_OI, block.statistics[group[0]], options)
         try:
-            if self.config.method == "rtn":
-                tall = round_to_nearest(weight_OI, **options)
-            else:
-                if hessian is None or block.statistics[group[0]].tokens == 0:
-                    raise NumericalError("no calibration token reached it; use more or other calibration samples")
-                options |= {"act_order": self.config.act_order, "damping": self.config.damping}
-                tall = gptq(weight_OI, hessian, mask_OI, update=one_loop, pattern=pattern, **options)
+            tensors = processes.by_rows(len(weight_OI), rounding)
         except NumericalError as error:
+            names = ", ".join(target.name for target in group)
             raise NumericalError(f"{names}: {error} (quantize.calibration, quantize.damping)") from error
+        tall = Quantized.of(tensors, bits=self.config.bits, symmetric=self.config.symmetric)
         lost = _relative_error(tall, weight_OI, hessian)
         rows = [view.shape[0] for view in views]
         kept_OI = mask_OI if tall.mask_OI is None else tall.mask_OI
@@ -138,6 +140,16 @@ class Quantizing:
                     "relative_error": lost,
                 }
             )
+
+    def _round(
+        self, weight_OI: torch.Tensor, mask_OI: torch.Tensor, seen: Statistics, options: dict[str, Any], rows: slice
+    ) -> tuple[torch.Tensor, ...]:
+        """Return what quantising makes of some rows."""
+        if self.config.method == "rtn":
+            return round_to_nearest(weight_OI[rows], **options).tensors
+        if seen.hessian_II is None or seen.tokens == 0:
+            raise NumericalError("no calibration token reached it; use more or other calibration samples")
+        return gptq(weight_OI[rows], seen.hessian_II, mask_OI[rows], **options).tensors
 
     def _scale_dtype(self, name: str) -> torch.dtype:
         return self.output.entries[f"{name.removesuffix('.weight')}.{self.scheme.suffixes[1]}"].dtype
@@ -164,10 +176,14 @@ def _relative_error(tall: Quantized, weight_OI: torch.Tensor, hessian_II: torch.
     """Return ‖(Ŵ − W) X‖² / ‖W X‖² on the calibration inputs, None without a hessian."""
     if hessian_II is None:
         return None
-    lost, whole = 0.0, 0.0
-    for rows in stretches(weight_OI):
+    sums = torch.zeros(2, dtype=torch.float64)
+    own = processes.share(len(weight_OI))
+    for part in stretches(weight_OI[own]):
+        rows = slice(own.start + part.start, own.start + part.stop)
         weight = weight_OI[rows].float()
         difference = tall.grid.rows(rows).dequantize(tall.codes_OI[rows]).sub_(weight)
-        lost += float((difference @ hessian_II).mul_(difference).sum())
-        whole += float((weight @ hessian_II).mul_(weight).sum())
+        sums[0] += float((difference @ hessian_II).mul_(difference).sum())
+        sums[1] += float((weight @ hessian_II).mul_(weight).sum())
+    processes.add_up(sums)
+    lost, whole = sums.tolist()
     return round(lost / whole, 6) if whole > 0 else 0.0
