@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+import forked
+
+WORK = Path(__file__).with_name("crashing_work.py")
 # Named sqft, as the command is: the package then imports no torch before it is needed, and a fork costs little.
 DRIVER = (
     "import sys; more = sys.argv[1:]; sys.argv[:] = ['sqft']; sys.path.insert(0, {tests!r}); "
@@ -17,7 +19,8 @@ DRIVER = (
 
 @pytest.mark.parametrize("work", ["stage", "resumed_stage", "result", "damaged_order"])
 def test_a_kill_at_any_change_of_a_folder(work: str, tmp_path: Path) -> None:
-    done = run(work, tmp_path)
+    code = DRIVER.format(tests=str(WORK.parent))
+    done = subprocess.run([sys.executable, "-c", code, work, str(tmp_path)], capture_output=True, text=True)
     if work == "damaged_order":  # an order of steps that loses its way must be found out
         assert done.returncode != 0
         assert "after a kill before change" in done.stderr
@@ -33,11 +36,7 @@ def test_a_kill_at_any_change_of_a_folder(work: str, tmp_path: Path) -> None:
 )
 def test_a_kill_in_any_stage(work: str, stride: int, tmp_path: Path) -> None:
     """Some of the changes; `make crashes` takes every one."""
-    done = run(work, tmp_path, str(stride))
+    # In a process that has imported all, so that its children need not, under the profile that kills.
+    done = forked.run([work, str(tmp_path), str(stride)], script=WORK)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["kills"] >= 3
-
-
-def run(work: str, root: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    code = DRIVER.format(tests=str(TESTS))
-    return subprocess.run([sys.executable, "-c", code, work, str(root), *more], capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """`import sqft` is cheap and changes nothing of PEFT, which loads masked adapters whichever is imported first."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,8 +25,42 @@ ORDERS = {
 }
 
 
-def python(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+# Runs each script of its arguments in a fork that has torch and transformers, as users' programs have, and no peft.
+FORKS = """
+import json, os, sys, tempfile, traceback
+import torch, transformers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+assert not {"peft", "sqft"} & sys.modules.keys()
+found = []
+for script in sys.argv[1:]:
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), 2)
+            try:
+                exec(script, {})
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        found.append((code, said.read().decode()))
+print(json.dumps(found))
+"""
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def endings(loading: str) -> dict[str, tuple[int, str]]:
+    """How each order of imports ends: its exit code, and what it said."""
+    orders = {**ORDERS, "peft alone": "import peft"}
+    done = python(FORKS, *(order + loading for order in orders.values()))
+    assert done.returncode == 0, done.stderr
+    return dict(zip(orders, map(tuple, json.loads(done.stdout)), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +84,19 @@ def test_importing_sqft_imports_no_library() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_peft_loads_a_masked_adapter(order: str, loading: str) -> None:
-    done = python(ORDERS[order] + loading)
+def test_peft_loads_a_masked_adapter(order: str, endings: dict[str, tuple[int, str]]) -> None:
+    assert endings[order][0] == 0, endings[order][1]
+
+
+def test_it_loads_where_nothing_was_imported_before(loading: str) -> None:
+    done = python(ORDERS["sqft first"] + loading)
     assert done.returncode == 0, done.stderr
 
 
-def test_stock_peft_refuses_it(loading: str) -> None:
-    done = python("import peft" + loading)
-    assert done.returncode != 0
-    assert "KeyError: 'SQFT'" in done.stderr
+def test_stock_peft_refuses_it(endings: dict[str, tuple[int, str]]) -> None:
+    code, said = endings["peft alone"]
+    assert code != 0
+    assert "KeyError: 'SQFT'" in said
 
 
 def test_no_attribute_of_a_peft_class_or_module_changes() -> None:
