@@ -71,6 +71,18 @@ def test_attention_products_too() -> None:
 
 
 @pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_weights_rows_are_one_product(frozen: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 32, bias=False).bfloat16().requires_grad_(not frozen)
+    x = torch.randn(8, 9, 48).bfloat16()[:, 2:5]
+    with torch.no_grad(), Counted() as counted, fast_products(layer):
+        y = layer(x)
+    assert (len(counted.seen), counted.seen[0]) == (1, torch.float32)  # 24 rows, where a batch has 3
+    close(y, (x.double() @ layer.weight.double().T).detach())
+
+
+@pytest.mark.usefixtures("slow")
 def test_few_rows_and_other_dtypes_are_left_alone() -> None:
     layer = nn.Linear(48, 32).bfloat16()
     x = torch.randn(4, 48).bfloat16()

@@ -14,6 +14,7 @@ from sqft.core.sparse import (
     at_most_two_of_four,
     compress,
     expand,
+    expands_to,
     from_bitmask,
     kept_of_patterns,
     kept_values,
@@ -64,6 +65,11 @@ def test_a_bitmask_holds_bits_and_values_in_order(columns: int, share: float) ->
     assert same(packed, to_bitmask(values, kept))
     assert torch.equal(from_bitmask(packed, torch.zeros_like(values)), values)
     assert torch.equal(expand(packed, kind), rows)
+    assert expands_to(packed, kind, rows)
+    for place in {0, rows.shape[1] // 2, rows.shape[1] - 1}:
+        other = rows.clone()
+        other[-1, place] ^= 16
+        assert not expands_to(packed, kind, other)
     assert row_ends(packed.mask_OW, columns).tolist() == packed.offsets_O.tolist()
     assert kept_values(packed.mask_OW) == int(kept.sum())
 
@@ -96,6 +102,11 @@ def test_half_bytes_of_a_group_begin_at_a_byte(columns: int, group: int, share: 
     assert row_ends(packed.mask_OW, columns, group=group).tolist() == ends
     assert torch.equal(from_bitmask(packed, zeros.clone(), group=group), codes)
     assert torch.equal(expand(packed, kind), rows)
+    assert expands_to(packed, kind, rows)
+    for place in {0, rows.shape[1] // 2, rows.shape[1] - 1}:
+        other = rows.clone()
+        other[-1, place] ^= 16
+        assert not expands_to(packed, kind, other)
 
 
 @pytest.mark.parametrize("bits", [8, 32])
@@ -116,6 +127,11 @@ def test_bytes_and_words_with_zeros_of_their_own(bits: int, columns: int, group:
     packed = compress(rows, kind, mask_words(kept))
     assert packed.values_K.tolist() == values[kept].tolist()
     assert torch.equal(expand(packed, kind), rows)
+    assert expands_to(packed, kind, rows)
+    for place in {0, rows.shape[1] // 2, rows.shape[1] - 1}:
+        other = rows.clone()
+        other[-1, place] ^= 16
+        assert not expands_to(packed, kind, other)
 
 
 def test_a_zero_point_that_no_code_is_keeps_all() -> None:

@@ -51,6 +51,11 @@ class _InFloat32(TorchDispatchMode):
     """Below autograd, so that forward and backward products are both seen, and nothing is saved in float32."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten.bmm.default and args[1].shape[0] > 1 and args[1].stride(0) == 0:
+            # One weight for all of the batch. PyTorch spells it so where the weight is frozen and rows are not
+            # neighbours, as those of a head that reads some tokens: many products, of few rows each.
+            rows = self.__torch_dispatch__(_aten.mm.default, types, (args[0].flatten(0, 1), args[1][0]))
+            return rows.unflatten(0, args[0].shape[:2])
         places = _FACTORS.get(func)
         if places is None or not _worthwhile(args[places[0]], args[places[1]]):
             return func(*args, **(kwargs or {}))

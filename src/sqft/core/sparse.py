@@ -128,6 +128,12 @@ def expand(packed: Bitmask, kind: Integers, *, in_order: bool = False) -> torch.
     return found
 
 
+def expands_to(packed: Bitmask, kind: Integers, bytes_OB: torch.Tensor, *, in_order: bool = False) -> bool:
+    """Return whether :func:`expand` gives these bytes."""
+    found = kernel.expands(packed.values_K, packed.mask_OW, bytes_OB, kind.bits, kind.group, kind.zero_OG)
+    return torch.equal(expand(packed, kind, in_order=in_order), bytes_OB) if found is None else found
+
+
 def to_bitmask(values_OI: torch.Tensor, kept_OI: torch.Tensor, *, group: int | None = None) -> Bitmask:
     """Return a matrix in the bitmask layout, by PyTorch alone.
 

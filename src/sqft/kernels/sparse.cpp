@@ -146,6 +146,22 @@ void expand(const Matrix &m) {
         [&] { values.align(); });
 }
 
+// Whether the bytes are what the values and the mask expand to.
+template <int N>
+int expands(const Matrix &m) {
+    Values<N> values{m.values, m.size};
+    uint64_t different = 0;
+    each<N>(
+        m,
+        [&](const uint8_t *from, int64_t left, uint64_t zeros, uint64_t &bits, int bit) __attribute__((always_inline)) {
+            const uint64_t here = kept<N>(bits, bit), lanes = Lanes<N>::all_of(here);
+            const uint64_t word = _pdep_u64(values.get(_mm_popcnt_u64(here)), lanes) | (zeros & ~lanes);
+            different |= word ^ load(from, left);
+        },
+        [&] { values.align(); });
+    return different == 0;
+}
+
 // Where in the values each row ends.
 void ends(const Matrix &m, int64_t *ends) {
     const int64_t words = (m.columns + 63) / 64;
@@ -167,12 +183,12 @@ void ends(const Matrix &m, int64_t *ends) {
 
 }  // namespace
 
-#define FOR_WIDTH(name)                                \
-    void sqft_##name(const Matrix *m) {                \
-        if (m->bits == 4) name<4>(*m);                 \
-        else if (m->bits == 8) name<8>(*m);            \
-        else if (m->bits == 16) name<16>(*m);          \
-        else name<32>(*m);                             \
+#define FOR_WIDTH(type, name)                          \
+    type sqft_##name(const Matrix *m) {                \
+        if (m->bits == 4) return name<4>(*m);          \
+        if (m->bits == 8) return name<8>(*m);          \
+        if (m->bits == 16) return name<16>(*m);        \
+        return name<32>(*m);                           \
     }
 
 extern "C" {
@@ -201,7 +217,8 @@ int sqft_two_of_four(const uint64_t *mask, int64_t words) {
     return 1;
 }
 
-FOR_WIDTH(mark)      // the mask, zero before, gets a bit for each lane that is not zero
-FOR_WIDTH(compress)  // the values are those that the mask keeps
-FOR_WIDTH(expand)    // the bytes are the values where the mask keeps them, and zeros elsewhere
+FOR_WIDTH(void, mark)     // the mask, zero before, gets a bit for each lane that is not zero
+FOR_WIDTH(void, compress) // the values are those that the mask keeps
+FOR_WIDTH(int, expands)  // whether they do, and what expand would write is there
+FOR_WIDTH(void, expand)  // the bytes are the values where the mask keeps them, and zeros elsewhere
 }

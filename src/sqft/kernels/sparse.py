@@ -143,6 +143,22 @@ def expand(
     return bytes_OB
 
 
+def expands(
+    values_K: torch.Tensor,
+    mask_OW: torch.Tensor,
+    bytes_OB: torch.Tensor,
+    bits: int,
+    group: int | None = None,
+    zero_OG: torch.Tensor | None = None,
+) -> bool | None:
+    """Return whether :func:`expand` gives these bytes, which takes no memory of their size."""
+    columns = bytes_OB.shape[1] * 8 // bits
+    if not _takes(values_K, bits, columns, group, zero_OG):
+        return None
+    parts = bytes_OB.contiguous(), mask_OW.contiguous(), values_K.contiguous()
+    return bool(_call("expands", bits, columns, group, zero_OG, *parts))
+
+
 def _takes(
     tensor: torch.Tensor, bits: int, columns: int, group: int | None, zero_OG: torch.Tensor | None = None
 ) -> bool:
@@ -163,11 +179,12 @@ def _call(
     mask_OW: torch.Tensor,
     values: torch.Tensor | None,
     *more: int,
-) -> None:
+) -> int:
     library = _load()
     assert not isinstance(library, str)
     zero_OG = None if zero_OG is None else zero_OG.contiguous()
     tensors = zero_OG, bytes_OB, mask_OW, values
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     matrix = _Matrix(bits, mask_OW.shape[0], columns, group or _ALL, *pointers, 0 if values is None else values.nbytes)
-    getattr(library, f"sqft_{name}")(ctypes.byref(matrix), *map(ctypes.c_void_p, more))
+    found: int = getattr(library, f"sqft_{name}")(ctypes.byref(matrix), *map(ctypes.c_void_p, more))
+    return found

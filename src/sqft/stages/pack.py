@@ -29,7 +29,7 @@ from sqft.stage import Stage
 from sqft.storage.archive import SUFFIX, ArchiveFile, pack_file, place, unpack_file
 from sqft.storage.checkpoint import Checkpoint
 from sqft.storage.integers import PackedCheckpoint, quantization_config
-from sqft.storage.layouts import PARTS, Codes, Packed, decode, encode, encode_mask
+from sqft.storage.layouts import PARTS, Codes, Packed, encode, encode_mask, gives_back
 from sqft.storage.masks import MASK_FILE, packed_masks
 
 if TYPE_CHECKING:
@@ -168,10 +168,7 @@ class _Packer:
             packed = encode(tensor, None, self)
         else:
             packed = encode(tensor, self.codes.get(name), self, self.masks(self.weights.get(name, name)))
-        if packed.layout == "plain":
-            return packed
-        back = decode(packed, tuple(tensor.shape), tensor.dtype, self)
-        if not torch.equal(_words(back), _words(tensor)):
+        if not gives_back(packed, tensor, self):
             raise AssertionError(f"{name}: layout {packed.layout} does not give it back")
         return packed
 
@@ -227,13 +224,6 @@ def _codes(quantized: PackedCheckpoint) -> Iterator[tuple[str, Codes]]:
         else:
             codes = Codes(scheme.bits, group, None if scheme.symmetric else f"{prefix}.weight_zero_point")
         yield quantized.codes_name(weight), codes
-
-
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's bytes, eight at a time where that is possible."""
-    found = tensor.contiguous().view(-1).view(torch.uint8)
-    whole = found.numel() % 8 == 0 and found.data_ptr() % 8 == 0 and found.storage_offset() % 8 == 0
-    return found.view(torch.int64) if whole else found
 
 
 def _files(folder: Path) -> list[Path]:

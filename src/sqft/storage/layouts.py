@@ -24,6 +24,7 @@ from sqft.core.sparse import (
     at_most_two_of_four,
     compress,
     expand,
+    expands_to,
     kept_of_patterns,
     kept_values,
     nonzeros,
@@ -251,6 +252,21 @@ def decode(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype, source: S
     kind, made = _integers(shape, dtype, codes, source), bitmask_of(packed, shape_of(shape, codes))
     found = expand(made, kind, in_order=packed.layout == "2:4")
     return found.view(dtype) if codes is None else codes.words_of(found)
+
+
+def gives_back(packed: Packed, tensor: torch.Tensor, source: Source) -> bool:
+    """Return whether :func:`decode` gives a tensor to the bit; of a sparse layout without writing it out."""
+    shape, codes = tuple(tensor.shape), packed.codes
+    if packed.layout not in ("bitmask", "2:4"):
+        back = decode(packed, shape, tensor.dtype, source)
+        return back is tensor or torch.equal(_bytes(back), _bytes(tensor))
+    rows = tensor.contiguous().view(torch.uint8) if codes is None else codes.bytes_of(tensor)
+    kind, made = _integers(shape, tensor.dtype, codes, source), bitmask_of(packed, shape_of(shape, codes))
+    return expands_to(made, kind, rows, in_order=packed.layout == "2:4")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def shape_of(stored: tuple[int, ...], codes: Codes | None) -> tuple[int, int]:
