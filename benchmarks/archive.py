@@ -3,9 +3,9 @@
     python benchmarks/archive.py FOLDER... [--sizes] [--speed] [--evaluate TASK] [--out benchmarks/results/archive.json]
 
 Sizes are of all safetensors files of a folder. Times are seconds of the processor on one thread, files in the page
-cache: medians of alternating rounds of `cp`, packing, unpacking, and opening with all checks. Packing and unpacking are
-timed without SHA-256 and with it. A model of 135 M weights has a thousand small tensors, each with a cost of its own, so
-matrices of a large one are timed too. What is not measured anew stays in the file.
+cache: medians of alternating rounds of `cp`, packing, unpacking, and opening with all checks. Packing and unpacking
+are timed without SHA-256 and with it. A model of 135 M weights has a thousand small tensors, each with a cost of its
+own, so matrices of a large one are timed too. What is not measured anew stays in the file.
 """
 
 from __future__ import annotations

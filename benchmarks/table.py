@@ -375,8 +375,48 @@ def archive(result: dict[str, Any]) -> str:
     return (
         "All safetensors files of folders of SmolLM2-135M at 50 % zeros, the stored mask among them: pruned by magnitude in 16 bits, the same at "
         "2:4, the quickstart's INT4 base with its starting weights, and the quickstart's merged INT4 model. The 16-bit weights were "
-        f"unpacked from a 4-bit file and have few values each, which zstd finds.\n\n{table(rows)}"
+        f"unpacked from a 4-bit file and have few values each, which zstd finds.\n\n{table(rows)}{_archive_times(result)}"
     )
+
+
+def _archive_times(result: dict[str, Any]) -> str:
+    if "speed" not in result:
+        return ""
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        return f"{row['seconds'][name]:.2f} s, {row['seconds']['cp'] / row['seconds'][name]:.2f}"
+
+    actions = ("pack", "unpack", "open", "pack, SHA-256", "unpack, SHA-256")
+    speed = [
+        {
+            "": f"{name}, {row['bytes'] / 1e6:.0f} MB in {row['tensors']} tensors",
+            "`cp`": f"{row['seconds']['cp']:.2f} s",
+            **{action: cell(row, action) for action in actions},
+        }
+        for name, row in result["speed"].items()
+    ]
+    evaluated = [
+        {
+            "": name,
+            "folder": f"{row['seconds']['folder']:.1f} s",
+            "archive": f"{row['seconds']['archive']:.1f} s",
+            "archive to folder": f"{row['seconds']['archive'] / row['seconds']['folder']:.2f}",
+        }
+        for name, row in result.get("evaluate", {}).items()
+    ]
+    of = next(iter(result["speed"].values()))
+    text = (
+        f"\n\nSeconds of the processor on one thread, files in the page cache, and behind the comma the speed relative to `cp` of the same "
+        f"bytes (1 is as fast); medians of {of['rounds']} alternating rounds. The last two columns hash what is read and what is written, as "
+        f"the commands do. A small model's time is that of its many tensors.\n\n{table(speed)}"
+    )
+    if evaluated:
+        row = next(iter(result["evaluate"].values()))
+        text += (
+            f"\n\n`sqft evaluate` on {row['rows']} rows of {row['task']}, opening included; seconds of the processor, one thread, the median of "
+            f"{row['rounds']} alternating round(s):\n\n{table(evaluated)}"
+        )
+    return text
 
 
 def decoding(result: dict[str, Any]) -> str:
@@ -509,7 +549,7 @@ SECTIONS = {
     "serving": ("Serving in vLLM", "make serving MODEL=runs/quickstart/merged", serving),
     "llama": ("Running in llama.cpp", "python benchmarks/llama.py runs/quickstart/merged runs/quickstart/dense", llama),
     "decode": ("Decoding with packed weights", "python benchmarks/decode.py FOLDER... --out", decoding),
-    "archive": ("Archives", "python benchmarks/archive.py FOLDER... --repetitions 0", archive),
+    "archive": ("Archives", "python benchmarks/archive.py FOLDER... --sizes --speed --evaluate arc_easy", archive),
 }
 
 
