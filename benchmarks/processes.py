@@ -1,4 +1,4 @@
-"""What a second process brings to compressing: one process of one thread, and two that share samples and rows.
+"""What a second process brings to compressing: one process of one thread, and two that share samples and linears.
 
     python benchmarks/processes.py MODEL_FOLDER [--samples 64] [--length 128] [--rounds 3] [--sparsity 0.5]
 

@@ -267,7 +267,7 @@ def processes(result: dict[str, Any]) -> str:
     speed_up, changed = result["speed_up"], result["codes_changed"]
     return (
         f"`sqft quantize` on {result['samples']} samples of {result['length']} tokens, one thread a process. By two "
-        f"processes that share samples and rows the work takes **{speed_up['work']} ×** less time (medians of "
+        f"processes that share samples and linears the work takes **{speed_up['work']} ×** less time (medians of "
         f"{len(rows)} alternating rounds), the whole command with its imports {speed_up['command']} × less, and the "
         f"processor {speed_up['processor']} × less in the slower of the two. "
         f"{100 * changed['two_processes']:.2f} % of the codes differ from one process'; "

@@ -25,6 +25,7 @@ from sqft.errors import NumericalError
 from sqft.model import calibrate
 from sqft.recipe import QuantizeConfig, SparsifyConfig
 from sqft.stages import quantize, sparsify
+from sqft.stages.quantize.blocks import Quantizing
 
 TOKENS = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0))
 FEW = TOKENS[:3, 1:2]  # of the four experts some see tokens of one process alone, some none
@@ -81,9 +82,9 @@ def compress(case: str, model: Path, out: Path) -> None:
 
 
 def watch(found: dict[str, Any]) -> None:
-    """Note which blocks are in memory when one is visited, and how many tokens this process had for each target."""
-    add_up, make_block = calibrate.add_up, calibrate.Block
-    found.update(held=[], seen=[], summed=[])
+    """Note which blocks are in memory at a visit, how many tokens targets had here, and what is rounded here."""
+    add_up, make_block, quantise = calibrate.add_up, calibrate.Block, Quantizing._quantize
+    found.update(held=[], seen=[], summed=[], rounded=[])
 
     def adding(statistics: dict[Any, Statistics]) -> None:
         found["seen"].append([one.tokens for one in statistics.values()])
@@ -97,7 +98,12 @@ def watch(found: dict[str, Any]) -> None:
         found["held"].append(sorted({n.removeprefix(f"{list_of_blocks}.").partition(".")[0] for n in real}))
         return make_block(index, targets, statistics, names, prefix)
 
+    def quantising(self: Quantizing, block: calibrate.Block, group: list[Any], *rest: Any) -> tuple[torch.Tensor, ...]:
+        found["rounded"].append(group[0].name)
+        return quantise(self, block, group, *rest)
+
     calibrate.add_up, calibrate.Block = adding, block  # type: ignore[assignment,misc]
+    Quantizing._quantize = quantising  # type: ignore[method-assign]
 
 
 def break_down(how: str) -> None:
@@ -124,8 +130,6 @@ def main(arguments: list[str]) -> int:
     watch(found)
     for case in arguments[4:] or CASES:
         compress(case, models[case.partition("-")[0]], out)
-    (rows,) = processes.by_rows(1, lambda rows: (torch.arange(1.0, 2.0)[rows],))
-    found["one_row"] = rows.tolist()
     (out / f"{processes.rank()}.json").write_text(json.dumps(found))
     return 0
 

@@ -1,14 +1,14 @@
 """The processes of one command, as `torchrun` or `accelerate launch` starts them, and what they give each other.
 
 In training they share the rows of each step; in compressing the calibration samples, whose sums are added up, and the
-rows of each weight. The first does all other work, and it alone writes. What fails in one ends all, with one message:
+linears of each block. The first does all other work, and it alone writes. What fails in one ends all, with one message:
 `torchrun` stops the others, and a process that waits for one that has ended raises.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+Tensors = tuple["torch.Tensor", ...]
+
+_DTYPES = ("uint8", "int8", "bool", "int64", "bfloat16", "float16", "float32", "float64")
+_MOST = 8  # tensors that are sent together
 
 # How long a process waits for the others: the first merges a teacher, or hashes a large model, while they do nothing.
 _PATIENCE = timedelta(days=7)
@@ -114,37 +118,60 @@ def add_up(tensor: torch.Tensor) -> None:
         torch.distributed.all_reduce(tensor)
 
 
-def by_rows(
-    rows: int, work: Callable[[slice], tuple[torch.Tensor, ...]], *, apart: bool = True
-) -> tuple[torch.Tensor, ...]:
-    """Return what `work` makes of all rows, each process having done its share of them.
+def each(
+    works: Sequence[Callable[[], Tensors]], costs: Sequence[float], device: torch.device | str = "cpu"
+) -> Iterator[Tensors]:
+    """Yield what every piece of work returns, in order; one process does it and all get it.
+
+    Without other processes a piece is done when its turn comes. Else each process does its own first, and keeps what
+    it made until it is asked for.
 
     Args:
-        rows: how many there are.
-        work: given a stretch of rows; returns tensors that have a row for each.
-        apart: whether what is made of a row depends on no other; if not, all get what the first made of the whole.
+        works: the pieces; each returns tensors of one or two axes.
+        costs: how long each takes, in any unit: the pieces are dealt so that all processes have about as much to do.
+        device: of the tensors.
 
     Raises:
         ProcessLostError: one of the others has ended.
     """
     if count() == 1:
-        return work(slice(0, rows))
+        yield from (work() for work in works)
+        return
+    owners = deal(costs, count())
+    made = {index: works[index]() for index, owner in enumerate(owners) if owner == rank()}
+    for index, owner in enumerate(owners):
+        yield _send(made.pop(index, ()), owner, device)
+
+
+def deal(costs: Sequence[float], processes: int) -> list[int]:
+    """Return which process does each piece of work: the longest first, always to the one that has least to do."""
+    owners, load = [0] * len(costs), [0.0] * processes
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        owners[index] = load.index(min(load))
+        load[owners[index]] += costs[index]
+    return owners
+
+
+def _send(tensors: Tensors, owner: int, device: torch.device | str) -> Tensors:
+    """Return the owner's tensors in every process."""
     import torch.distributed
 
-    sharing = min(rows, count()) if apart else 1
-    parts = [slice(rows * i // sharing, rows * (i + 1) // sharing) for i in range(sharing)]
-    # One that is left without rows does some that are not its own, to know what comes.
-    own = parts[min(rank(), sharing - 1)]
-    found = []
-    for part in work(own):
-        whole = part.new_empty((rows, *part.shape[1:]))
-        whole[own] = part
-        with _waiting():
-            for owner, stretch in enumerate(parts):
-                # As bytes: no library sends all dtypes.
-                torch.distributed.broadcast(whole[stretch].view(torch.uint8), src=owner)
-        found.append(whole)
-    return tuple(found)
+    dtypes = [getattr(torch, name) for name in _DTYPES]
+    header = torch.zeros(_MOST, 4, dtype=torch.int64)  # number of axes, dtype, shape
+    for index, tensor in enumerate(tensors):
+        header[index, : 2 + tensor.ndim] = torch.tensor([tensor.ndim, dtypes.index(tensor.dtype), *tensor.shape])
+    sent = []
+    with _waiting():
+        torch.distributed.broadcast(header, src=owner)
+        for index, (axes, dtype, *shape) in enumerate(row for row in header.tolist() if row[0]):
+            if tensors:
+                tensor = tensors[index].contiguous()
+            else:
+                tensor = torch.empty(shape[:axes], dtype=dtypes[dtype], device=device)
+            # As bytes: no library sends all dtypes.
+            torch.distributed.broadcast(tensor.view(torch.uint8), src=owner)
+            sent.append(tensor)
+    return tuple(sent)
 
 
 def speaks() -> bool:

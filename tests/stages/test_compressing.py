@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import compressing
 import forked
+from sqft import processes
 from sqft.artifact import Artifact
 from sqft.storage.masks import MASK_FILE, START_FILE
 
@@ -24,9 +25,9 @@ def models(tiny_model: Callable[..., Path]) -> list[str]:
     return [str(tiny_model(name, "float32")) for name in ("llama", "gpt2", "mixtral")]
 
 
-def make(out: Path, models: list[str], processes: int, *cases: str) -> Path:
+def make(out: Path, models: list[str], count: int, *cases: str) -> Path:
     out.mkdir()
-    done = forked.run([str(out), *models, *cases], processes, SCRIPT)
+    done = forked.run([str(out), *models, *cases], count, SCRIPT)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -69,7 +70,9 @@ def check_shares(records: list[dict[str, Any]]) -> None:
     length = compressing.TOKENS.shape[1]
     assert [set(record["seen"][0]) for record in records] == [{2 * length}, {3 * length}]
     assert records[0]["summed"] == records[1]["summed"]
-    assert [record["one_row"] for record in records] == [[1.0], [1.0]]
+    # A linear is rounded by one of them.
+    assert set(records[0]["rounded"]).isdisjoint(records[1]["rounded"])
+    assert len(records[0]["rounded"]) + len(records[1]["rounded"]) == 2 * 4 * len(compressing.QUANTISED)
     # Of the experts, some had tokens of one process alone.
     seen = [[*chain(*record["seen"][-2:])] for record in records]
     assert any(a and not b for a, b in zip(*seen, strict=True))
@@ -119,3 +122,9 @@ def test_a_command_that_cannot_be_done_says_so_once(command: list[str]) -> None:
     few = forked.run([*command, "--calibration.samples", "1"], 2, stop_others=False)
     assert few.returncode == 2
     assert few.stderr.count("calibration has 1 samples, which 2 processes cannot share") == 1, few.stderr
+
+
+def test_work_is_dealt_by_its_length() -> None:
+    assert processes.deal([2.6, 2.4, 3.8, 7.9], 2) == [1, 1, 1, 0]
+    assert processes.deal([1.0] * 3, 3) == [0, 1, 2]  # each has the one of its own number
+    assert processes.deal([1.0], 3) == [0]

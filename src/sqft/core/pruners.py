@@ -95,14 +95,12 @@ class Method:
         needs_hessian: whether it looks at second-order statistics.
         needs_inputs: whether it looks at inputs at all.
         only_ranks: whether it is a score, which leaves the weights that stay as they are.
-        apart: whether what it makes of a row of the weight depends on no other row; known of those here alone.
     """
 
     prune: Pruner
     needs_hessian: bool
     needs_inputs: bool = True
     only_ranks: bool = False
-    apart: bool = False
 
     @property
     def in_loop(self) -> bool:
@@ -126,11 +124,9 @@ def resolve_method(name: str) -> Method:
         InputError: neither registered nor importable.
     """
     if name in _PRUNERS:
-        return Method(_PRUNERS[name], name in _NEEDS_HESSIAN, apart=_PRUNERS[name] is sparsegpt)
+        return Method(_PRUNERS[name], name in _NEEDS_HESSIAN)
     if name in _SCORES:
-        score, needs_inputs = _SCORES[name], name != "magnitude"
-        apart = score in (magnitude, wanda)
-        return Method(_as_pruner(score), needs_hessian=False, needs_inputs=needs_inputs, only_ranks=True, apart=apart)
+        return Method(_as_pruner(_SCORES[name]), needs_hessian=False, needs_inputs=name != "magnitude", only_ranks=True)
     module, colon, attribute = name.partition(":")
     if not colon:
         known = ", ".join(sorted([*_SCORES, *_PRUNERS]))

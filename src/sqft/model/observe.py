@@ -96,8 +96,9 @@ def _agree(own: list[Statistics]) -> tuple[list[int], list[int]]:
     numbers = torch.arange(len(own))
     first_of = {id(one): index for index, one in reversed(list(enumerate(own)))}
     mine = torch.tensor([[first_of[id(one)] if one.tokens else -1 for one in own], [one.tokens for one in own]])
-    (said,) = processes.by_rows(processes.count(), lambda _: (mine.unsqueeze(0),))
-    leader_PT, tokens_PT = said.unbind(1)
+    # As many pieces of equal cost as processes: each has its own.
+    said = processes.each([lambda: (mine,)] * processes.count(), [1.0] * processes.count())
+    leader_PT, tokens_PT = torch.stack([one for (one,) in said]).unbind(1)
     highest = leader_PT.amax(dim=0)
     lowest = leader_PT.masked_fill(leader_PT < 0, len(own)).amin(dim=0)
     # Where they disagree, or none saw it, a target stands alone.

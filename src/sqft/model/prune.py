@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sqft import processes
-from sqft.core.columns import Pattern, prune_columns
+from sqft.core.columns import Pattern, loop_cost, prune_columns
 from sqft.core.mask import finite, mask_from_score
 from sqft.core.pruners import Method, magnitude, resolve_method
 from sqft.errors import InputError, NumericalError
@@ -82,14 +82,19 @@ class BlockPruner:
         else:
             given = block.names.in_memory(f"{block.prefix}.", self.given)
             masks = {name: mask.to(block.device) for name, mask in given.items()}
+        chosen = []
         for target in targets:
-            weight_OI, mask_OI = target.view(block.model), mask_view(target, masks)
             if self.in_loop and target in left:
-                mask_OI.copy_(weight_OI != 0)
-                continue
-            choose = partial(self._chosen, target, weight_OI, mask_OI, block.statistics[target], target not in left)
-            apart = self.given is not None or self.method.apart
-            pruned, mask = processes.by_rows(weight_OI.shape[0], choose, apart=apart)
+                mask_view(target, masks).copy_(target.view(block.model) != 0)
+            else:
+                chosen.append(target)
+        views = [(target.view(block.model), mask_view(target, masks)) for target in chosen]
+        works = [
+            partial(self._chosen, target, *view, block.statistics[target], target not in left)
+            for target, view in zip(chosen, views, strict=True)
+        ]
+        made = processes.each(works, [loop_cost([weight_OI]) for weight_OI, _ in views], block.device)
+        for target, (weight_OI, mask_OI), (pruned, mask) in zip(chosen, views, made, strict=True):
             mask_OI.copy_(mask)
             if target not in left:
                 weight_OI.copy_(pruned)
@@ -102,10 +107,8 @@ class BlockPruner:
         given_OI: torch.Tensor,
         statistics: Statistics,
         settle: bool,
-        rows: slice,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows of the weight as pruned, and of its mask; without `settle` the weight is not made up for."""
-        weight_OI, given_OI = weight_OI[rows], given_OI[rows]
+        """Return the weight as pruned, and its mask; without `settle` the weight is not made up for."""
         try:
             pruned, mask = (weight_OI, given_OI) if self.given else self._prune(target, weight_OI, statistics)
             # What was zero before stays so: an update, or training, could fill it again otherwise.
