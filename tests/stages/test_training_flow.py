@@ -419,9 +419,17 @@ def test_a_sub_adapter_is_no_super_adapter(chain: Callable[..., Path], tmp_path:
         extract.run(SearchConfig(), tmp_path / "mixed", tmp_path / "again", Context())
 
 
-@pytest.mark.parametrize(("length", "kernel"), [(256, "eager"), (257, "sqft_by_example")])
+@pytest.mark.parametrize(
+    ("length", "bfloat16", "kernel"),
+    [(256, True, "eager"), (256, False, "sqft_by_example"), (257, True, "sqft_by_example")],
+)
 def test_long_rows_attend_example_by_example_on_a_cpu(
-    length: int, kernel: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    length: int,
+    bfloat16: bool,
+    kernel: str,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("on a GPU it is transformers' choice")
@@ -433,6 +441,7 @@ def test_long_rows_attend_example_by_example_on_a_cpu(
         return train(trainer, *args, **options)
 
     monkeypatch.setattr(loop.PackedTrainer, "train", watched)
+    monkeypatch.setattr(finetune, "multiplies_bfloat16", lambda: bfloat16)
     config = training(kind="dense", length=length, max_steps=1)
     finetune.run(config, tiny_model("llama"), PAIRS, [], tmp_path / "adapter", Context(), data={})
     assert seen == [kernel]

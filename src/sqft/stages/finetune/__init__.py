@@ -23,6 +23,7 @@ from sqft.adapters.config import RANK_SPACE, SqftConfig
 from sqft.adapters.elastic import rank_space
 from sqft.adapters.layers import sqft_layers
 from sqft.core import ordered
+from sqft.core.bfloat16 import multiplies_bfloat16
 from sqft.data.encode import check_vocabulary, encode
 from sqft.device import device_key, place
 from sqft.digests import digest_text
@@ -342,4 +343,5 @@ def _attention(config: FinetuneConfig, device: torch.device) -> str | None:
         return config.attention
     # Measured (benchmarks/attention.py): in short rows the plain product is a little faster on a CPU, in long ones its
     # score matrices cost more than all the rest.
-    return "eager" if device.type == "cpu" and config.length <= _SHORT_ROW else None
+    short = config.length <= _SHORT_ROW and multiplies_bfloat16()
+    return "eager" if device.type == "cpu" and short else None
