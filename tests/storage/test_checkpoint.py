@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sqft.adapters.attach import load_model
 from sqft.context import Context
 from sqft.errors import InputError
-from sqft.model.sources import local_folder
+from sqft.model.sources import _header_read_once, local_folder
 from sqft.storage.checkpoint import INDEX, Checkpoint, copy_model
 
 
@@ -221,3 +222,18 @@ def test_tied_embeddings_are_what_is_stored(
         ids = torch.arange(1, 20)[None]
         with torch.no_grad():
             assert torch.allclose(stock(ids).logits, packed(ids).logits, atol=1e-4)
+
+
+def test_a_gguf_header_is_parsed_once_while_it_is_unpacked(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    stock = gguf.GGUFReader
+    with pytest.raises(RuntimeError, match="on the way"), _header_read_once():
+        first = gguf.GGUFReader(file)
+        assert gguf.GGUFReader(file) is first
+        raise RuntimeError("on the way")
+    assert gguf.GGUFReader is stock
+    assert gguf.GGUFReader(file) is not first

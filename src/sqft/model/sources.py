@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from sqft.errors import InputError
 from sqft.storage.tokenizer import mend_byte_fallback
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -121,7 +125,7 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
     if reuse(folder, description):
         return folder
     logger.info("unpacking %s into %s", file.name, folder)
-    with writing(folder, description) as draft:
+    with writing(folder, description) as draft, _header_read_once():
         options: dict[str, Any] = {"gguf_file": file.name}
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
@@ -134,6 +138,22 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
         tokenizer.save_pretrained(draft.path)
         mend_byte_fallback(draft.path)
     return folder
+
+
+@contextmanager
+def _header_read_once() -> Iterator[None]:
+    """Let transformers parse a file's header once, and not anew for the configuration, the tokenizer and the weights.
+
+    Parsing a vocabulary of 49,000 tokens and their merges takes ten seconds or more, and was most of unpacking.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
 
 
 def _repair_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
