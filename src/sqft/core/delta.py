@@ -110,16 +110,7 @@ def effective_codes(
     *,
     ordered: bool = False,
 ) -> torch.Tensor:
-    """Return the codes of Ŵ', uint8 [O, I]: those that :func:`effective_weight` dequantises.
-
-    Args:
-        weight: the quantised base.
-        lora_A_RI: [R, I].
-        lora_B_OR: [O, R].
-        scaling: lora_alpha / r_max.
-        mask_packed: as in :func:`effective_weight`.
-        ordered: the arithmetic; see the module.
-    """
+    """Return the codes of Ŵ', uint8 [O, I]: those that :func:`effective_weight` dequantises; it has the arguments."""
     if not ordered and weight.device.type == "cuda":
         mask = None if mask_packed is None else mask_packed.cpu()
         codes = effective_codes(weight.to("cpu"), lora_A_RI.cpu(), lora_B_OR.cpu(), scaling, mask)
