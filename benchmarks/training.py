@@ -23,12 +23,14 @@ from torch.nn import functional
 from common import ADAPTERS, alternate, peak_memory, ratio, save
 from sqft.adapters.attach import load_model
 from sqft.adapters.layers import SqftLinear
+from sqft.core.bfloat16 import fast_products, multiplies_bfloat16
 from sqft.data.encode import encode
 from sqft.data.load import load_examples
 from sqft.model.opening import load_tokenizer
 from sqft.model.packed import PackedLinear
 from sqft.recipe import DataConfig, FinetuneConfig
 from sqft.stages.finetune import attach
+from sqft.training.attention import attend_by_example
 from sqft.training.batches import IGNORED, collate, label_examples, pack_rows
 from sqft.training.loss import answer_loss
 
@@ -92,7 +94,8 @@ def main() -> None:
     plain_batch = padded(plain_rows, tokenizer.pad_token_id)
 
     def ours(kind: str, folder: Path = options.model) -> Any:
-        network = load_model(folder, packed=True, attention="eager")
+        network = load_model(folder, packed=True, attention="eager" if multiplies_bfloat16() else None)
+        attend_by_example(network)  # as finetune does; an eager model stays as it is
         return attach(network, FinetuneConfig(kind=kind, **ADAPTERS)).train()  # type: ignore[arg-type]
 
     stock = get_peft_model(
@@ -110,7 +113,8 @@ def main() -> None:
         stock.zero_grad()
 
     def step(model: Any) -> None:
-        answer_loss(model, batch).backward()
+        with fast_products(model):
+            answer_loss(model, batch).backward()
         model.zero_grad()
 
     actions = {
