@@ -463,7 +463,11 @@ def test_one_file_of_rows_is_enough(
     capsys.readouterr()
     judged = ["evaluate", "out/merged", "--task", str(file), "--test-rows", "6", "--validation-rows", "5", "--json"]
     assert cli.run(judged) == 0, capsys.readouterr().err
-    assert json.loads(capsys.readouterr().out)["tasks"]["rows"] == results["tasks"]["rows"]
+    alone, in_run = json.loads(capsys.readouterr().out)["tasks"]["rows"], results["tasks"]["rows"]
+    # In batches of another size, and bfloat16 products of few rows may be rounded otherwise than those of many.
+    nlls = [entry.pop("rows_nll")["value"] for entry in (alone, in_run)]
+    assert nlls[0] == pytest.approx(nlls[1], rel=1e-3)
+    assert alone == in_run
 
 
 def test_test_rows_are_refused_where_there_are_some(recipe: Path, tmp_path: Path) -> None:

@@ -206,16 +206,10 @@ def adapter_gradients(
     """
     given = (lora_A_RI, lora_B_OR, scaling, mask_packed, inside_OI)
     kernels = kernels_on(grad_OI.device, grad_OI.dtype) if grad_OI.is_contiguous() else None
-    on_card = grad_OI.device.type == "cuda"
-    if kernels is not None and on_card and (inside_OI is None or inside_OI.dtype == torch.uint8):
-        from sqft.kernels import gradients
-
-        return gradients.adapter_gradients(grad_OI, *given)
+    if kernels is not None and (inside_OI is None or inside_OI.dtype == kernels.INSIDE):
+        return kernels.adapter_gradients(grad_OI, *given)  # type: ignore[no-any-return]
     rows, columns = grad_OI.shape
     factor_A, factor_B = lora_A_RI.to(grad_OI.dtype), lora_B_OR.to(grad_OI.dtype)
-    if kernels is not None and not on_card:
-        kernels.mask_(grad_OI, mask_packed, inside_OI)
-        return (factor_B.T @ grad_OI).float().mul_(scaling), (grad_OI @ factor_A.T).float().mul_(scaling)
     grad_A = torch.zeros(lora_A_RI.shape, dtype=torch.float32, device=grad_OI.device)
     grad_B = torch.empty(lora_B_OR.shape, dtype=torch.float32, device=grad_OI.device)
     for chunk in row_chunks(rows, columns, grad_OI.device, 2 * _CHUNK_BYTES, grad_OI.dtype.itemsize):

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float32)
 """Of the weights that the kernel makes."""
+INSIDE = torch.bool
+"""Of what :func:`empty_inside` returns."""
 # No fused products, which would be rounded once; the others let comparisons and selections be vectors.
 _FLAGS = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 _OF_PROCESSOR = {
@@ -106,6 +108,20 @@ def dequantized(weight: QuantizedWeight) -> torch.Tensor:
 def empty_inside(weight: QuantizedWeight) -> torch.Tensor:
     """Return what :func:`effective_quantized` fills and :func:`mask_` takes: bool [O, I]."""
     return torch.empty(weight.shape, dtype=torch.bool)
+
+
+def adapter_gradients(
+    grad_OI: torch.Tensor,
+    lora_A_RI: torch.Tensor,
+    lora_B_OR: torch.Tensor,
+    scaling: float,
+    mask_packed: torch.Tensor | None,
+    inside_OI: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (dA, dB), float32; see :func:`sqft.core.delta.adapter_gradients`. G is masked in place."""
+    mask_(grad_OI, mask_packed, inside_OI)
+    factor_A, factor_B = lora_A_RI.to(grad_OI.dtype), lora_B_OR.to(grad_OI.dtype)
+    return (factor_B.T @ grad_OI).float().mul_(scaling), (grad_OI @ factor_A.T).float().mul_(scaling)
 
 
 def mask_(values_OI: torch.Tensor, mask_packed: torch.Tensor | None, inside: torch.Tensor | None) -> None:

@@ -20,11 +20,24 @@ import torch
 import triton
 import triton.language as tl
 
+from sqft.kernels.gradients import adapter_gradients
 from sqft.kernels.tiles import as_bytes, bits_of, device_of, rounded
 
 if TYPE_CHECKING:
     from sqft.core.grid import QuantizedWeight
 
+__all__ = [
+    "INSIDE",
+    "adapter_gradients",
+    "dequantized",
+    "effective_codes",
+    "effective_quantized",
+    "effective_weight",
+    "empty_inside",
+]
+
+INSIDE = torch.uint8
+"""Of what :func:`empty_inside` returns."""
 TILE, GRID_TILE = (16, 128, 4), (64, 32, 2)
 """Rows, columns and warps, the fastest of those tried on an H200. Rows and columns are fewer than threads: so each
 thread loads the factors that it needs, where otherwise the compiler shares them by a barrier for each r. A tile of a
