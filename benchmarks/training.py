@@ -6,24 +6,29 @@ Same examples for all: MAWPS (or seeded reasoning-gym problems with --data gym:c
 writes first: stock LoRA, rows padded to the longest of a batch of 16, loss over all answer tokens, sdpa, bf16 autocast.
 `packed_lora` and `packed_reference` share our packed rows and head, so they isolate the adapters' own cost. With
 --quantized (the same model, quantised) two rows more: `int4_lora` (kind dense on the packed base, the paper's SQFT) and
-`int4_qa` (kind quantized). Memory is what the model holds plus the highest that a step adds.
+`int4_qa` (kind quantized). Memory is what the model holds plus the highest that a step adds. The share of matrix
+products in a step, attention apart, is the profiler's. On a processor without bfloat16 instructions all but `plain`
+compute in float32, as finetune does.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from common import ADAPTERS, alternate, peak_memory, ratio, save
 from sqft.adapters.attach import load_model
+from sqft.adapters.float32 import compute_in_float32
 from sqft.adapters.layers import SqftLinear
-from sqft.core.bfloat16 import fast_products, multiplies_bfloat16
+from sqft.core.bfloat16 import multiplies_bfloat16
 from sqft.data.encode import encode
 from sqft.data.load import load_examples
 from sqft.model.opening import load_tokenizer
@@ -72,6 +77,14 @@ def packed_share(model: torch.nn.Module) -> float:
     return round(packed / sum(2 * layer.in_features * layer.out_features for layer in layers), 4)
 
 
+def products_share(action: Callable[[], Any]) -> float:
+    """Return the share of matrix products in an action's time, by the profiler."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        action()
+    times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    return round(sum(times.get(f"aten::{name}", 0) for name in ("mm", "addmm", "bmm")) / sum(times.values()), 3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -96,7 +109,9 @@ def main() -> None:
     def ours(kind: str, folder: Path = options.model) -> Any:
         network = load_model(folder, packed=True, attention="eager" if multiplies_bfloat16() else None)
         attend_by_example(network)  # as finetune does; an eager model stays as it is
-        return attach(network, FinetuneConfig(kind=kind, **ADAPTERS)).train()  # type: ignore[arg-type]
+        model = attach(network, FinetuneConfig(kind=kind, **ADAPTERS)).train()  # type: ignore[arg-type]
+        compute_in_float32(model)
+        return model
 
     stock = get_peft_model(
         load_model(options.model), LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -105,6 +120,8 @@ def main() -> None:
     for module in reference.modules():
         if isinstance(module, SqftLinear):
             module.dense_mask = (module.weight_OI != 0).bfloat16()
+            if not multiplies_bfloat16():  # its base multiplies too
+                module.base_layer.float()
             module.forward = two_matmuls.__get__(module)  # type: ignore[method-assign]
 
     def plain() -> None:
@@ -113,8 +130,7 @@ def main() -> None:
         stock.zero_grad()
 
     def step(model: Any) -> None:
-        with fast_products(model):
-            answer_loss(model, batch).backward()
+        answer_loss(model, batch).backward()
         model.zero_grad()
 
     actions = {
@@ -154,6 +170,8 @@ def main() -> None:
         "masked_to_unmasked_speed": round(ratio(times, "packed_lora", "packed_sqft"), 3),
         "step_time_to_lora": round(ratio(times, "packed_sqft", "packed_lora"), 3),
         "step_time_to_reference": round(ratio(times, "packed_sqft", "packed_reference"), 3),
+        "bfloat16_instructions": multiplies_bfloat16(),
+        "products_share": {name: products_share(action) for name, action in actions.items()},
         "step_bytes": memory,
         "held_bytes": held,
         "peak_memory_to_lora": memory_ratio("packed_sqft"),

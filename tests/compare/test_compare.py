@@ -15,7 +15,7 @@ from sqft import pipeline
 from sqft.artifact import Artifact
 from sqft.cli.commands.showing import _any_failed
 from sqft.compare import sweep
-from sqft.compare.methods import METHODS, PAPER, method_recipe, with_level
+from sqft.compare.methods import METHODS, PAPER, default_methods, method_recipe, with_level
 from sqft.compare.run import _run_row, row_file, run
 from sqft.compare.summary import compare_pair, summarise
 from sqft.compare.table import page
@@ -138,10 +138,33 @@ def test_the_grid_runs_shares_stops_and_goes_on(
         run(changed, out, ("sparsepeft",))
 
 
+@pytest.mark.parametrize("compress", [True, False])
+def test_the_teacher_is_a_row_and_made_once(recipe: Recipe, tmp_path: Path, compress: bool) -> None:
+    teacher = {"ranks": [4], "max_steps": 2, "length": 64, "batch": 2, "learning_rate": 0.02, "compress": compress}
+    taught = Recipe.model_validate({**recipe.model_dump(), "teacher": teacher})
+    methods = default_methods(taught)
+    assert (methods[2], len(methods)) == ("teacher", 11)
+    out = tmp_path / "out"
+    run(taught, out, ("dense", "teacher", "sparse"))
+    summary = {row["method"]: row for row in json.loads((out / "compare.json").read_text())["methods"]}
+    assert not any(row["failed"] or row["pending"] for row in summary.values())
+    assert summary["teacher"]["one_model"] == "–"
+    assert summary["teacher"]["stored_bytes"] == summary["dense"]["stored_bytes"]
+    base = taught.model if not compress else str(out / "shared" / "teacher")
+    made_from = Artifact.open(out / "shared" / "sparse").manifest["inputs"]["model"]
+    assert made_from["path"] == base
+    assert (out / "runs" / "teacher-0" / "teacher").is_symlink()
+    assert not (out / "runs" / "dense-0" / "teacher").exists()
+    nll = {name: next(v for key, v in row["tasks"].items() if key.endswith("_nll")) for name, row in summary.items()}
+    assert nll["teacher"]["value"] < nll["dense"]["value"]
+
+
 def test_what_cannot_be_compared_is_refused_before_any_work(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        run(recipe.model_copy(update={"sparsify": None, "evaluate": None}), tmp_path / "o", ("shears", "shear"))
+        unfit = recipe.model_copy(update={"sparsify": None, "evaluate": None})
+        run(unfit, tmp_path / "o", ("shears", "shear", "teacher"))
     text = str(caught.value)
+    assert "has no section teacher" in text
     assert "there is no method 'shear'" in text
     assert "evaluate: null" in text
     assert "no sparsify" in text

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from sqft.core import bfloat16
 from sqft.core.bfloat16 import fast_products
-from sqft.core.delta import MaskedLinear, effective_weight
 
 
 @pytest.fixture
@@ -107,20 +106,3 @@ def test_a_processor_that_multiplies_bfloat16_does_it_itself(monkeypatch: pytest
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
         assert bfloat16.multiplies_bfloat16() is expected
-
-
-@pytest.mark.usefixtures("slow")
-def test_every_product_of_a_masked_layers_step() -> None:
-    torch.manual_seed(0)
-    x, grad = (torch.randn(20, 48).bfloat16().requires_grad_(), torch.randn(20, 32).bfloat16())
-    weight, factors = torch.randn(32, 48).bfloat16(), (torch.randn(16, 48), torch.randn(32, 16))
-    lora_A, lora_B = (factor.requires_grad_() for factor in factors)
-    with Counted() as counted, fast_products(nn.Linear(2, 2).bfloat16()):
-        MaskedLinear.apply(x, weight, None, lora_A, lora_B, 1.0, None, False).backward(grad)
-    assert set(counted.seen) == {torch.float32}
-    effective = effective_weight(weight, lora_A, lora_B, 1.0).double()
-    assert x.grad is not None
-    assert lora_B.grad is not None
-    close(x.grad, grad.double() @ effective)
-    gradient = (grad.double().T @ x.detach().double()).bfloat16().double()
-    assert torch.allclose(lora_B.grad.double(), gradient @ lora_A.detach().bfloat16().double().T, rtol=2**-7, atol=0.1)

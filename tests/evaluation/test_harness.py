@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from evaluation.oracle import answering_model
+from sqft.adapters.attach import load_model
 from sqft.data.encode import encode
 from sqft.data.tasks import BUILTIN, Example, Task
 from sqft.errors import InputError
 from sqft.evaluation import lm_model
 from sqft.evaluation.harness import _language_model, evaluate_examples, score_examples
+from sqft.evaluation.likelihood import answer_pairs, log_likelihoods
 
 EXACT = Task("own", "exact")
 
@@ -116,6 +118,26 @@ def test_scores_have_mean_standard_error_and_normalised_accuracy(model: Any, tin
     assert not evaluate_examples(model, tiny_tokenizer, BUILTIN["winogrande"], WINOGRANDE, 2).others
     alone = evaluate_examples(model, tiny_tokenizer, EXACT, OWN[:1], 2)
     assert (alone.metric, alone.value, alone.stderr, dict(alone.others)) == ("exact_match", 1.0, None, {})
+
+
+@pytest.mark.parametrize(
+    ("task", "examples"),
+    [(BUILTIN["arc_easy"], ARC), (BUILTIN["winogrande"], WINOGRANDE), (EXACT, OWN), (BUILTIN["mawps"], MAWPS)],
+)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_answers_are_scored_beside_the_choices(
+    tiny_model: Any, tiny_tokenizer: Any, task: Task, examples: list[Example], batch: int
+) -> None:
+    task = dataclasses.replace(task, max_new_tokens=min(task.max_new_tokens, 40))
+    model = load_model(tiny_model("llama"))
+    pairs = answer_pairs(model, tiny_tokenizer, examples)
+    alone = evaluate_examples(model, tiny_tokenizer, task, examples, batch)
+    beside = evaluate_examples(model, tiny_tokenizer, task, examples, batch, answers=pairs)
+    assert dataclasses.replace(beside, totals=None) == alone
+    if task.metric != "generate":
+        assert beside.totals == pytest.approx(log_likelihoods(model, pairs, batch), abs=1e-4)
+    else:
+        assert beside.totals is None
 
 
 def naive_choice(model: Any, tokenizer: Any, example: Example, *, by_length: bool) -> int:

@@ -16,7 +16,7 @@ from sqft.adapters.attach import load_model
 from sqft.data.encode import encode
 from sqft.data.tasks import Example
 from sqft.errors import InputError
-from sqft.evaluation.likelihood import answer_nll, ratio_error
+from sqft.evaluation.likelihood import answer_nll, answer_pairs, log_likelihoods, ratio_error
 from sqft.training.batches import label_examples
 
 EXAMPLES = [
@@ -24,12 +24,17 @@ EXAMPLES = [
 ]
 
 
+def nll(model: Any, tokenizer: Any, examples: list[Example], batch: int) -> dict[str, Any]:
+    pairs = answer_pairs(model, tokenizer, examples)
+    return answer_nll(pairs, log_likelihoods(model, pairs, batch))
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mamba"])  # positions passed in, absolute ones, a recurrent state
 def test_it_is_the_loss_of_training_over_the_same_tokens(
     arch: str, tiny_model: Callable[..., Path], tiny_tokenizer: Any
 ) -> None:
     model = load_model(tiny_model(arch))
-    found = answer_nll(model, tiny_tokenizer, EXAMPLES, 4)
+    found = nll(model, tiny_tokenizer, EXAMPLES, 4)
     encoded = [encode(tiny_tokenizer, example.prompt, example.answer) for example in EXAMPLES]
     rows = label_examples(encoded, tiny_tokenizer.eos_token_id, length=128, model_length=None, completion_only=True)
     sums, tokens = [], []
@@ -58,7 +63,7 @@ def test_a_prompt_beyond_the_context_loses_its_beginning(tiny_model: Callable[..
     prompt = "0123456789" * (most // 10 + 3)
     answer = " yes"
     kept = most - len(answer)  # a token a byte: the prompt, the answer and all but the end token are as many as fit
-    found = answer_nll(model, tiny_tokenizer, [Example(prompt, answer)], 1)
-    assert found["rows"] == answer_nll(model, tiny_tokenizer, [Example(prompt[-kept:], answer)], 1)["rows"]
+    found = nll(model, tiny_tokenizer, [Example(prompt, answer)], 1)
+    assert found["rows"] == nll(model, tiny_tokenizer, [Example(prompt[-kept:], answer)], 1)["rows"]
     with pytest.raises(InputError, match="leaves no room for its prompt"):
-        answer_nll(model, tiny_tokenizer, [Example("a", "b" * most)], 1)
+        nll(model, tiny_tokenizer, [Example("a", "b" * most)], 1)

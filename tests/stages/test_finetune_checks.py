@@ -46,6 +46,8 @@ def test_what_peft_does_not_adapt_is_refused_before_it_raises(tiny_model: Callab
     network = load_model(tiny_model("mamba"))
     with pytest.raises(InputError, match=r"'out_proj' is not adapted in a mamba, says PEFT: .*others are .*in_proj"):
         finetune.attach(network, config("in_proj", "out_proj"))
+    with pytest.raises(InputError, match="'dt_proj' is a linear whose weight a mamba reads without calling it"):
+        finetune.attach(network, config("dt_proj"))
     assert len(sqft_layers(finetune.attach(network, config("in_proj")))) == 2
 
 
@@ -99,7 +101,7 @@ def test_a_name_outside_the_blocks_alone_is_refused(tiny_model: Callable[..., Pa
         ("gpt2", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),
         ("phi3", "self_attn.qkv_proj self_attn.o_proj mlp.gate_up_proj mlp.down_proj"),
         ("mixtral", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"),  # no experts, no router
-        ("mamba", "mixer.in_proj mixer.x_proj mixer.dt_proj"),  # PEFT refuses out_proj
+        ("mamba", "mixer.in_proj mixer.x_proj"),  # PEFT refuses out_proj; dt_proj is never called
         ("gemma3", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
          "mlp.gate_proj mlp.up_proj mlp.down_proj"),  # and none of the vision tower
     ],

@@ -89,24 +89,3 @@ def test_only_a_model_that_takes_others_for_sdpa_gets_another(
     monkeypatch.setattr(model, "_supports_attention_backend", attention != "sdpa")
     attend_by_example(model)
     assert model.config._attn_implementation == attention
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_it_is_float32_where_bfloat16_products_are_slow(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, value = (torch.randn(2, 3, 9, 4).bfloat16() for _ in range(3))
-    module = torch.nn.Module()
-    causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
-    wide, _ = attention_by_example(module, query.float(), key.float(), value.float(), causal)
-    seen, stock = [], example_attention.sdpa_attention_forward
-
-    def watched(module: Any, query: torch.Tensor, *args: Any, **options: Any) -> Any:
-        seen.append(query.dtype)
-        return stock(module, query, *args, **options)
-
-    monkeypatch.setattr(example_attention, "sdpa_attention_forward", watched)
-    monkeypatch.setattr(example_attention, "multiplies_bfloat16", lambda: fast)
-    found, _ = attention_by_example(module, query, key, value, causal)
-    assert set(seen) == {torch.bfloat16 if fast else torch.float32}
-    assert found.dtype == torch.bfloat16
-    if not fast:
-        assert torch.equal(found, wide.bfloat16())

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+# PEFT does not know of these, and an adapter there would do nothing.
+_READ_ALONE = {("mamba", "dt_proj"), ("falcon_mamba", "dt_proj")}
+
 
 def reached(network: PreTrainedModel, target: str) -> tuple[list[str], list[str]]:
     """Return the linears that a target names, as PEFT matches names: (inside the decoder's blocks, elsewhere)."""
@@ -62,6 +65,8 @@ def excluded(network: PreTrainedModel, targets: Iterable[str]) -> list[str]:
 def refused(network: PreTrainedModel, target: str) -> str | None:
     """Return why PEFT does not adapt a target of this model, None where it does."""
     kind = network.config.model_type
+    if (kind, _last(target)) in _READ_ALONE:
+        return f"is a linear whose weight a {kind} reads without calling it, so an adapter there would do nothing"
     config = LoraConfig(target_modules=[target])
     with suppress(ImportError):  # a PEFT that does not convert
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers

@@ -202,7 +202,12 @@ COMMANDS = (
             Argument(
                 "--out", type=_path, help="folder (default runs/NAME-compare); processes that share it share the work"
             ),
-            Argument("--methods", nargs="+", metavar="METHOD", help="rows (default: the ten of the paper)"),
+            Argument(
+                "--methods",
+                nargs="+",
+                metavar="METHOD",
+                help="rows (default: the paper's ten, and the recipe's teacher)",
+            ),
             *(SEEDS, SET),
         ),
     ),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sqft.recipe import Kind, Recipe
 
-Base = Literal["dense", "sparse", "int4"]
+Base = Literal["dense", "teacher", "sparse", "int4"]
 Start = Literal["compensated", "dequantized", "float"]
 
 
@@ -32,7 +32,7 @@ class Choices:
 
     Attributes:
         label: the paper's name.
-        base: the frozen model.
+        base: the frozen model; teacher is the tuned dense one of the recipe's section `teacher`.
         kind: of the adapter; None is the untuned base.
         elastic: several ranks (NLS), or only the median of them.
         merged: whether the result is one merged, verified model.
@@ -47,7 +47,7 @@ class Choices:
     start: Start | None = None
 
     @property
-    def evaluated(self) -> Literal["dense", "sparse", "quantized", "tuned", "merged"]:
+    def evaluated(self) -> Literal["dense", "teacher", "sparse", "quantized", "tuned", "merged"]:
         """Which model of the run the row reports."""
         if self.kind is None:
             return "quantized" if self.base == "int4" else self.base
@@ -65,7 +65,9 @@ METHODS: dict[str, Choices] = {
     "gptq_lora": Choices("GPTQ + LoRA", "int4", "dense"),
     "sqft": Choices("SQFT", "int4", "dense", elastic=True),
     "qa_sparsepeft": Choices("SQFT + QA-SparsePEFT", "int4", "quantized", elastic=True, merged=True),
-    # Not in the default ten: the same with one rank (Tables 5, 9, 10), and from the other starting weights.
+    # Not of the paper: the tuned model that a recipe compresses, or compares with.
+    "teacher": Choices("the teacher: dense, tuned", "teacher"),
+    # The same with one rank (Tables 5, 9, 10), and from the other starting weights.
     "sparsepeft_lora": Choices("SparsePEFT, one rank", "sparse", "sparse", merged=True),
     "qa_lora": Choices("QA-SparsePEFT, one rank", "int4", "quantized", merged=True),
     "qa_dequantized": Choices(
@@ -78,6 +80,11 @@ METHODS: dict[str, Choices] = {
 PAPER = tuple(METHODS)[:10]
 
 
+def default_methods(recipe: Recipe) -> tuple[str, ...]:
+    """Return the paper's ten rows, and the teacher after the dense ones where the recipe has one."""
+    return PAPER if recipe.teacher is None else (*PAPER[:2], "teacher", *PAPER[2:])
+
+
 def base_recipe(recipe: Recipe, base: Base, model: Path | None = None) -> Recipe:
     """Return the recipe that makes only a base."""
     # Two passes, so that the sparse model is kept on disk: it is a row itself and the source of the INT4 base.
@@ -85,7 +92,8 @@ def base_recipe(recipe: Recipe, base: Base, model: Path | None = None) -> Recipe
     return recipe.model_copy(
         update={
             "model": recipe.model if model is None else str(model),
-            "sparsify": None if base == "dense" else recipe.sparsify,
+            "teacher": None if base == "dense" else recipe.teacher,
+            "sparsify": recipe.sparsify if base in ("sparse", "int4") else None,
             "quantize": quantize if base == "int4" else None,
             "finetune": None,
             "merge": None,

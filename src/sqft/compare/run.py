@@ -1,13 +1,13 @@
 """Run every method with every seed on shared bases, and record each row in its own file.
 
-    OUT/shared/{dense,sparse,quantized}     bases, made once
+    OUT/shared/{dense,teacher,sparse,quantized}     bases, made once
     OUT/runs/METHOD-SEED/                   an ordinary run's folder; its bases are links into shared
     OUT/rows/METHOD-SEED.json               the row: scores, checks, storage, cost, or the reason of a failure
     OUT/compare.{json,md,html}              the table of all recorded rows
 
 Recorded rows are not run again, except failed ones; a failure does not stop the other rows. Several processes may run
 the same command on one folder: each takes rows that no other is working on. Bases use the recipe's seed. Training seeds
-change initialisation, data order and rank sampling; an untuned row has one seed.
+change initialisation, data order and rank sampling; an untuned row has one seed, and so has the recipe's teacher.
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 5.0
-_BASES: dict[Base, tuple[str, ...]] = {"dense": (), "sparse": ("sparse",), "int4": ("sparse", "quantized")}
+_TEACHER = ("teacher_adapter", "teacher")
+_BASES: dict[Base, tuple[str, ...]] = {
+    "dense": (),
+    "teacher": _TEACHER,
+    "sparse": (*_TEACHER, "sparse"),
+    "int4": (*_TEACHER, "sparse", "quantized"),
+}
 
 
 def run(
@@ -69,8 +75,8 @@ def run(
     """
     with Problems("compare") as problems:
         check_methods(methods, problems)
-        if recipe.teacher is not None:
-            problems.add("the recipe has a teacher, and every method starts at its model; leave it out")
+        if recipe.teacher is None and "teacher" in methods:
+            problems.add("the recipe has no section teacher, whose row is asked for; add it, or leave the method out")
         if recipe.evaluate is None:
             problems.add("the recipe has evaluate: null, so there would be nothing to compare")
         if recipe.sparsify is None and any(name in ("sparse", "lora", "shears") for name in methods):
@@ -124,8 +130,8 @@ def _make_bases(recipe: Recipe, out: Path, bases: set[Base], announce: Callable[
     shared = out / "shared"
     with exclusive(shared):
         announce("the bases that rows share")
-        needed: Base = "int4" if "int4" in bases else "sparse" if "sparse" in bases else "dense"
-        pipeline.run(base_recipe(recipe, needed), shared, announce)
+        furthest = max(bases, key=list(_BASES).index)  # it is made from the others
+        pipeline.run(base_recipe(recipe, furthest), shared, announce)
         return local_folder(recipe.model, shared, recipe.revision)
 
 
@@ -210,7 +216,8 @@ def _checks(folder: Path) -> dict[str, bool]:
 
 def _stored(method: Choices, folder: Path, dense: Path) -> int:
     """Return the bytes of the weight files that the row's model needs."""
-    base = {"dense": dense, "sparse": folder / "sparse", "int4": folder / "quantized"}[method.base]
+    made = {"teacher": folder / "teacher", "sparse": folder / "sparse", "int4": folder / "quantized"}
+    base = dense if method.base == "dense" else made[method.base]
     parts = [folder / "merged"] if method.merged else [base, *([folder / "sub_adapter"] if method.kind else [])]
     return sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
 

@@ -40,6 +40,8 @@ PAIRS = (
     ("qa_sparsepeft", "sparsepeft", "what does INT4 cost, both as one model?"),
     ("sparsepeft", "dense_lora", "what do the zeros cost, tuned?"),
     ("qa_sparsepeft", "dense_lora", "what do zeros and INT4 cost, tuned?"),
+    ("sparsepeft", "teacher", "what do the zeros cost beside the teacher?"),
+    ("qa_sparsepeft", "teacher", "what do zeros and INT4 cost beside the teacher?"),
 )
 _Z = 1.959964
 

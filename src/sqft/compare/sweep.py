@@ -59,6 +59,11 @@ def run(
     """
     with Problems("sweep") as problems:
         check_methods(methods, problems)
+        if recipe.teacher is not None:
+            problems.add(
+                "the recipe has a teacher, which would be made again at every level; leave it out, or give the model "
+                "that it makes as `model`"
+            )
     recipes = {level: with_level(recipe, level) for level in levels}
     for level, made in recipes.items():
         announce(f"sparsity {level}")

@@ -2,8 +2,9 @@
 
 x86 processors without AMX or AVX-512 BF16, most desktops among them, take about four times as long for a bfloat16
 product of many rows as for the float32 one (docs/decisions.md). Both add in float32 and round the sum, so the values
-differ by the order of additions alone. Weights stay in bfloat16, and autograd keeps the bfloat16 tensors: only the
-product's factors are converted, one product at a time.
+differ by the order of additions alone. Weights stay in bfloat16: a product's factors are converted, one product at a
+time. Evaluation and calibration use this, for they judge what the model computes in bfloat16; training has
+:mod:`sqft.adapters.float32`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ _aten = torch.ops.aten
 # Each product's two factors among its arguments.
 _FACTORS = {
     _aten.mm.default: (0, 1),
-    _aten.mm.out: (0, 1),
     _aten.bmm.default: (0, 1),
     _aten.addmm.default: (1, 2),
     _aten.baddbmm.default: (1, 2),
@@ -60,8 +60,6 @@ class _InFloat32(TorchDispatchMode):
         if places is None or not _worthwhile(args[places[0]], args[places[1]]):
             return func(*args, **(kwargs or {}))
         given = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
-        if func is _aten.mm.out:
-            return kwargs["out"].copy_(_aten.mm.default(*given))
         return func(*given, **(kwargs or {})).to(torch.bfloat16)
 
 

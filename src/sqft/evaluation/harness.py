@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sqft.data.tasks import Example, Task
+    from sqft.evaluation.likelihood import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Scores:
         stderr: standard error of that mean; None for fewer than two examples.
         correct: per example, in order.
         others: other metrics over the same examples (acc_norm).
+        totals: log-likelihoods of the answers that were to be scored besides; None where they were not.
     """
 
     metric: str
@@ -53,6 +55,7 @@ class Scores:
     stderr: float | None
     correct: list[bool]
     others: Mapping[str, float]
+    totals: list[float] | None
 
 
 def score_examples(
@@ -79,6 +82,7 @@ def evaluate_examples(
     shots: Sequence[Example] = (),
     fewshot: int = 0,
     seed: int = 0,
+    answers: Sequence[Pair] = (),
 ) -> Scores:
     """Score examples through lm-eval.
 
@@ -91,6 +95,7 @@ def evaluate_examples(
         shots: the pool of few-shot examples: the training rows in order.
         fewshot: number of few-shot examples, sampled for each question as in lm-eval.
         seed: of the sampling; 0 gives the same examples as lm-eval's command.
+        answers: one for each example, scored with its choices where it has any: their prompt is read once.
 
     Raises:
         InputError: there is no example, or the tokenizer lacks the end token that an `exact` answer needs.
@@ -105,7 +110,7 @@ def evaluate_examples(
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.evaluator import evaluate
 
-        lm = _language_model()(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        lm = _language_model()(pretrained=model, tokenizer=tokenizer, batch_size=batch, answers=answers)
         lm_task = ConfigurableTask(config=task_config(task, examples, shots, fewshot, tokenizer.eos_token or ""))
         lm_task.set_fewshot_seed(_LM_EVAL_SEED + seed)
         results = evaluate(lm, {"tasks": {"task": lm_task}, "groups": {}})
@@ -117,10 +122,10 @@ def evaluate_examples(
             lm.shortened,
             lm.max_length,
         )
-    return _scores(task, results)
+    return _scores(task, results, lm.totals)
 
 
-def _scores(task: Task, results: Mapping[str, Any]) -> Scores:
+def _scores(task: Task, results: Mapping[str, Any], totals: list[float] | None) -> Scores:
     name = _NAMES[task.metric]
     key = "acc" if task.metric == "choice" else name
     means = results["results"]["task"]
@@ -132,6 +137,7 @@ def _scores(task: Task, results: Mapping[str, Any]) -> Scores:
         stderr=None if stderr == "N/A" else float(stderr),
         correct=[bool(sample[key]) for sample in samples],
         others={"acc_norm": float(means["acc_norm,none"])} if "acc_norm,none" in means else {},
+        totals=totals,
     )
 
 

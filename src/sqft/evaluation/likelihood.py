@@ -25,36 +25,52 @@ if TYPE_CHECKING:
     from sqft.data.tasks import Example
 
 
-@torch.no_grad()
-def answer_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch: int
-) -> dict[str, Any]:
-    """Return {metric, value, stderr, n, tokens, rows}: nats a token, and for each row its tokens and its nats.
+Pair = tuple[list[int], list[int]]
+"""Tokens of a prompt and of its answer."""
 
-    `value` is the mean over all tokens, Σ rows / Σ tokens; `stderr` is the standard error of this ratio over rows. A
-    prompt longer than the model's context is truncated from the left.
 
-    Args:
-        model: causal language model in the dtype that it has; logarithms are taken in float32.
-        tokenizer: the model's.
-        examples: at least one.
-        batch: sequences at a time.
+def answer_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Pair]:
+    """Return (prompt, answer with its EOS token) of each example, as token ids.
+
+    A prompt longer than the model's context is truncated from the left.
 
     Raises:
         InputError: an answer leaves no room for its prompt in the model's context.
     """
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     encoded = [encode(tokenizer, example.prompt, example.answer) for example in examples]
-    pairs = [fit(prompt, ended(tokenizer, answer), most or math.inf) for prompt, answer in encoded]
+    return [fit(prompt, ended(tokenizer, answer), most or math.inf) for prompt, answer in encoded]
+
+
+@torch.no_grad()
+def log_likelihoods(model: PreTrainedModel, pairs: Sequence[Pair], batch: int) -> list[float]:
+    """Return the log-likelihood of each answer after its prompt, in nats.
+
+    Args:
+        model: causal language model in the dtype that it has; logarithms are taken in float32.
+        pairs: from :func:`answer_pairs`.
+        batch: sequences at a time.
+    """
     with progress(len(pairs), "likelihoods", "answer") as advance:
         if pads_freely(model):
-            totals = [found.total for (found,) in likelihoods(model, [[pair] for pair in pairs], batch, advance)]
-        else:
-            totals = []
-            for pair in pairs:
-                ids = torch.tensor([whole(pair)[:-1]], device=model.device)
-                totals.append(judge(model(input_ids=ids, use_cache=False).logits[0], pair[1]).total)
-                advance(1)
+            return [found.total for (found,) in likelihoods(model, [[pair] for pair in pairs], batch, advance)]
+        totals = []
+        for pair in pairs:
+            ids = torch.tensor([whole(pair)[:-1]], device=model.device)
+            totals.append(judge(model(input_ids=ids, use_cache=False).logits[0], pair[1]).total)
+            advance(1)
+        return totals
+
+
+def answer_nll(pairs: Sequence[Pair], totals: Sequence[float]) -> dict[str, Any]:
+    """Return {metric, value, stderr, n, tokens, rows}: nats a token, and for each row its tokens and its nats.
+
+    `value` is the mean over all tokens, Σ rows / Σ tokens; `stderr` is the standard error of this ratio over rows.
+
+    Args:
+        pairs: at least one.
+        totals: the log-likelihood of each pair's answer.
+    """
     tokens = [len(answer) for _, answer in pairs]
     rows = [round(-total, 4) for total in totals]
     value = sum(rows) / sum(tokens)

@@ -19,12 +19,20 @@ from sqft.progress import progress
 
 
 class TrainedTokens(HFLM):  # type: ignore[misc]
-    """lm-eval's Hugging Face model with training's tokens and our decoding; `shortened` counts truncated prompts."""
+    """lm-eval's Hugging Face model with training's tokens and our decoding.
 
-    def __init__(self, **options: Any) -> None:
+    Attributes:
+        shortened: the number of prompts that were truncated.
+        answers: for each row the (prompt, answer) token ids to score beside its choices, or none.
+        totals: their log-likelihoods, once choices were scored by our decoding; else None.
+    """
+
+    def __init__(self, answers: Sequence[tuple[list[int], list[int]]] = (), **options: Any) -> None:
         super().__init__(**options)
         self.shortened = 0
         self.ours = pads_freely(self.model)
+        self.answers = answers
+        self.totals: list[float] | None = None
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return encode(self.tokenizer, context, continuation)
@@ -53,9 +61,14 @@ class TrainedTokens(HFLM):  # type: ignore[misc]
         for place, request in enumerate(requests):
             rows.setdefault(request.doc_id, []).append(place)
             pairs.append(self._fit(*self._encode_pair(*request.args)))
-        with progress(len(requests), "scoring", "answer") as advance:
+        with progress(len(requests) + len(self.answers), "scoring", "answer") as advance:
             groups = [[pairs[place] for place in places] for places in rows.values()]
+            if self.answers:  # a row's own answer begins as its choices do
+                groups = [[*group, self.answers[row]] for row, group in zip(rows, groups, strict=True)]
             found = likelihoods(self.model, groups, self.batch_size, advance)
+        if self.answers:
+            own = {row: values.pop().total for row, values in zip(rows, found, strict=True)}
+            self.totals = [own[row] for row in range(len(self.answers))]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for places, values in zip(rows.values(), found, strict=True):
             for place, value in zip(places, values, strict=True):

@@ -186,7 +186,7 @@ def _evaluate_all(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Return the results and the seconds that answering took, by task."""
     from sqft.evaluation.harness import evaluate_examples
-    from sqft.evaluation.likelihood import answer_nll
+    from sqft.evaluation.likelihood import answer_nll, answer_pairs, log_likelihoods
     from sqft.evaluation.perplexity import perplexity
 
     tokenizer = context.tokenizer(model_dir)
@@ -202,10 +202,13 @@ def _evaluate_all(
                 results[name] = {**found, "version": task.version}
             else:
                 drawn = (shots, config.fewshot, context.seed)
-                scores = evaluate_examples(model, tokenizer, task, examples, config.batch, *drawn)
+                # The likelihood of an answer is that after the question alone.
+                pairs = [] if config.fewshot else answer_pairs(model, tokenizer, examples)
+                scores = evaluate_examples(model, tokenizer, task, examples, config.batch, *drawn, answers=pairs)
                 results[name] = _entry(task, examples, scores)
-                if not config.fewshot:  # it is that of the question alone
-                    results[name][f"{task.name}_nll"] = answer_nll(model, tokenizer, examples, config.batch)
+                if pairs:
+                    totals = scores.totals or log_likelihoods(model, pairs, config.batch)
+                    results[name][f"{task.name}_nll"] = answer_nll(pairs, totals)
             answering[name] = round(time.monotonic() - started, 2)
             entry = results[name]
             logger.info("%s: %s %.4f on %d rows", name, entry["metric"], entry["value"], entry["n"])

@@ -3,9 +3,6 @@
 Only the diagonal blocks of a packed row's attention matrix matter: with thirty examples in 2,048 tokens a thirtieth of
 it. On a CPU sdpa computes all of it. Example boundaries come from the model's own mask: an example's first token does
 not attend to the token before it. `benchmarks/attention.py` measures the gain.
-
-On a processor without bfloat16 products all of it is computed in float32: the scores would otherwise be converted to
-float32 and back around each of their products, which takes longer than the products.
 """
 
 from __future__ import annotations
@@ -17,8 +14,6 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from sqft.core.bfloat16 import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +31,6 @@ def attention_by_example(
 ) -> tuple[torch.Tensor, None]:
     """Return transformers' sdpa attention, without the products between tokens of different examples.
 
-    In float32 where that is faster, rounded once to the query's dtype.
-
     Args:
         module: the attention layer.
         query: [B, H, L, D].
@@ -49,10 +42,6 @@ def attention_by_example(
     Returns:
         [B, L, H, D], and None for the weights.
     """
-    if query.dtype == torch.bfloat16 and not multiplies_bfloat16():
-        wide = query.float(), key.float(), value.float()
-        output, _ = attention_by_example(module, *wide, attention_mask, **options)
-        return output.to(query.dtype), None
     if attention_mask is None or attention_mask.dtype != torch.bool or query.shape[2] != attention_mask.shape[-1]:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None

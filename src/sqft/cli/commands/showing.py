@@ -56,14 +56,14 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    from sqft.compare.methods import PAPER
+    from sqft.compare.methods import default_methods
     from sqft.compare.run import run as run_comparison
 
     recipe = recipe_of(options)
 
     out = options.out or Path("runs") / f"{recipe.name}-compare"
     typed = "sqft " + " ".join(sys.argv[1:])
-    page = run_comparison(recipe, out, options.methods or PAPER, options.seeds, announce, typed)
+    page = run_comparison(recipe, out, options.methods or default_methods(recipe), options.seeds, announce, typed)
     print((out / "compare.md").read_text())
     print(f"table: {page}")
     return int(_any_failed(out / "compare.json"))

@@ -21,6 +21,7 @@ from sqft.adapters.adaptable import all_linears, block_linears, excluded, reache
 from sqft.adapters.attach import load_model
 from sqft.adapters.config import RANK_SPACE, SqftConfig
 from sqft.adapters.elastic import rank_space
+from sqft.adapters.float32 import compute_in_float32
 from sqft.adapters.layers import sqft_layers
 from sqft.core import ordered
 from sqft.core.bfloat16 import multiplies_bfloat16
@@ -167,6 +168,8 @@ def _open(
             check_isolation(each, min(len(tokenizer), embedding_rows(each)))
     set_seed(context.seed)
     adapted = attach(network, config)
+    for each in (adapted, *([distillation.teacher] if distillation else [])):
+        compute_in_float32(each)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     # Adapter, two checkpoints of it with two moments each, all in float32.
     check_space(out, trainable * 4 * 8, "training")

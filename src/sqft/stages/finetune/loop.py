@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import set_peft_model_state_dict
@@ -22,7 +22,6 @@ from transformers.trainer_callback import PrinterCallback
 from sqft import processes
 from sqft.adapters.elastic import ElasticRanks
 from sqft.adapters.layers import sqft_layers
-from sqft.core.bfloat16 import fast_products
 from sqft.errors import NumericalError
 from sqft.training.batches import collate
 from sqft.training.loss import PARTS, PackedTrainer
@@ -153,8 +152,7 @@ def train(trainer: PackedTrainer, checkpoints: Path) -> int:
         set_peft_model_state_dict(trainer.model, load_file(latest / "adapter_model.safetensors"))
         trainer.state = TrainerState.load_from_json(str(latest / "trainer_state.json"))
     else:
-        with fast_products(cast("torch.nn.Module", trainer.model)):
-            trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
+        trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
     return at
 
 
