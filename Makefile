@@ -63,7 +63,7 @@ picture: $(STAMP) ## the rooms of src/ and their imports, drawn from the code (d
 	@$(BIN)/python docs/structure.py
 
 pytest: $(STAMP) ## the tests
-	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(TEST_WORKERS)
+	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 crashes: $(STAMP) ## kill every stage before every change that it makes to its folder (an hour)
 	@for work in sparsify quantize finetune search merge; do echo "$$work"; \

@@ -53,12 +53,21 @@ def training(result: dict[str, Any]) -> str:
             "examples/s": result["examples_per_second"][name],
             "model holds, GB": round(result["held_bytes"][name] / 1e9, 2),
             "a step adds, GB": round(result["step_bytes"][name] / 1e9, 2),
+            "matrix products, % of a step": round(100 * result["products_share"][name], 1),
         }
         for name in result["tokens_per_second"]
     ]
+    computes = (
+        ""
+        if result["bfloat16_instructions"]
+        else (
+            " The processor has no instructions for bfloat16: all loops but the plain one compute in float32, as `sqft` does there."
+        )
+    )
     return (
         f"A whole step on SmolLM2-135M, {result['data']} ({result['mean_tokens_per_example']} tokens an example on average), "
-        f"median of {result['rounds']} alternating rounds; tokens are real ones, padding does not count.\n\n{table(rows)}\n\n"
+        f"median of {result['rounds']} alternating rounds; tokens are real ones, padding does not count. Products are those of the profiler, attention "
+        f"apart.{computes}\n\n{table(rows)}\n\n"
         f"sqft against the plain padded loop: {result['sqft_to_plain_tokens_per_second']} × the tokens per second. Masked against "
         f"unmasked speed in the same loop: {result['masked_to_unmasked_speed']}. Step time against the reference's form: "
         f"{result['step_time_to_reference']}. Memory against packed LoRA on the float base: "

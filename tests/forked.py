@@ -12,9 +12,12 @@ import runpy
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -62,6 +65,24 @@ def run(
         ]
     code = next((process.exitcode for process in started if process.exitcode), 0)
     return CompletedProcess(arguments, code or 0, *texts)
+
+
+class Context:
+    """Stands in for a context of multiprocessing that starts processes afresh."""
+
+    Pipe = staticmethod(_SERVER.Pipe)
+
+    @staticmethod
+    def Process(target: Callable[..., Any], args: tuple[Any, ...]) -> BaseProcess:
+        """Return a process with this one's environment and folder."""
+        return _SERVER.Process(target=_as_here, args=(dict(os.environ), os.getcwd(), target, args))
+
+
+def _as_here(environment: dict[str, str], folder: str, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    target(*arguments)
 
 
 def _work(arguments: list[str], script: Path | None, environment: dict[str, str], folder: str, output: str) -> None:

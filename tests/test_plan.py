@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import forked
 from sqft import artifact, pipeline
 from sqft.artifact import Artifact
 from sqft.data.load import Data
@@ -19,10 +21,16 @@ from sqft.disk import read_json, write_json
 from sqft.errors import InputError
 from sqft.evaluation import perplexity
 from sqft.model.opening import load_config
-from sqft.plan import as_json, blocks_differ, plan
+from sqft.plan import as_json, blocks_differ, plan, probe
 from sqft.plan.copies import on_copy
 from sqft.plan.probe import _figures, _short_search, rows_of
 from sqft.recipe import EvaluateConfig, Recipe, TeacherConfig
+
+
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes begin with all imports done."""
+    monkeypatch.setattr(probe, "multiprocessing", SimpleNamespace(get_context=lambda _: forked.Context))
 
 
 def make_recipe(model: Path, folder: Path) -> Recipe:
@@ -58,7 +66,7 @@ def test_disk_is_forecast_to_the_byte_but_for_headers(tiny_model: Callable[..., 
     assert as_json(list(forecasts.values()))["peak_memory_bytes"] == max(f.memory_bytes for f in forecasts.values())
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_teacher_is_forecast_with_its_adapter_shortened_as_the_model_is(
     trained: bool, tiny_model: Callable[..., Path], tmp_path: Path

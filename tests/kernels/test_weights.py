@@ -1,4 +1,4 @@
-"""The Triton kernels against the ordered path in PyTorch, to the bit, in Triton's interpreter; what they compile to.
+"""The Triton kernels against their definitions in PyTorch, in Triton's interpreter; what they compile to.
 
 The tests of the first kind run in a second process, because Triton reads TRITON_INTERPRET when it is imported.
 """
@@ -14,9 +14,10 @@ pytest.importorskip("triton", reason="Triton is not installed (it is in the extr
 HERE = Path(__file__).parent
 
 
-def test_the_kernels_equal_the_ordered_path_to_the_bit() -> None:
+def test_the_kernels_equal_the_paths_that_define_them() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted.py")]
+    tests = [str(HERE / name) for name in ("interpreted.py", "interpreted_columns.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "100%" in done.stdout, done.stdout[-500:]

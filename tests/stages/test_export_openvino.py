@@ -55,18 +55,9 @@ def test_the_command_says_what_was_proved(model: Path, tmp_path: Path, capsys: p
     assert "ir already exists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        ("codes", r"not the model .*: model\.layers\.0\.\S+\.weight: its codes are not the folder's"),
-        ("computes", r"a logit differs by 0\.01 from transformers' \(at most 0\.001\)"),
-    ],
-)
-def test_anything_else_than_the_model_leaves_no_folder(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str
-) -> None:
-    monkeypatch.setenv("EXPORTER_FAULT", fault)
-    with pytest.raises(InputError, match=f"(?s){said}"):
+def test_what_computes_otherwise_leaves_no_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPORTER_FAULT", "computes")
+    with pytest.raises(InputError, match=r"a logit differs by 0\.01 from transformers' \(at most 0\.001\)"):
         sqft.export(model, tmp_path / "ir", format="openvino", converter=EXPORTER)
     assert nothing_but(tmp_path, "int4")
 
@@ -75,6 +66,7 @@ def test_anything_else_than_the_model_leaves_no_folder(
     ("fault", "said"),
     [
         ("", None),
+        ("codes", r"not the model .*: model\.layers\.\S+\.weight: its codes are not the folder's"),
         ("scales", r"not the model .*: model\.layers\.\S+\.weight: its scales are not the folder's"),
         ("zeros", r"not the model .*: model\.layers\.\S+\.weight: its zeros are not the folder's"),
         ("drops", r"model\.layers\.\S+\.weight is not in it as 4-bit constants"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import forked
 from sqft.adapters.attach import load_model
 from sqft.adapters.cached import cached_weights, switch_ranks
 from sqft.adapters.saved import SavedAdapter
@@ -311,15 +313,17 @@ def test_two_processes_share_a_search(sparse: tuple[Path, Path], tmp_path: Path)
     for split in ("train", "validation"):
         lines = [json.dumps({"prompt": f"{split} {e.prompt}", "completion": e.answer}) for e in EXAMPLES]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    command = [
-        sys.executable, "-m", "sqft", "search", str(adapter), str(tmp_path / "shared"), "--base", str(base), "--task",
-        str(tmp_path), "--strategy", "hill_climbing", "--turns", "4", "--neighbours", "4", "--steps", "2",
-    ]  # fmt: skip
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in both:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    alone = [part.replace("shared", "alone") for part in command]
-    subprocess.run(alone, check=True, capture_output=True)
+
+    def search(name: str) -> None:
+        command = [
+            "search", str(adapter), str(tmp_path / name), "--base", str(base), "--task", str(tmp_path), "--strategy",
+            "hill_climbing", "--turns", "4", "--neighbours", "4", "--steps", "2",
+        ]  # fmt: skip
+        done = forked.run(command)
+        assert done.returncode == 0, done.stderr
+
+    with ThreadPoolExecutor() as threads:
+        for finished in [threads.submit(search, name) for name in ("shared", "shared", "alone")]:
+            finished.result()
     records = [json.loads((tmp_path / n / "sqft" / "search.json").read_text()) for n in ("shared", "alone")]
     assert plain(records[0]) == plain(records[1])
