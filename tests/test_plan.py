@@ -19,7 +19,7 @@ from sqft.artifact import Artifact
 from sqft.data.load import Data
 from sqft.disk import read_json, write_json
 from sqft.errors import InputError
-from sqft.evaluation import perplexity
+from sqft.evaluation import perplexity, prepacked
 from sqft.model.opening import load_config
 from sqft.plan import as_json, blocks_differ, plan, probe
 from sqft.plan.copies import on_copy
@@ -108,7 +108,8 @@ def test_copies_lay_weights_out_anew_only_if_the_model_is_small_enough(
         told.append(laid_out)
         return {"evaluate dense": {"disk": 0, "memory": 1, "gpu": 0, "seconds": 1}}
 
-    monkeypatch.setattr("sqft.plan.MOST_BYTES", most)
+    monkeypatch.setattr(prepacked, "MOST_BYTES", most)
+    monkeypatch.setattr(prepacked, "_form", lambda: prepacked._Reordered)
     monkeypatch.setattr("sqft.plan.run_apart", run)
     plan(make_recipe(tiny_model("llama", "bfloat16", num_hidden_layers=8), tmp_path), tmp_path / "out")
     assert told == [expected, expected]

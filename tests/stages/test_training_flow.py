@@ -97,8 +97,7 @@ def test_both_models_are_proved_on_stock_linears(chain: Callable[..., Path], mon
         raise AssertionError("a reordered weight: its product need not have the bits of the other model's")
 
     out = chain("llama", "bfloat16")
-    monkeypatch.setattr(prepacked, "_Product", fail)
-    monkeypatch.setattr(prepacked, "_gains", lambda: True)
+    monkeypatch.setattr(prepacked, "_form", lambda: fail)
     assert prove(out)["passed"]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_ROWS = 16
+LEAST_ROWS = 16
 """Rows of a product from which converting the other factor pays."""
 _aten = torch.ops.aten
 # Each product's two factors among its arguments.
@@ -65,4 +65,4 @@ class _InFloat32(TorchDispatchMode):
 
 def _worthwhile(left: torch.Tensor, right: torch.Tensor) -> bool:
     bfloat16 = left.dtype == right.dtype == torch.bfloat16
-    return bfloat16 and left.device.type == "cpu" and left.shape[-2] >= _ROWS and right.shape[-1] >= _ROWS
+    return bfloat16 and left.device.type == "cpu" and left.shape[-2] >= LEAST_ROWS and right.shape[-1] >= LEAST_ROWS

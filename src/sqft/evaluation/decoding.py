@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from sqft.core.bfloat16 import fast_products
 from sqft.evaluation.attention import evaluation_attention, join_caches
 from sqft.evaluation.prepacked import prepacked
 from sqft.evaluation.reader import WORTHWHILE, Likelihood, Reader, Tokens, chunks, common_length, whole
@@ -60,7 +59,7 @@ def likelihoods(
     def cost(place: tuple[int, int]) -> int:
         return reader.cost(len(whole(groups[place[0]][place[1]])))
 
-    with evaluation_attention(reader.inner), prepacked(reader.inner), fast_products(reader.inner):
+    with evaluation_attention(reader.inner), prepacked(reader.inner):
         for places in chunks(alone, cost, batch, reader.tokens):
             pairs = [groups[index][member] for index, member in places]
             for (index, member), value in zip(places, reader.score(pairs), strict=True):
@@ -118,7 +117,7 @@ def generate(
     reader = Reader(model)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers = _Answers(len(prompts), max_new_tokens, ended, progress)
-    with evaluation_attention(reader.inner), prepacked(reader.inner), fast_products(reader.inner):
+    with evaluation_attention(reader.inner), prepacked(reader.inner):
         if len(prompts) > 1:
             reader.begin([(prompt, ()) for prompt in prompts], len(prompts[0]))
         _continue(reader, [prompts[index] for index in order], batch, answers)

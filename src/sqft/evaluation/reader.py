@@ -36,6 +36,8 @@ _UNUSED = 16
 WORTHWHILE = 0.2
 # Tokens of a forward on a CPU: what lies between its products then stays in the processor's cache (docs/decisions.md).
 _TOKENS = 1024
+# Where suffixes are scored, `batch` counts rows of so many tokens, prefix included; of shorter ones more fit.
+_CACHED = 256
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,11 @@ class Reader:
     def score_after(
         self, prefixes: Sequence[Tokens], members: Sequence[tuple[int, tuple[Tokens, Tokens]]], batch: int
     ) -> list[Likelihood]:
-        """Score sequences that each begin with one of `prefixes`, which are read once."""
+        """Score sequences that each begin with one of `prefixes`, which are read once.
+
+        A suffix is a few tokens, and a forward costs as much as its weights: more than `batch` rows share one if
+        they are short, their copies of the cache being what takes memory.
+        """
         _, prefix_mask, cache = self.read_rows(prefixes, 1, use_cache=True)
         found: list[Likelihood] = [Likelihood(0.0, False)] * len(members)
 
@@ -179,7 +185,8 @@ class Reader:
             return len(prompt) + len(answer) - len(prefixes[row])
 
         order = sorted(range(len(members)), key=suffix, reverse=True)
-        for places in chunks(order, suffix, batch, self.tokens):
+        most = max(batch, batch * _CACHED // (prefix_mask.shape[1] + suffix(order[0])))
+        for places in chunks(order, suffix, most, self.tokens):
             chosen = [members[place] for place in places]
             rows = torch.tensor([row for row, _ in chosen], device=self.device)
             ids, mask = self.pad([whole(pair)[len(prefixes[row]) : -1] for row, pair in chosen])

@@ -26,7 +26,7 @@ from torch import nn
 
 from sqft.device import free_bytes, resolve
 from sqft.errors import InputError
-from sqft.evaluation.prepacked import MOST_BYTES
+from sqft.evaluation.prepacked import fit
 from sqft.model.targets import skeleton
 from sqft.plan.copies import on_copy, shorten
 from sqft.plan.probe import run_apart
@@ -92,8 +92,7 @@ def plan(recipe: Recipe, workspace: Path, announce: Callable[[str], None] = logg
     few_blocks, many_blocks = _BLOCKS if blocks > _BLOCKS[1] else (1, blocks)
     # The copies are small enough for prepacked weights; the model may be too large for them.
     whole = skeleton(model, trust_remote_code=recipe.trust_remote_code)
-    linears = [module.weight for module in whole.modules() if isinstance(module, nn.Linear)]
-    laid_out = 2 * sum(weight.numel() for weight in linears) <= MOST_BYTES
+    laid_out = fit(module.weight for module in whole.modules() if isinstance(module, nn.Linear))
     if blocks_differ(whole, blocks):
         announce("its blocks are not all alike, so figures extrapolated from its first blocks may be far off")
     free = free_bytes(resolve(recipe.device))
