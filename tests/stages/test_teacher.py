@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sqft.compare.run import run as compare
 from sqft.context import Context
 from sqft.digests import digest_file
 from sqft.errors import InputError
@@ -371,8 +370,3 @@ def test_an_adapter_that_is_nowhere(recipe: Path, tmp_path: Path) -> None:
         run(load_recipe(recipe, ["teacher.adapter=./gone"]), tmp_path / "out")
     with pytest.raises(InputError, match="revision is main, which only an adapter of the Hub has"):
         run(load_recipe(recipe, ["teacher.revision=main"]), tmp_path / "out")
-
-
-def test_a_comparison_takes_no_teacher(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the recipe has a teacher, and every method starts at its model"):
-        compare(load_recipe(recipe), tmp_path / "out", ["dense"])
