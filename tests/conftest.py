@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+# No test asks the Hub; each that tried would wait for its retries. Libraries read this when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 VOCABULARY = 264  # 256 bytes, the special tokens, and padding to a multiple of eight

@@ -18,7 +18,6 @@ from sqft.recipe import DataConfig
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setenv("SQFT_DATA_DIR", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def write(name: str, rows: list[dict[str, Any]]) -> None:
         file = tmp_path / f"{name}.jsonl"
