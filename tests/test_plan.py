@@ -23,7 +23,7 @@ from sqft.evaluation import perplexity, prepacked
 from sqft.model.opening import load_config
 from sqft.plan import as_json, blocks_differ, plan, probe
 from sqft.plan.copies import on_copy
-from sqft.plan.probe import _figures, _short_search, rows_of
+from sqft.plan.probe import _figures, _short_search, rows_of, run_apart
 from sqft.recipe import EvaluateConfig, Recipe, TeacherConfig
 
 
@@ -51,7 +51,7 @@ def make_recipe(model: Path, folder: Path) -> Recipe:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("_forked")
 def test_disk_is_forecast_to_the_byte_but_for_headers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     recipe = make_recipe(tiny_model("llama", "bfloat16", num_hidden_layers=8), tmp_path)
     forecasts = {forecast.stage: forecast for forecast in plan(recipe, tmp_path / "out")}
@@ -64,6 +64,16 @@ def test_disk_is_forecast_to_the_byte_but_for_headers(tiny_model: Callable[..., 
         assert forecasts[stage].disk_bytes == pytest.approx(made, rel=0.05)
         assert forecasts[stage].fits
     assert as_json(list(forecasts.values()))["peak_memory_bytes"] == max(f.memory_bytes for f in forecasts.values())
+
+
+@pytest.mark.slow
+def test_a_probe_begins_afresh(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    values = {"finetune": None, "evaluate": None}
+    recipe = make_recipe(tiny_model("llama", "bfloat16"), tmp_path).model_copy(update=values)
+    found = run_apart(recipe, tmp_path / "probe", laid_out=True)
+    made = Artifact.open(tmp_path / "probe" / "run" / "quantized").manifest
+    assert found["quantize"]["disk"] == made["size_bytes"]
+    assert found["quantize"]["memory"] == made["peak_memory_bytes"]
 
 
 @pytest.mark.usefixtures("_forked")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import forked
 from sqft.core.delta import dequantized
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.sparse import Bitmask, to_bitmask
@@ -241,11 +239,12 @@ def test_another_processor_and_a_cache_that_cannot_be_written(fresh: Path, monke
 
 
 @pytest.mark.slow
-def test_two_processes_build_at_once(tmp_path: Path) -> None:
+def test_two_processes_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("c++") is None:
         pytest.skip("no compiler")
-    code = "from sqft.kernels import decode; assert decode.absence() is None"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
-    assert [process.wait() for process in running] == [0, 0]
+    script = tmp_path / "build.py"
+    script.write_text("from sqft.kernels import decode; assert decode.absence() is None")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = forked.run([], 2, script)
+    assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "sqft").iterdir())) == 1
