@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-# PEFT does not know of these, and an adapter there would do nothing.
+# Linears whose weight a model reads without calling them, beside those that PEFT knows: (model type, last name).
 _READ_ALONE = {("mamba", "dt_proj"), ("falcon_mamba", "dt_proj")}
 
 
