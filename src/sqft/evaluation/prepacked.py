@@ -86,7 +86,7 @@ def prepacked(model: PreTrainedModel) -> Iterator[int]:
     :func:`sqft.core.bfloat16.fast_products` as ever.
     """
     form = _form() if _ALLOWED.get() else None
-    if form is not None and getattr(model, "is_quantized", False):
+    if form is not None and getattr(model, "is_quantized", False) and model.device.type == "cpu":
         # compressed-tensors makes the weights at the first forward.
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     found = list(_plain(model)) if form is not None else []
