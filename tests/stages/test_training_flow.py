@@ -19,6 +19,7 @@ from sqft.adapters.config import SqftConfig
 from sqft.adapters.saved import SavedAdapter
 from sqft.artifact import Artifact
 from sqft.context import Context
+from sqft.core.bfloat16 import multiplies_bfloat16
 from sqft.data.tasks import Example, Task
 from sqft.digests import digest_file, file_digests
 from sqft.errors import InputError, NumericalError
@@ -118,6 +119,9 @@ def test_the_whole_chain_verifies(arch: str, dtype: str, chain: Callable[..., Pa
     assert len(log["train"]) == 6
     assert log["train"][-1]["loss"] < log["train"][0]["loss"]
     assert not (out / "adapter" / ".checkpoints").exists()
+    as_stored = multiplies_bfloat16() or torch.cuda.is_available()
+    computes_in = dtype if as_stored else "float32"
+    assert Artifact.open(out / "adapter").manifest["result"]["computes_in"] == computes_in
     assert Artifact.open(out / "merged").manifest["result"]["filled_zeros"] == 0
 
 

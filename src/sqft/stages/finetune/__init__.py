@@ -60,9 +60,10 @@ _SHORT_ROW = 256  # tokens
 
 @dataclass(frozen=True)
 class _Ready:
-    """The model with its adapters, the token rows that it is trained on, and what it learns from a teacher."""
+    """The model with its adapters, what it computes in, its token rows, and what it learns from a teacher."""
 
     adapted: Any
+    computes_in: str
     rows: list[dict[str, list[int]]]
     held_out: list[dict[str, list[int]]]
     trainable: int
@@ -132,6 +133,7 @@ def _train(config: FinetuneConfig, model: Path, context: Context, ready: _Ready,
         "base_identity": identity(model, start),
         "start": start,
         "device": context.device.type,
+        "computes_in": ready.computes_in,
         "trainable_parameters": ready.trainable,
         "steps": trainer.state.global_step,
         "resumed_at_step": resumed_at,
@@ -163,17 +165,17 @@ def _open(
     if config.distill is not None and teacher is not None:
         uncompressed = _load(config, teacher, context, "leave finetune.distill out").requires_grad_(False)
         distillation = Distillation(uncompressed, config.distill.hidden, config.distill.logits)
-    if config.packing:
-        for each in (network, *([distillation.teacher] if distillation else [])):
-            check_isolation(each, min(len(tokenizer), embedding_rows(each)))
+    networks = [network] if distillation is None else [network, distillation.teacher]
+    for each in networks if config.packing else []:
+        check_isolation(each, min(len(tokenizer), embedding_rows(each)))
     set_seed(context.seed)
     adapted = attach(network, config)
-    for each in (adapted, *([distillation.teacher] if distillation else [])):
-        compute_in_float32(each)
+    wide, *_ = [compute_in_float32(each) for each in networks]
+    computes_in = "float32" if wide else str(network.dtype).removeprefix("torch.")
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     # Adapter, two checkpoints of it with two moments each, all in float32.
     check_space(out, trainable * 4 * 8, "training")
-    return _Ready(adapted, rows, held_out, trainable, distillation)
+    return _Ready(adapted, computes_in, rows, held_out, trainable, distillation)
 
 
 def _load(config: FinetuneConfig, folder: Path, context: Context, remedy: str) -> PreTrainedModel:
