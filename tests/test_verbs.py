@@ -11,6 +11,7 @@ import yaml
 
 import sqft
 from sqft import cli
+from sqft.artifact import Artifact
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "python.md"
 CALIBRATION = {"samples": 4, "length": 32}
@@ -76,6 +77,12 @@ def test_quantize_prunes_in_the_same_pass(place: Path) -> None:
     settings: dict[str, Any] = {"data": "my_data", "group_size": 16, "calibration": CALIBRATION}
     made = sqft.quantize("model", "int4", sparsity=0.5, **settings)
     assert made.manifest["result"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert made.manifest["config"]["sparsify"].get("update") is None
+    pruning = ["--group-size", "16", "--sparsity", "0.5", "--update"]
+    text = ["--task", "my_data", "--calibration.samples", "4", "--calibration.length", "32"]
+    assert cli.run(["quantize", "model", "updated", *pruning, *text]) == 0
+    assert Artifact.open("updated").manifest["config"]["sparsify"]["update"] is True
+    assert digests(Path("updated")) != digests(Path("int4"))
     assert sqft.quantize("model", "dense", method="rtn", group_size=16).manifest["result"]["sparsity"] < 0.1
 
 
@@ -96,6 +103,7 @@ def test_quantize_prunes_in_the_same_pass(place: Path) -> None:
             "strategy random evaluates configurations; use search",
         ),
         (lambda: sqft.merge("model", "adapter", "o", allow_loss=True), "did you mean 'allow_"),
+        (lambda: sqft.quantize("model", "o", data="my_data", update=True), "update makes up for what sparsity prunes"),
     ],
 )
 def test_what_a_verb_does_not_take_is_refused_before_any_work(

@@ -144,6 +144,11 @@ COMMANDS = (
             *(OUT, *CALIBRATION),
             Argument("--sparsity", type=float, help="also prune this fraction of each row, in the same pass"),
             Argument("--pruner", default="wanda", help="how --sparsity chooses weights (default wanda)"),
+            Argument(
+                "--update",
+                action=argparse.BooleanOptionalAction,
+                help="the weights that --sparsity keeps make up for those it prunes (default: as the pruner does)",
+            ),
         ),
         (QuantizeConfig,),
         shared=True,

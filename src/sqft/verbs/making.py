@@ -71,6 +71,7 @@ def quantize(
     data: Source | None = None,
     sparsity: float | None = None,
     pruner: str = "wanda",
+    update: bool | None = None,
     seed: int = 0,
     model_revision: str | None = None,
     trust_remote_code: bool = False,
@@ -85,6 +86,7 @@ def quantize(
         data: as of :func:`sparsify`.
         sparsity: also prune this fraction of each row, in the same pass.
         pruner: how `sparsity` chooses weights.
+        update: whether the weights that `sparsity` keeps make up for those it prunes; None is as the pruner does.
         seed: of everything drawn.
         model_revision: branch, tag or commit of a Hub model.
         trust_remote_code: run code that the model's repository brings.
@@ -103,8 +105,10 @@ def quantize(
     folder = shared_model_folder(model, out.parent, model_revision)
     calibration = config.calibration or CalibrationConfig()
     pruning = None
+    if update is not None and sparsity is None:
+        raise InputError("quantize: update makes up for what sparsity prunes; give a sparsity, or leave update out")
     if sparsity is not None:
-        wanted = {"sparsity": sparsity, "method": pruner, "calibration": calibration}
+        wanted = {"sparsity": sparsity, "method": pruner, "update": update, "calibration": calibration}
         pruning = parse(SparsifyConfig, wanted, "quantize")
     needed = config.method == "gptq" or (pruning is not None and pruning.needs_text)
     tokens, drawn = calibrate(context, folder, calibration if needed else None, data, out)

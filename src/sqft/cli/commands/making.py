@@ -61,6 +61,7 @@ def quantize(options: argparse.Namespace) -> int:
         data=_calibration_data(options),
         sparsity=options.sparsity,
         pruner=options.pruner,
+        update=options.update,
         **fetched(options),
         **given(options, QuantizeConfig),
     )
