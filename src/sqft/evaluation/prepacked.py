@@ -90,7 +90,7 @@ def prepacked(model: PreTrainedModel) -> Iterator[int]:
         # compressed-tensors makes the weights at the first forward.
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     found = list(_plain(model)) if form is not None else []
-    if not fit(weight for _, weight, _ in found):
+    if found and not fit(weight for _, weight, _ in found):
         found = []
     before = [(module, vars(module).get("forward")) for module, _, _ in found]
     try:
