@@ -7,7 +7,7 @@ random, norms and biases included, so that a test in which one of them is lost o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,14 @@ def build_model(arch: str, dtype: torch.dtype, tokenizer: Any, **overrides: Any)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.to(dtype).eval()
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A command's or a recipe's threads are its process's: without this all later tests would fight for the cores."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
