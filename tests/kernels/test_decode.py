@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.sparse import Bitmask, to_bitmask
 from sqft.kernels import decode
 
-if decode.absence() is not None and "AVX-512" in str(decode.absence()):
+if decode.absence() is not None and "processor has no" in str(decode.absence()):
     pytest.skip(str(decode.absence()), allow_module_level=True)
 
 FORMS = ("bf16", "sparse bf16", "int4", "sparse int4")
@@ -163,6 +164,23 @@ def test_threads_change_nothing(form: str) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_every_processor_gives_the_same_bits(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = stored(form, pruned(7, 2112), 64)
+    made = {}
+    for capability in ("AVX512", "AVX2"):
+        if not getattr(torch.cpu, f"_is_{capability.lower()}_supported")():
+            continue
+        monkeypatch.setattr(decode, "_library", lru_cache(decode._library.__wrapped__))
+        monkeypatch.setattr(decode, "_load", lru_cache(decode._load.__wrapped__))
+        monkeypatch.setattr("sqft.kernels.build.processor", lambda capability=capability: capability)
+        x = [torch.randn(count, 2112, generator=generator(count)) for count in range(1, 12)]
+        made[capability] = torch.cat([weight.product(rows) for rows in x]), weight.weight().view(torch.int16)
+    if len(made) < 2:
+        pytest.skip(f"only {', '.join(made)} here")
+    assert all(map(torch.equal, made["AVX512"], made["AVX2"]))
+
+
 def test_what_is_not_a_number_stays_so() -> None:
     weight, _ = stored("bf16", torch.ones(2, 64).bfloat16())
     x = torch.zeros(1, 64, dtype=torch.bfloat16)
@@ -233,6 +251,9 @@ def test_without_a_compiler_one_line_says_so(
 def test_another_processor_and_a_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh.parent.joinpath("cache").write_text("a file")
     assert "cannot be written" in str(decode.absence())
+    decode._load.cache_clear()
+    monkeypatch.setattr("sqft.kernels.build.processor", lambda: "DEFAULT")
+    assert "no AVX2" in str(decode.absence())
     decode._load.cache_clear()
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert "x86-64" in str(decode.absence())

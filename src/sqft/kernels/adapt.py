@@ -230,7 +230,7 @@ def _library() -> ctypes.CDLL | None:
 @lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
     """Return the kernel, built if need be, or why there is none."""
-    processor: Sequence[str] = _OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability().split("_")[0], ())
+    processor: Sequence[str] = _OF_PROCESSOR.get(build.processor(), ())
     library = build.load("adapt", "training", *_FLAGS, *processor)
     if isinstance(library, str):
         return library

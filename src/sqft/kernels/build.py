@@ -15,10 +15,17 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
+
+
+def processor() -> str:
+    """Return what PyTorch says of the processor's vectors: AVX512, AVX2, DEFAULT or another name."""
+    return torch.backends.cpu.get_cpu_capability().split("_")[0]
 
 
 def load(name: str, purpose: str, *flags: str) -> ctypes.CDLL | str:

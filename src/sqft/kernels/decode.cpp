@@ -1,20 +1,16 @@
 // Products of a few rows of x with a weight that stays as it is stored: BF16 or 4-bit codes, dense or with zeros of a
-// bit each. One loop serves the four: a form turns its bytes into float32 weights, sixteen at a time, and the loop
-// multiplies and adds them in float32. The weights are those of the dequantised model, to the bit; so a form also
-// writes the weight out, for products of many rows.
+// bit each. One loop serves the four: a form turns its bytes into float32 weights, sixteen at a time (lanes.h), and the
+// loop multiplies and adds them in float32. The weights are those of the dequantised model, to the bit; so a form also
+// writes the weight out, for products of many rows. Sums are added in one order, whatever the processor and the threads.
 //
-// Plain C at the border: sqft/kernels/decode.py has this file built and calls it through ctypes. Needs AVX-512 F, BW, VL,
-// DQ, and BMI2, F16C and FMA, which every such processor has. Reads up to 64 bytes beyond a sparse form's values.
+// Plain C at the border: sqft/kernels/decode.py has this file built and calls it through ctypes. Needs AVX2, FMA, F16C
+// and BMI2; takes AVX-512 F, BW, VL and DQ where it is built for them. Reads up to 64 bytes beyond a sparse form's values.
 
-#include <immintrin.h>
+#include "lanes.h"
 
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
 #include "threads.h"
-
-#define INLINE inline __attribute__((always_inline))
 
 extern "C" {
 struct Weight {
@@ -30,24 +26,14 @@ struct Weight {
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int MOST = 8;       // rows of x at a time
 constexpr int WIDEST = 1024;  // columns that are unpacked at a time, of sparse codes
 enum { BF16, FP16, FP32 };
 
-INLINE __m512 widened(__m256i halves) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
+// Ask for bytes long before they are read: the processor's own guesses end at a page and know nothing of the next row.
+INLINE void ask(const void *place) { _mm_prefetch((const char *)place + 4096, _MM_HINT_T0); }
 
-INLINE __m512i rounded(__m512 x) {  // to bfloat16, nearest even, in the upper halves; x is finite
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-}
-
-INLINE __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : (1u << count) - 1; }
-
-INLINE float half(const void *place, int64_t index, int64_t type) {
+INLINE float number(const void *place, int64_t index, int64_t type) {
     uint32_t bits;
     uint16_t narrow;
     if (type == FP32) {
@@ -62,32 +48,19 @@ INLINE float half(const void *place, int64_t index, int64_t type) {
     return value;
 }
 
-// q - z of all codes q, for each zero point z.
-struct Steps {
-    alignas(64) float of[LANES][LANES];
-    Steps() {
-        for (int z = 0; z < LANES; z++)
-            for (int q = 0; q < LANES; q++) of[z][q] = (float)(q - z);
-    }
-};
-const Steps steps;
-
-// The weight of each code, group after group along a row: s (q - z), rounded to bfloat16.
+// The table of each group, one after the other along a row.
 struct Groups {
     const Weight &w;
     int64_t next, left = 0;
-    __m512 table;
+    Table table;
 
     INLINE Groups(const Weight &w, int64_t row, int64_t column)
         : w(w), next(row * (w.columns / w.group) + column / w.group), left(-(column % w.group)) {
         if (left) load(), left += w.group;
     }
-    INLINE bool at_start() const { return left == 0; }
     INLINE void load() {
         uint8_t zero = w.zero[next];
-        __m512 scale = _mm512_set1_ps(half(w.scale, next++, w.scale_type));
-        __m512i value = rounded(_mm512_mul_ps(scale, _mm512_load_ps(steps.of[zero])));
-        table = _mm512_castsi512_ps(_mm512_and_si512(value, _mm512_set1_epi32((int)0xffff0000)));
+        table.fill(number(w.scale, next++, w.scale_type), zero);
     }
     INLINE void advance() {  // to the next sixteen columns, whose group's table is then there
         if (left == 0) load(), left = w.group;
@@ -95,8 +68,8 @@ struct Groups {
     }
 };
 
-// Forms. `block` gives the weights of the b-th block: of its first n chunks of sixteen columns, chunk i beginning at
-// column `place(b, i)`.
+// Forms. `chunk` gives the weights of the i-th chunk of sixteen columns of the b-th block, which begins at column
+// `place(b, i)`; all are asked for, in order.
 
 struct DenseBF16 {
     static constexpr int chunks = 4;
@@ -104,30 +77,24 @@ struct DenseBF16 {
     int64_t columns;
     INLINE DenseBF16(const Weight &w, int64_t o, uint8_t *) : row((const uint16_t *)w.values + o * w.columns), columns(w.columns) {}
     INLINE int64_t place(int64_t b, int i) const { return 64 * b + LANES * i; }
-    INLINE void block(int64_t b, int n, __m512 *out) {
-        for (int i = 0; i < n; i++) {
-            int64_t at = place(b, i);
-            out[i] = widened(n == chunks ? _mm256_loadu_si256((const __m256i *)(row + at))
-                                         : _mm256_maskz_loadu_epi16(first(columns - at), row + at));
-        }
+    INLINE Lanes chunk(int64_t b, int i, bool whole) {
+        int64_t at = place(b, i);
+        if (i % 2 == 0) ask(row + at);
+        return whole ? widened(row + at) : widened(row + at, columns - at);
     }
 };
 
 struct SparseBF16 {
     static constexpr int chunks = 4;
-    const uint64_t *mask;
+    const uint16_t *mask;
     const uint16_t *value;
     INLINE SparseBF16(const Weight &w, int64_t o, uint8_t *)
-        : mask(w.mask + o * ((w.columns + 63) / 64)), value((const uint16_t *)w.values + (o ? w.ends[o - 1] : 0)) {}
+        : mask((const uint16_t *)(w.mask + o * ((w.columns + 63) / 64))),
+          value((const uint16_t *)w.values + (o ? w.ends[o - 1] : 0)) {}
     INLINE int64_t place(int64_t b, int i) const { return 64 * b + LANES * i; }
-    INLINE void block(int64_t b, int n, __m512 *out) {
-        uint64_t kept = mask[b];
-        for (int i = 0; i < n; i++) {
-            const uint16_t *from = value + (i ? _mm_popcnt_u64(kept << (64 - LANES * i)) : 0);
-            out[i] = _mm512_maskz_expand_ps((__mmask16)(kept >> LANES * i),
-                                            widened(_mm256_loadu_si256((const __m256i *)from)));
-        }
-        value += _mm_popcnt_u64(kept);
+    INLINE Lanes chunk(int64_t b, int i, bool) {
+        if (i == 0) ask(value);
+        return spread(value, mask[chunks * b + i]);
     }
 };
 
@@ -140,11 +107,12 @@ struct DenseINT4 {
     INLINE DenseINT4(const Weight &w, int64_t o, uint8_t *)
         : row(w.values + o * (w.columns / 2)), width(w.columns / 2), low(w, o, 0), high(w, o, w.columns / 2) {}
     INLINE int64_t place(int64_t b, int i) const { return LANES * b + i * width; }
-    INLINE void block(int64_t b, int, __m512 *out) {
-        __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(row + LANES * b)));
-        low.advance(), high.advance();
-        out[0] = _mm512_permutexvar_ps(codes, low.table);  // looks at the lowest four bits alone
-        out[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), high.table);
+    INLINE Lanes chunk(int64_t b, int i, bool) {
+        if (i == 0 && b % 4 == 0) ask(row + LANES * b);
+        Codes codes(row + LANES * b);
+        Groups &groups = i ? high : low;
+        groups.advance();
+        return i ? codes.high(groups.table) : codes.low(groups.table);
     }
 };
 
@@ -155,7 +123,8 @@ struct SparseINT4 {
     static constexpr int chunks = 4;
     const uint64_t *mask;
     const uint8_t *values;
-    uint8_t *codes, *code;
+    uint8_t *codes;
+    const uint8_t *code;
     int64_t left;  // blocks
     Groups groups;
     INLINE SparseINT4(const Weight &w, int64_t o, uint8_t *codes)
@@ -165,12 +134,11 @@ struct SparseINT4 {
     INLINE void unpack(const uint64_t *words, int64_t group) {
         const int64_t count = left < WIDEST / 64 ? left : WIDEST / 64;
         const uint8_t *from = values;
-        uint8_t *to = code = codes;
+        uint8_t *to = codes;
+        code = codes;
         left -= count;
         auto lay = [&](uint64_t kept) __attribute__((always_inline)) {
-            __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
-            w = _mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi16(w, 4)), _mm512_set1_epi8(15));
-            _mm512_storeu_si512(to, w);
+            ask(from), unpack64(from, to);
             to += _mm_popcnt_u64(kept);
         };
         if (group < 64) {
@@ -193,17 +161,10 @@ struct SparseINT4 {
         }
         values = from;
     }
-    INLINE void block(int64_t b, int n, __m512 *out) {
-        if (b % (WIDEST / 64) == 0) unpack(mask + b, groups.w.group);
-        uint64_t kept = mask[b];
-        for (int i = 0; i < n; i++) {
-            groups.advance();
-            const uint8_t *from = code + (i ? _mm_popcnt_u64(kept << (64 - LANES * i)) : 0);
-            __m512i compact = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
-            __mmask16 here = (__mmask16)(kept >> LANES * i);
-            out[i] = _mm512_maskz_permutexvar_ps(here, _mm512_maskz_expand_epi32(here, compact), groups.table);
-        }
-        code += _mm_popcnt_u64(kept);
+    INLINE Lanes chunk(int64_t b, int i, bool) {
+        if (i == 0 && b % (WIDEST / 64) == 0) unpack(mask + b, groups.w.group);
+        groups.advance();
+        return spread(code, ((const uint16_t *)mask)[chunks * b + i], groups.table);
     }
 };
 
@@ -225,7 +186,7 @@ struct Product {
 };
 
 void store(const Product &p, int64_t t, int64_t o, float sum) {
-    if (p.bias) sum += half(p.bias, o, p.type);
+    if (p.bias) sum += number(p.bias, o, p.type);
     int64_t at = t * p.w.rows + o;
     if (p.type == FP32) {
         ((float *)p.y)[at] = sum;
@@ -246,32 +207,42 @@ INLINE void multiply(const Product &p, int64_t t0, int64_t o) {
     const int64_t blocks = whole_blocks<Form>(p.w);
     alignas(64) uint8_t room[2][WIDEST + 64];
     Form one(p.w, o, room[0]), two(p.w, o + R - 1, room[1]);
-    __m512 sum[R][WAYS][T], weight[R][Form::chunks];
+    Lanes sum[R][WAYS][T];
     for (int r = 0; r < R; r++)
         for (int k = 0; k < WAYS; k++)
-            for (int t = 0; t < T; t++) sum[r][k][t] = _mm512_setzero_ps();
-    auto add = [&](int64_t b, int n) __attribute__((always_inline)) {
-        for (int r = 0; r < R; r++) (r ? two : one).block(b, n, weight[r]);
-        for (int i = 0; i < n; i++)
+            for (int t = 0; t < T; t++) sum[r][k][t] = zeros();
+    // Unrolled, so that sums and tables stay in registers; the compiler alone leaves the loops.
+    auto add_block = [&](int64_t b, int n, bool whole) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            Lanes weight[R];
+#pragma GCC unroll 2
+            for (int r = 0; r < R; r++) weight[r] = (r ? two : one).chunk(b, i, whole);
+#pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                __m512 part = _mm512_loadu_ps(x + t * p.stride + one.place(b, i));
-                for (int r = 0; r < R; r++) sum[r][i % WAYS][t] = _mm512_fmadd_ps(weight[r][i], part, sum[r][i % WAYS][t]);
+                Lanes part = load(x + t * p.stride + one.place(b, i));
+#pragma GCC unroll 2
+                for (int r = 0; r < R; r++) sum[r][i % WAYS][t] = multiply_add(weight[r], part, sum[r][i % WAYS][t]);
             }
+        }
     };
-    for (int64_t b = 0; b < blocks; b++) add(b, Form::chunks);
-    if (int rest = rest_chunks<Form>(p.w)) add(blocks, rest);
+    for (int64_t b = 0; b < blocks; b++) add_block(b, Form::chunks, true);
+    if (int rest = rest_chunks<Form>(p.w)) add_block(blocks, rest, false);
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T && t0 + t < p.count; t++) {
-            for (int k = 1; k < WAYS; k++) sum[r][0][t] = _mm512_add_ps(sum[r][0][t], sum[r][k][t]);
-            store(p, t0 + t, o + r, _mm512_reduce_add_ps(sum[r][0][t]));
+            for (int k = 1; k < WAYS; k++) sum[r][0][t] = add(sum[r][0][t], sum[r][k][t]);
+            store(p, t0 + t, o + r, total(sum[r][0][t]));
         }
 }
 
 template <class Form, int T>
 void multiply_tile(const Product &p, int64_t t0, int64_t begin, int64_t end) {
+    constexpr int TOGETHER = T < SUMS ? T : SUMS, R = 2 * TOGETHER <= SUMS ? 2 : 1;
     int64_t o = begin;
-    for (; o + 2 <= end; o += 2) multiply<Form, 2, T>(p, t0, o);
-    if (o < end) multiply<Form, 1, T>(p, t0, o);
+    for (; o + R <= end; o += R)
+        for (int t = 0; t < T; t += TOGETHER) multiply<Form, R, TOGETHER>(p, t0 + t, o);
+    for (; o < end; o++)
+        for (int t = 0; t < T; t += TOGETHER) multiply<Form, 1, TOGETHER>(p, t0 + t, o);
 }
 
 // Rows of x that are multiplied at a time where so many are left; there is room for all of them.
@@ -302,16 +273,11 @@ void write_rows(const void *job, int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; o++) {
         alignas(64) uint8_t room[WIDEST + 64];
         Form form(p.w, o, room);
-        __m512 weight[Form::chunks];
-        for (int64_t b = 0; b < blocks + (rest != 0); b++) {
-            int n = b < blocks ? Form::chunks : rest;
-            form.block(b, n, weight);
-            for (int i = 0; i < n; i++) {
+        for (int64_t b = 0; b < blocks + (rest != 0); b++)
+            for (int i = 0; i < (b < blocks ? Form::chunks : rest); i++) {
                 int64_t at = form.place(b, i);
-                __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(weight[i]), 16));
-                _mm256_mask_storeu_epi16(p.out + o * columns + at, first(columns - at), halves);
+                narrow(form.chunk(b, i, b < blocks), p.out + o * columns + at, columns - at);
             }
-        }
     }
 }
 
@@ -325,9 +291,12 @@ extern "C" {
 
 int sqft_supported() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("fma");
+#ifdef __AVX512F__
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+        return 0;
+#endif
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
 }
 
 // y [count, rows] = x [count, columns] W^T + bias; x, bias and y have the same type. 0: done, 1: out of memory.
@@ -344,8 +313,7 @@ int sqft_multiply(const Weight *w, const void *x, const void *bias, void *y, int
             memcpy(to, (const float *)x + t * w->columns, w->columns * sizeof(float));
         else
             for (int64_t i = 0; i < w->columns; i += LANES)
-                _mm512_storeu_ps(to + i, widened(_mm256_maskz_loadu_epi16(
-                                             first(w->columns - i), (const uint16_t *)x + t * w->columns + i)));
+                store(to + i, widened((const uint16_t *)x + t * w->columns + i, w->columns - i));
         memset(to + w->columns, 0, (stride - w->columns) * sizeof(float));
     }
     Product product{*w, wide, stride, count, bias, y, type};

@@ -1,11 +1,11 @@
-"""Products of a few rows with a weight that stays as it is stored, on CPUs with AVX-512: BF16 or 4 bits, sparse or not.
+"""Products of a few rows with a weight that stays as it is stored, on x86 processors: BF16 or 4 bits, sparse or not.
 
 Decoding reads every weight for each token, so its speed is that of reading: fewer bytes are fewer milliseconds. The
 weights that are multiplied are those of the dequantised model to the bit, and sums are float32; only their order
-differs from PyTorch's. Many rows (a prompt) take the weight written out in bfloat16, and PyTorch's own product.
+differs from PyTorch's, and is the same on every processor. Many rows (a prompt) take the weight written out in bfloat16, and PyTorch's own product.
 
-`decode.cpp` is built at first use (:mod:`sqft.kernels.build`). Where that is impossible, one line says why, and
-PyTorch's path is taken.
+`decode.cpp` is built at first use (:mod:`sqft.kernels.build`), for AVX-512 or AVX2. Where that is impossible, one line
+says why, and PyTorch's path is taken.
 Its threads are those of the OpenMP runtime that PyTorch has loaded, as many as PyTorch uses: no second pool.
 """
 
@@ -36,7 +36,8 @@ _BF16, _SPARSE_BF16, _INT4, _SPARSE_INT4 = range(4)
 _LANES, _WIDEST = 16, 1024
 _WORTH_SHARING = 1 << 17  # weights times rows from which waking other threads pays
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mbmi2", "-mfma", "-mf16c", "-mpopcnt")
+_FLAGS = ("-mavx2", "-mbmi2", "-mfma", "-mf16c", "-mpopcnt")
+_OF_PROCESSOR = {"AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"), "AVX2": ()}
 _ALLOWED = ContextVar("decoding by the kernel", default=True)
 
 
@@ -144,12 +145,15 @@ def _library() -> ctypes.CDLL | None:
 def _load() -> ctypes.CDLL | str:
     """Return the kernel, built if need be, or why there is none."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"the kernel is for x86-64 with AVX-512, this is {platform.machine()}"
-    library = build.load("decode", "decoding", *_FLAGS)
+        return f"the kernel is for x86-64 with AVX2, this is {platform.machine()}"
+    flags = _OF_PROCESSOR.get(build.processor())
+    if flags is None:
+        return "the processor has no AVX2"
+    library = build.load("decode", "decoding", *_FLAGS, *flags)
     if isinstance(library, str):
         return library
     if not library.sqft_supported():
-        return "the processor has no AVX-512 (F, BW, VL, DQ)"
+        return "the processor has no BMI2 or no FMA"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.sqft_multiply.argtypes = [*(pointer,) * 4, *(number,) * 3]
     library.sqft_write.argtypes = [pointer, pointer, number]
