@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -257,6 +259,18 @@ def test_another_processor_and_a_cache_that_cannot_be_written(fresh: Path, monke
     decode._load.cache_clear()
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert "x86-64" in str(decode.absence())
+
+
+def test_opened_on_another_processor_it_says_so_and_runs_nothing() -> None:
+    """What runs when a library is opened would end a process whose processor has no such instruction."""
+    script = (
+        "from sqft.kernels import build, decode\n"
+        "library = build.load('decode', 'decoding', *decode._FLAGS, *decode._OF_PROCESSOR['AVX512'])\n"
+        "print(library if isinstance(library, str) else library.sqft_supported())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(int(torch.cpu._is_avx512_supported()))
 
 
 @pytest.mark.slow

@@ -16,15 +16,17 @@ namespace {
 
 constexpr int LANES = 16;
 
+// Tables are made by the compiler: code that ran when the library is opened would run before its processor is checked.
+
 // q - z of all codes q, for each zero point z.
 struct Steps {
-    alignas(64) float of[LANES][LANES];
-    Steps() {
+    alignas(64) float of[LANES][LANES] = {};
+    constexpr Steps() {
         for (int z = 0; z < LANES; z++)
             for (int q = 0; q < LANES; q++) of[z][q] = (float)(q - z);
     }
 };
-const Steps steps;
+constexpr Steps steps;
 
 INLINE float total(__m256 sum) {
     __m128 four = _mm_add_ps(_mm256_extractf128_ps(sum, 1), _mm256_castps256_ps128(sum));
@@ -131,9 +133,9 @@ INLINE Lanes widened(const uint16_t *from, int64_t count) {
 // For eight lanes, of each set of kept ones: where each takes its bytes from. A shuffle writes 0 for NONE.
 struct Places {
     static constexpr uint8_t NONE = 0x80;
-    alignas(32) uint8_t halves[256][32];  // two bytes, to the upper half of a lane; in both halves of a register
-    alignas(8) uint8_t bytes[256][8];
-    Places() {
+    alignas(32) uint8_t halves[256][32] = {};  // two bytes, to the upper half of a lane; in both halves of a register
+    alignas(8) uint8_t bytes[256][8] = {};
+    constexpr Places() {
         for (int kept = 0; kept < 256; kept++)
             for (int lane = 0, next = 0; lane < 8; lane++) {
                 const bool is = kept >> lane & 1;
@@ -145,7 +147,7 @@ struct Places {
             }
     }
 };
-const Places places;
+constexpr Places places;
 
 INLINE __m256 spread_eight(const uint16_t *&from, uint8_t kept) {
     __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
