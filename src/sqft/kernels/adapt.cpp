@@ -15,8 +15,15 @@
 
 namespace {
 
-constexpr int LANES = 16, VECTORS = 4, TALL = 4;
-constexpr int WIDE = LANES * VECTORS;  // a tile: TALL rows of WIDE columns, whose sums stay in registers
+// TALL rows of VECTORS vectors: as many sums as stay in registers, beside what is multiplied.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, VECTORS = 2;
+#else
+constexpr int LANES = 4, VECTORS = 2;
+#endif
+constexpr int TALL = 4, WIDE = 64;  // a tile
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -26,7 +33,7 @@ enum Type : int64_t { NONE, BF16, FP32, BYTE };
 
 extern "C" struct Adapted {
     int64_t rows, columns, rank;
-    const float *a;       // [rank, stride], scaled; stride is columns rounded up to WIDE, filled with zeros
+    const float *a;       // [ceil(columns / WIDE), rank, WIDE], scaled, filled up with zeros
     const float *b;       // [rows, rank]
     const uint8_t *mask;  // a bit a weight, [rows, ceil(columns / 8)], or null: all are adapted
     // A float base, or null.
@@ -88,22 +95,41 @@ inline void unpacked(const uint8_t *bytes, int64_t width, int64_t step, int64_t 
     }
 }
 
-inline void spread(const uint8_t *bits, int64_t count, int32_t *to) {
-    for (int64_t i = 0; i < count; i += 8)
-        for (int k = 0; k < 8; k++) to[i + k] = (bits[i / 8] >> k) & 1;
+// The bits of each byte, a byte each.
+struct Spread {
+    uint8_t of[256][8] = {};
+    constexpr Spread() {
+        for (int byte = 0; byte < 256; byte++)
+            for (int bit = 0; bit < 8; bit++) of[byte][bit] = byte >> bit & 1;
+    }
+};
+constexpr Spread bits_of;
+
+inline void spread(const uint8_t *bits, int64_t count, uint8_t *to) {  // up to seven bytes more
+    for (int64_t i = 0; i < count; i += 8) memcpy(to + i, bits_of.of[bits[i / 8]], 8);
 }
 
-// sums[t][j] = the ordered low-rank sum of row o + t, column at + j.
+// sums[t][j] = the ordered low-rank sum of row o + t, column at + j. All loops but that of r are unrolled, and nothing takes
+// the sums' address: else GCC keeps them in memory, several times slower.
 template <int tall>
-inline void low_rank(const Adapted &p, int64_t stride, int64_t o, int64_t at, float (*sums)[WIDE]) {
-    Vector total[tall][VECTORS] = {};
-    const float *a = p.a + at, *b = p.b + o * p.rank;
-    for (int64_t r = 0; r < p.rank; r++, a += stride)
-        for (int v = 0; v < VECTORS; v++) {
-            Vector column = *(const Vector *)(a + LANES * v);
-            for (int t = 0; t < tall; t++) total[t][v] = total[t][v] + b[t * p.rank + r] * column;
+inline void low_rank(const Adapted &p, int64_t o, int64_t at, float (*sums)[WIDE]) {
+    const float *b = p.b + o * p.rank;
+    for (int part = 0; part < WIDE; part += LANES * VECTORS) {
+        Vector total[tall][VECTORS] = {};
+        const float *a = p.a + at * p.rank + part;
+        for (int64_t r = 0; r < p.rank; r++, a += WIDE) {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                Vector column = *(const Vector *)(a + LANES * v);
+#pragma GCC unroll 4
+                for (int t = 0; t < tall; t++) total[t][v] = total[t][v] + b[t * p.rank + r] * column;
+            }
         }
-    memcpy(sums, total, sizeof total);
+#pragma GCC unroll 4
+        for (int t = 0; t < tall; t++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) *(Vector *)(sums[t] + part + LANES * v) = total[t][v];
+    }
 }
 
 // What a row of a quantised base has in each column, as numbers.
@@ -134,7 +160,7 @@ inline void read_grid(const Adapted &p, int64_t o, Grid &g) {
 }
 
 inline void on_grid(const Adapted &p, const Grid &g, int64_t o, int64_t at, int64_t count, const float *sums,
-                    const int32_t *kept) {
+                    const uint8_t *kept) {
     const float *scale = &g.scale[at], *inverse = &g.inverse[at], *least = &g.low[at], *start = &g.start[at];
     const float top = (float)p.top, even = 12582912.0f;  // 1.5 * 2^23: a sum with it rounds to nearest, ties to even
     float found[WIDE];
@@ -155,7 +181,7 @@ inline void on_grid(const Adapted &p, const Grid &g, int64_t o, int64_t at, int6
     if (p.inside) memcpy(p.inside + o * p.columns + at, inside, count);
 }
 
-inline void on_floats(const Adapted &p, int64_t o, int64_t at, int64_t count, const float *sums, const int32_t *kept) {
+inline void on_floats(const Adapted &p, int64_t o, int64_t at, int64_t count, const float *sums, const uint8_t *kept) {
     float weight[WIDE];
     read(p.weight, p.weight_type, o * p.columns + at, count, weight);
     for (int64_t j = 0; j < count; j++) {
@@ -168,7 +194,7 @@ inline void on_floats(const Adapted &p, int64_t o, int64_t at, int64_t count, co
 void adapt_rows(const void *job, int64_t begin, int64_t end) {
     const Adapted &p = *(const Adapted *)job;
     const int64_t stride = (p.columns + WIDE - 1) / WIDE * WIDE, mask_row = (p.columns + 7) / 8;
-    std::vector<int32_t> kept(TALL * (stride + 8), 1);
+    std::vector<uint8_t> kept(TALL * stride, 1);
     Grid grid[TALL];
     for (Grid &g : grid)
         if (p.codes) g = Grid{std::vector<float>(stride), std::vector<float>(stride), std::vector<float>(stride),
@@ -184,12 +210,12 @@ void adapt_rows(const void *job, int64_t begin, int64_t end) {
             int64_t count = std::min<int64_t>(WIDE, p.columns - at);
             if (p.rank == 0) {
             } else if (tall == TALL) {
-                low_rank<TALL>(p, stride, o, at, sums);
+                low_rank<TALL>(p, o, at, sums);
             } else {
-                for (int t = 0; t < tall; t++) low_rank<1>(p, stride, o + t, at, sums + t);
+                for (int t = 0; t < tall; t++) low_rank<1>(p, o + t, at, sums + t);
             }
             for (int t = 0; t < tall; t++) {
-                const int32_t *row = &kept[t * stride + at];
+                const uint8_t *row = &kept[t * stride + at];
                 if (p.codes)
                     on_grid(p, grid[t], o + t, at, count, sums[t], row);
                 else
@@ -208,16 +234,12 @@ struct Masked {
 template <class Number>
 void mask_rows(const void *job, int64_t begin, int64_t end) {
     const Masked &p = *(const Masked *)job;
-    std::vector<int32_t> kept(p.columns + 8, 1);
+    std::vector<uint8_t> kept(p.columns + 8, 1);
     for (int64_t o = begin; o < end; o++) {
         Number *row = (Number *)p.values + o * p.columns;
+        const uint8_t *inside = p.inside ? p.inside + o * p.columns : kept.data();
         if (p.mask) spread(p.mask + o * ((p.columns + 7) / 8), p.columns, kept.data());
-        if (p.inside) {
-            const uint8_t *inside = p.inside + o * p.columns;
-            for (int64_t i = 0; i < p.columns; i++) row[i] = kept[i] && inside[i] ? row[i] : 0;
-        } else {
-            for (int64_t i = 0; i < p.columns; i++) row[i] = kept[i] ? row[i] : 0;
-        }
+        for (int64_t i = 0; i < p.columns; i++) row[i] &= -(Number)(kept[i] & inside[i]);
     }
 }
 

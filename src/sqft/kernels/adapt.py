@@ -145,7 +145,8 @@ def _adapt(
     weight: torch.Tensor | None = None,
     quantized: QuantizedWeight | None = None,
 ) -> None:
-    factor_A = torch.nn.functional.pad(scaled_A_RI, (0, -scaled_A_RI.shape[1] % _WIDE)).contiguous()
+    filled = torch.nn.functional.pad(scaled_A_RI, (0, -scaled_A_RI.shape[1] % _WIDE))
+    factor_A = filled.unflatten(1, (-1, _WIDE)).transpose(0, 1).contiguous()  # a tile's columns together
     given = (result, inside, factor_A, lora_B_OR.contiguous(), mask_packed, weight)
     if quantized is None:
         torch.ops.sqft.adapt(*given, None, None, None, None, 0)
