@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sqft.core import delta, ordered
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.mask import pack_mask, unpack_mask
-from sqft.kernels import adapt
+from sqft.kernels import adapt, build
 
 SCALING = 0.7
 BITS_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -96,8 +96,7 @@ def test_every_form_of_a_base(shape: tuple[int, int, int], masked: bool, dtype: 
 @pytest.mark.usefixtures("by_pytorch")
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
 def test_every_processor_repeats_the_bits(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = adapt._OF_PROCESSOR.get(capability, ())
-    if flags and not getattr(torch.cpu, f"_is_{capability.lower()}_supported")():
+    if capability in build.VECTORS and not getattr(torch.cpu, f"_is_{capability.lower()}_supported")():
         pytest.skip(f"no {capability} here")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(adapt, "_load", lru_cache(adapt._load.__wrapped__))

@@ -265,7 +265,7 @@ def test_opened_on_another_processor_it_says_so_and_runs_nothing() -> None:
     """What runs when a library is opened would end a process whose processor has no such instruction."""
     script = (
         "from sqft.kernels import build, decode\n"
-        "library = build.load('decode', 'decoding', *decode._FLAGS, *decode._OF_PROCESSOR['AVX512'])\n"
+        "library = build.load('decode', 'decoding', *decode._FLAGS, *build.VECTORS['AVX512'])\n"
         "print(library if isinstance(library, str) else library.sqft_supported())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)  # noqa: S603

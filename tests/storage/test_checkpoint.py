@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sqft.adapters.attach import load_model
 from sqft.context import Context
 from sqft.errors import InputError
-from sqft.model.sources import _header_read_once, local_folder
+from sqft.model.sources import _read_once, local_folder
 from sqft.storage.checkpoint import INDEX, Checkpoint, copy_model
 
 
@@ -226,10 +226,13 @@ def test_a_gguf_header_is_parsed_once_while_it_is_unpacked(tmp_path: Path) -> No
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    stock = gguf.GGUFReader
-    with pytest.raises(RuntimeError, match="on the way"), _header_read_once():
+    stock, table_of = gguf.GGUFReader, gguf.get_tensor_name_map
+    with pytest.raises(RuntimeError, match="on the way"), _read_once():
         first = gguf.GGUFReader(file)
         assert gguf.GGUFReader(file) is first
+        table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is table
         raise RuntimeError("on the way")
     assert gguf.GGUFReader is stock
+    assert gguf.get_tensor_name_map is table_of
     assert gguf.GGUFReader(file) is not first

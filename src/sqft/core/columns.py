@@ -11,7 +11,7 @@ itself elsewhere. So pruning and quantising are one step under two constraints, 
 
 Columns are taken in recursive halves: when the first half is done, its errors go to the second half in one matrix
 product. Rows are independent, so linears that share an input go through as one tall weight: the loop, whose cost is its
-number of small operations, runs once for them. On CUDA a leaf of the halving is one launch (:mod:`sqft.kernels`).
+number of small operations, runs once for them. A leaf of the halving is one call of a kernel (:mod:`sqft.kernels`).
 """
 
 from __future__ import annotations
@@ -192,14 +192,24 @@ class ColumnLoop:
 def loop_cost(weights_OI: Sequence[torch.Tensor]) -> float:
     """Return how long the loop over weights with one input takes, and their hessian's factor, beside other loops.
 
-    A column costs its rows, about as much again as 3,000 rows in small operations, and its part of the factor.
+    A column costs its rows and its part of the factor.
     """
     rows, columns = sum(len(weight) for weight in weights_OI), weights_OI[0].shape[1]
-    return float(columns * (3000 + rows + columns))
+    return float(columns * (rows + columns))
+
+
+def kernel_on(device: torch.device) -> ModuleType | None:
+    """Return what settles a leaf in one call: on CUDA :mod:`sqft.kernels.columns`, on a CPU :mod:`sqft.kernels.settle`.
+
+    None without Triton on the one, without a C++ compiler on the other.
+    """
+    if device.type == "cuda":
+        return _on_card()
+    return _on_processor() if device.type == "cpu" else None
 
 
 @cache
-def _kernel() -> ModuleType | None:
+def _on_card() -> ModuleType | None:
     try:
         from sqft.kernels import columns
     except ImportError:
@@ -207,9 +217,11 @@ def _kernel() -> ModuleType | None:
     return columns
 
 
-def kernel_on(device: torch.device) -> ModuleType | None:
-    """Return :mod:`sqft.kernels.columns` where it runs, on CUDA with Triton installed, else None."""
-    return _kernel() if device.type == "cuda" else None
+@cache
+def _on_processor() -> ModuleType | None:
+    from sqft.kernels import settle
+
+    return settle if settle.available() else None
 
 
 def prune_columns(

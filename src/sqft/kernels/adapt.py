@@ -18,8 +18,6 @@ import torch
 from sqft.kernels import build
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from sqft.core.grid import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -28,12 +26,6 @@ DTYPES = (torch.bfloat16, torch.float32)
 """Of the weights that the kernel makes."""
 INSIDE = torch.bool
 """Of what :func:`empty_inside` returns."""
-# No fused products, which would be rounded once; the others let comparisons and selections be vectors.
-_FLAGS = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
-_OF_PROCESSOR = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    "AVX2": ("-mavx2",),
-}
 _NONE, _BF16, _FP32, _BYTE = range(4)
 _TYPES = {torch.bfloat16: _BF16, torch.float32: _FP32, torch.int8: _BYTE, torch.uint8: _BYTE}
 _WIDE = 64  # columns of a tile
@@ -231,8 +223,7 @@ def _library() -> ctypes.CDLL | None:
 @lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
     """Return the kernel, built if need be, or why there is none."""
-    processor: Sequence[str] = _OF_PROCESSOR.get(build.processor(), ())
-    library = build.load("adapt", "training", *_FLAGS, *processor)
+    library = build.load("adapt", "training", *build.ONE_BY_ONE, *build.VECTORS.get(build.processor(), ()))
     if isinstance(library, str):
         return library
     pointer, number = ctypes.c_void_p, ctypes.c_int64

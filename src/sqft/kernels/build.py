@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
+ONE_BY_ONE = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
+"""Flags of a kernel that rounds each operation by itself: no fused products. Comparisons can still be vectors."""
+VECTORS = {"AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"), "AVX2": ("-mavx2",)}
+"""Flags for what :func:`processor` names."""
 
 
 def processor() -> str:

@@ -36,8 +36,7 @@ _BF16, _SPARSE_BF16, _INT4, _SPARSE_INT4 = range(4)
 _LANES, _WIDEST = 16, 1024
 _WORTH_SHARING = 1 << 17  # weights times rows from which waking other threads pays
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_FLAGS = ("-mavx2", "-mbmi2", "-mfma", "-mf16c", "-mpopcnt")
-_OF_PROCESSOR = {"AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"), "AVX2": ()}
+_FLAGS = ("-mbmi2", "-mfma", "-mf16c", "-mpopcnt")
 _ALLOWED = ContextVar("decoding by the kernel", default=True)
 
 
@@ -146,10 +145,10 @@ def _load() -> ctypes.CDLL | str:
     """Return the kernel, built if need be, or why there is none."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"the kernel is for x86-64 with AVX2, this is {platform.machine()}"
-    flags = _OF_PROCESSOR.get(build.processor())
-    if flags is None:
+    vectors = build.VECTORS.get(build.processor())
+    if vectors is None:
         return "the processor has no AVX2"
-    library = build.load("decode", "decoding", *_FLAGS, *flags)
+    library = build.load("decode", "decoding", *_FLAGS, *vectors)
     if isinstance(library, str):
         return library
     if not library.sqft_supported():

@@ -125,7 +125,7 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
     if reuse(folder, description):
         return folder
     logger.info("unpacking %s into %s", file.name, folder)
-    with writing(folder, description) as draft, _header_read_once():
+    with writing(folder, description) as draft, _read_once():
         options: dict[str, Any] = {"gguf_file": file.name}
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
@@ -141,19 +141,23 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def _header_read_once() -> Iterator[None]:
-    """Let transformers parse a file's header once, and not anew for the configuration, the tokenizer and the weights.
+def _read_once() -> Iterator[None]:
+    """Let transformers parse a file's header once, and make gguf's table of tensor names once.
 
-    Parsing a vocabulary of 49,000 tokens and their merges takes ten seconds or more, and was most of unpacking.
+    By itself it does the first for the configuration, the tokenizer and the weights, and the second for each module of
+    the model: together most of the time of unpacking.
     """
     import gguf
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = cache(reader)  # type: ignore[assignment, misc]
+    names = ("GGUFReader", "get_tensor_name_map")
+    before = [getattr(gguf, name) for name in names]
+    for name, function in zip(names, before, strict=True):
+        setattr(gguf, name, cache(function))
     try:
         yield
     finally:
-        gguf.GGUFReader = reader  # type: ignore[misc]
+        for name, function in zip(names, before, strict=True):
+            setattr(gguf, name, function)
 
 
 def _repair_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
