@@ -129,14 +129,14 @@ def test_what_all_rows_begin_with_changes_no_answer(name: str) -> None:
     assert generate(model, prompts, 12, 4, lambda tokens: tokens[-1] == end) == expected
 
 
-@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.parametrize("choices", [1, 3])  # of one token: what the prompt predicts judges them
 def test_what_all_rows_begin_with_is_read_once(choices: int) -> None:
     model, begin = tiny("llama"), list(range(3, 63))
     read: list[int] = []
     model.register_forward_pre_hook(lambda _m, _a, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
     rows = [[(begin + [70 + row] * 4, [80 + choice]) for choice in range(choices)] for row in range(6)]
     likelihoods(model, rows, 100)
-    assert sum(read) == 60 + 6 * (4 if choices == 1 else 3 + choices)
+    assert sum(read) == 60 + 6 * 4
     read.clear()
     generate(model, [pairs[0][0] for pairs in rows], 1, 4, lambda _: False)
     assert sum(read) == 60 + 6 * 4
@@ -208,10 +208,10 @@ def test_of_equal_logits_the_first_wins_as_with_argmax(dtype: torch.dtype) -> No
     assert torch.equal(decoding._likeliest(logits), logits.argmax(dim=-1))
 
 
-def test_the_common_part_ends_before_the_token_that_predicts_an_answer() -> None:
-    assert common_length([([5, 6, 7], [8]), ([5, 6, 7], [9, 9])]) == 2
+def test_the_common_part_has_no_token_of_an_answer() -> None:
+    assert common_length([([5, 6, 7], [8]), ([5, 6, 7], [9, 9])]) == 3
     assert common_length([([5, 6, 7], [8]), ([5, 9, 7], [8])]) == 1
-    assert common_length([([5], [8]), ([5], [9])]) == 0
+    assert common_length([([5], [8]), ([5], [9])]) == 1
 
 
 def test_a_shared_prompt_is_read_once() -> None:
@@ -220,4 +220,4 @@ def test_a_shared_prompt_is_read_once() -> None:
     read = []
     model.register_forward_pre_hook(lambda _m, _a, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
     likelihoods(model, [[(prompt, [50 + i, 60]) for i in range(4)]], 16)
-    assert sum(read) == 39 + 4 * 2  # the rest of each: the prompt's last token and the answer's first
+    assert sum(read) == 40 + 4  # the rest of each: the answer's first token, which predicts its second

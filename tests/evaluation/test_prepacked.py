@@ -101,7 +101,9 @@ def test_weights_that_a_library_unpacks_are_laid_out(
         assert torch.equal(models[1](input_ids=ids).logits, expected)
 
 
-def test_an_error_leaves_the_model_as_it_was() -> None:
+@pytest.mark.parametrize("form", [pytest.param(module._Reordered, marks=needs_kernels), module._InFloat32])
+def test_an_error_leaves_the_model_as_it_was(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_form", lambda: form)
     linear = nn.Linear(4, 4, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="stop"), prepacked(model_of(linear)):
         raise RuntimeError("stop")
@@ -111,7 +113,7 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("bfloat16", "amx", "kernels", "form"),
     [
-        (True, True, True, module._Reordered),
+        pytest.param(True, True, True, module._Reordered, marks=needs_kernels),
         (True, True, False, None),
         (True, False, True, None),
         (False, False, False, module._InFloat32),

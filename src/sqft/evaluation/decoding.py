@@ -6,7 +6,7 @@ What makes it faster than lm-eval's own loop, on a CPU above all:
 - rows are sorted by length and read about 1,000 tokens at a time, whatever the batch: little padding, and a layer's
   activations stay in the processor's cache.
 - sequences that share a prefix read it once and copy its cache: a prompt with its choices, and all rows of a task that
-  begins with instructions.
+  begins with instructions. A choice of one token is judged by what its prompt predicts.
 - continuous batching: when a row of a generation has ended, the next prompt takes its place.
 - a decoding step skips cache columns that are padding in all of the shorter rows.
 - weights of linears are laid out once for the processor's matrix kernels (:mod:`sqft.evaluation.prepacked`).
@@ -52,9 +52,9 @@ def likelihoods(
     found = [[Likelihood(0.0, False)] * len(group) for group in groups]
     alone, shared = _by_prefix(groups, reader.window)
     if len(groups) > 1:
-        # A group's own prefix follows the one that all groups share.
-        most = min((common - 1 for _, common in shared), default=len(groups[0][0][0]))
-        reader.begin([pair for group in groups for pair in group], most)
+        # A token is left of each prefix, and of each prompt that is read with its answer.
+        lengths = [common for _, common in shared] + [len(groups[index][member][0]) for index, member in alone]
+        reader.begin([pair for group in groups for pair in group], min(lengths) - 1)
 
     def cost(place: tuple[int, int]) -> int:
         return reader.cost(len(whole(groups[place[0]][place[1]])))
@@ -119,7 +119,7 @@ def generate(
     answers = _Answers(len(prompts), max_new_tokens, ended, progress)
     with evaluation_attention(reader.inner), prepacked(reader.inner):
         if len(prompts) > 1:
-            reader.begin([(prompt, ()) for prompt in prompts], len(prompts[0]))
+            reader.begin([(prompt, ()) for prompt in prompts], min(map(len, prompts)) - 1)
         _continue(reader, [prompts[index] for index in order], batch, answers)
     found: list[list[int]] = [[] for _ in prompts]
     for index, tokens in zip(order, answers.tokens, strict=True):

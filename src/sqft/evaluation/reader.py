@@ -73,12 +73,9 @@ def fit(prompt: list[int], answer: list[int], most: float) -> tuple[list[int], l
 
 
 def common_length(group: Sequence[tuple[Tokens, Tokens]]) -> int:
-    """Return the length of the prefix that all sequences share, without the last token before any answer.
-
-    The output at that token predicts the answer's first one, so it is read with the answer.
-    """
+    """Return the length of the prefix that all sequences share, no answer in it."""
     first = whole(group[0])
-    common = min(len(prompt) for prompt, _ in group) - 1
+    common = min(len(prompt) for prompt, _ in group)
     for pair in group[1:]:
         other = whole(pair)
         common = next((i for i in range(min(common, len(other))) if first[i] != other[i]), common)
@@ -174,27 +171,41 @@ class Reader:
     ) -> list[Likelihood]:
         """Score sequences that each begin with one of `prefixes`, which are read once.
 
-        A suffix is a few tokens, and a forward costs as much as its weights: more than `batch` rows share one if
-        they are short, their copies of the cache being what takes memory.
+        A prefix that is a whole prompt predicts the first token of its answers, so an answer of one token needs no
+        forward of its own. Other suffixes are a few tokens, and a forward costs as much as its weights: more than
+        `batch` rows share one if they are short, their copies of the cache being what takes memory.
+
+        Args:
+            prefixes: no answer in them.
+            members: (index of its prefix, (prompt, answer)).
+            batch: sequences at a time.
         """
-        _, prefix_mask, cache = self.read_rows(prefixes, 1, use_cache=True)
+        begun, prefix_mask, cache = self.read_rows(prefixes, 1, use_cache=True)
         found: list[Likelihood] = [Likelihood(0.0, False)] * len(members)
 
         def suffix(place: int) -> int:
             row, (prompt, answer) = members[place]
-            return len(prompt) + len(answer) - len(prefixes[row])
+            return len(prompt) + len(answer) - 1 - len(prefixes[row])
+
+        def predicted(row: int, pair: tuple[Tokens, Tokens]) -> int:
+            """Return how many of the answer's tokens the suffix predicts: the prefix may have predicted the first."""
+            return len(pair[1]) - (len(pair[0]) == len(prefixes[row]))
 
         order = sorted(range(len(members)), key=suffix, reverse=True)
+        waiting = [place for place in order if suffix(place)]
+        for place in order[len(waiting) :]:
+            row, (_, answer) = members[place]
+            found[place] = judge(begun[row], answer)
         most = max(batch, batch * _CACHED // (prefix_mask.shape[1] + suffix(order[0])))
-        for places in chunks(order, suffix, most, self.tokens):
+        for places in chunks(waiting, suffix, most, self.tokens):
             chosen = [members[place] for place in places]
             rows = torch.tensor([row for row, _ in chosen], device=self.device)
             ids, mask = self.pad([whole(pair)[len(prefixes[row]) : -1] for row, pair in chosen])
-            longest = max(len(answer) for _, (_, answer) in chosen)
+            longest = max(predicted(row, pair) for row, pair in chosen)
             mask = torch.cat([prefix_mask[rows], mask], dim=1)
             logits, _ = self(ids, mask, longest, select_rows(cache, rows), use_cache=True)
-            for place, row, (_, (_, answer)) in zip(places, logits, chosen, strict=True):
-                found[place] = judge(row, answer)
+            for place, logits_LV, (row, pair) in zip(places, logits, chosen, strict=True):
+                found[place] = judge(torch.cat([begun[row], logits_LV[-predicted(row, pair) :]]), pair[1])
         return found
 
     def read(self, prompts: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor, Any]:
