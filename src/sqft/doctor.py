@@ -23,7 +23,7 @@ import torch
 from sqft.core.bfloat16 import multiplies_bfloat16
 from sqft.disk import read_json
 from sqft.errors import SqftError
-from sqft.kernels import adapt, decode
+from sqft.kernels import adapt, decode, settle
 from sqft.recipe import Recipe
 from sqft.versions import versions
 
@@ -37,6 +37,12 @@ _OPTIONAL = {
     "tensorboard": "finetune.trackers",
 }
 
+_KERNELS = {
+    "compressing": (settle, "the columns of GPTQ and SparseGPT"),
+    "adapting": (adapt, "adapted weights"),
+    "decoding": (decode, "packed weights"),
+}
+"""Of C++, by what they are for."""
 _STAGES = ("sparsify", "quantize", "finetune", "search", "merge", "verify", "evaluate")
 
 
@@ -59,8 +65,7 @@ def examine() -> dict[str, Any]:
         "disk_free_bytes": here.free,
         "cuda": torch.version.cuda,
         "gpus": gpus,
-        "adapting": adapt.absence(),
-        "decoding": decode.absence(),
+        **{name: kernel.absence() for name, (kernel, _) in _KERNELS.items()},
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
         "optional": {name: _version(name) for name in _OPTIONAL},
         "stages": dict.fromkeys(_STAGES, device),
@@ -120,8 +125,10 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("disk here", f"{_gigabytes(found['disk_free_bytes'])} free"),
         *(gpus or [("GPU", f"none: {why}")]),
         ("compiler", found["compiler"] or "none"),
-        ("adapting", f"by PyTorch: {found['adapting']}" if found["adapting"] else "by the kernel for adapted weights"),
-        ("decoding", f"by PyTorch: {found['decoding']}" if found["decoding"] else "by the kernel for packed weights"),
+        *(
+            (name, f"by PyTorch: {found[name]}" if found[name] else f"by the kernel for {what}")
+            for name, (_, what) in _KERNELS.items()
+        ),
         ("optional", optional),
         ("stages", "; ".join(f"{device}: {', '.join(stages)}" for device, stages in users.items())),
     ]

@@ -18,6 +18,12 @@ if not settle.available():
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 
+def fresh() -> None:
+    """Let the kernel be looked for anew."""
+    settle._load.cache_clear()
+    settle._library.cache_clear()
+
+
 @pytest.mark.parametrize(("name", "masked"), leaves.CASES)
 def test_quantising(name: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     leaves.check_quantising(settle, name, masked, monkeypatch)
@@ -51,11 +57,11 @@ def test_every_processor_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) ->
         if capability in build.VECTORS and not getattr(torch.cpu, f"_is_{capability.lower()}_supported")():
             continue
         monkeypatch.setattr(build, "processor", lambda capability=capability: capability)
-        settle._library.cache_clear()
+        fresh()
         loop = columns.ColumnLoop(factor, weight.clone(), weight > -1, list(range(settle.LEAF)))
         settle.settle_leaf(loop, 0, settle.LEAF)
         found.append((loop.work_IO, loop.value_IO))
-    settle._library.cache_clear()
+    fresh()
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
@@ -64,13 +70,14 @@ def test_without_a_compiler_one_line_says_so(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    settle._library.cache_clear()
+    fresh()
     try:
         with caplog.at_level(logging.INFO, "sqft"):
             assert not settle.available()
             assert not settle.available()
+            assert "no C++ compiler" in str(settle.absence())
     finally:
-        settle._library.cache_clear()
+        fresh()
     assert caplog.text.count("columns are settled by PyTorch") == 1
 
 

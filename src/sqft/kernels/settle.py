@@ -39,6 +39,12 @@ def available() -> bool:
     return _library() is not None
 
 
+def absence() -> str | None:
+    """Return why the kernel is not used on this machine; None where it is. The first call may build it."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
 def settle_leaf(loop: ColumnLoop, start: int, stop: int) -> None:
     """Settle the columns start to stop of a loop, at most :data:`LEAF`, as its own steps would, to rounding.
 
@@ -62,9 +68,17 @@ def settle_leaf(loop: ColumnLoop, start: int, stop: int) -> None:
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
     """Return the kernel; one line says where there is none."""
-    library = build.load("settle", "compressing", *build.ONE_BY_ONE, *build.VECTORS.get(build.processor(), ()))
-    if isinstance(library, str):
-        logger.info("columns are settled by PyTorch: %s", library)
+    found = _load()
+    if isinstance(found, str):
+        logger.info("columns are settled by PyTorch: %s", found)
         return None
-    library.sqft_settle.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    return found
+
+
+@lru_cache(maxsize=1)
+def _load() -> ctypes.CDLL | str:
+    """Return the kernel, built if need be, or why there is none."""
+    library = build.load("settle", "compressing", *build.ONE_BY_ONE, *build.VECTORS.get(build.processor(), ()))
+    if not isinstance(library, str):
+        library.sqft_settle.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return library
