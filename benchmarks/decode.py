@@ -1,11 +1,12 @@
 """How fast a CPU decodes with weights as they are stored: one matrix out of the cache, and a model, token by token.
 
-    python benchmarks/decode.py [FOLDER ...] [--out]
+    python benchmarks/decode.py [FOLDER ...] [--threads 2] [--out]
 
 Of each form there are as many matrices of 14336 x 4096 as exceed the cache, multiplied in turn with a few rows of x.
 Forms alternate on one thread, times are the processor's, and ratios are medians of rounds: the machine has other users.
-`read` sums the bytes of the dense matrices, which is what the memory gives. A FOLDER (INT4 or sparse 16-bit) is packed
-into a temporary archive, and both are opened by sqft.load_model.
+With --threads one row of x is also multiplied by so many, in seconds of the clock: for an idle machine. `read` sums the
+bytes of the dense matrices, which is what the memory gives. A FOLDER (INT4 or sparse 16-bit) is packed into a temporary
+archive, and both are opened by sqft.load_model. Results are kept by the processor's vectors: decode_avx2.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sqft
 from common import ratio, save
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.sparse import to_bitmask
-from sqft.kernels import decode
+from sqft.kernels import build, decode
 from sqft.stages.pack import pack
 
 ROWS, COLUMNS, GROUP = 14336, 4096, 64
@@ -72,7 +73,7 @@ def copies(weight: decode.Stored, count: int) -> list[decode.Stored]:
     ]
 
 
-def matrices(rounds: int, count: int, rows: int) -> dict[str, Any]:
+def matrices(rounds: int, count: int, rows: int, clock: Callable[[], float] = time.process_time) -> dict[str, Any]:
     """Return milliseconds, GB/s and ratios to PyTorch's dense product, of one matrix and `rows` rows of x."""
     weights = {name: copies(weight, count) for name, weight in forms().items()}
     dense = [weight.values for weight in weights["bf16"]]
@@ -85,10 +86,10 @@ def matrices(rounds: int, count: int, rows: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(rounds + 1):
         for name, action in actions.items():
-            start = time.process_time()
+            start = clock()
             action()
             if turn:
-                times[name].append(time.process_time() - start)
+                times[name].append(clock() - start)
     found = {}
     for name, seconds in times.items():
         stored = size(weights.get(name, weights["bf16"])[0])
@@ -144,7 +145,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--matrices", type=int, default=4, help="that are multiplied in turn")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--out", action="store_true", help="write benchmarks/results/decode.json")
+    parser.add_argument("--threads", type=int, help="measure one row of x on so many threads too, on an idle machine")
+    parser.add_argument("--out", action="store_true", help="write benchmarks/results/decode_VECTORS.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     assert decode.absence() is None, decode.absence()
@@ -155,8 +157,12 @@ def main() -> None:
         "rows": {str(rows): matrices(options.rounds, options.matrices, rows) for rows in (1, 4, 8)},
         "models": {folder.name: tokens_a_second(folder, options.rounds, options.tokens) for folder in options.folders},
     }
+    if options.threads:
+        torch.set_num_threads(options.threads)
+        result["by_threads"] = {str(options.threads): matrices(options.rounds, options.matrices, 1, time.perf_counter)}
+        torch.set_num_threads(1)
     if options.out:
-        save("decode", result)
+        save(f"decode_{build.processor().lower()}", result)
 
 
 if __name__ == "__main__":

@@ -448,6 +448,14 @@ def decoding(result: dict[str, Any]) -> str:
                 f"× PyTorch, {count} row{'s' * (count != '1')}": f"{many[name]['times_torch_bf16']:.2f}"
                 for count, many in result["rows"].items()
             },
+            **{
+                key: value
+                for count, many in result.get("by_threads", {}).items()
+                for key, value in (
+                    (f"ms, {count} threads", f"{many[name]['milliseconds']:.1f}"),
+                    (f"× PyTorch, {count} threads", f"{many[name]['times_torch_bf16']:.2f}"),
+                )
+            },
         }
         for name, said in names.items()
     ]
@@ -465,8 +473,9 @@ def decoding(result: dict[str, Any]) -> str:
     shape = " x ".join(map(str, result["shape"]))
     return (
         f"One row of x (and several) times matrices of {shape} in turn, out of the cache; {result['zeros']:.0%} zeros at random, groups of "
-        f"{result['group']}. Forms alternate; times are seconds of the processor on one thread, times and ratios medians. The weights are those of the dequantised model to the bit.\n\n"
-        f"{table(rows)}\n\nSmolLM2-135M, one sequence, token by token (its products are small, and a fifth of its weights are the dense head):"
+        f"{result['group']}. Forms alternate; times are seconds of the processor on one thread, or of the clock on several, times and ratios medians. "
+        f"The weights are those of the dequantised model to the bit.\n\n{table(rows)}\n\nOne sequence, token by token, on one thread "
+        "(SmolLM2-135M's products are small, and a fifth of its weights are the dense head):"
         f"\n\n{table(models)}"
     )
 
@@ -557,7 +566,12 @@ SECTIONS = {
     "hashing": ("Hashing", "python benchmarks/hashing.py", hashing),
     "serving": ("Serving in vLLM", "make serving MODEL=runs/quickstart/merged", serving),
     "llama": ("Running in llama.cpp", "python benchmarks/llama.py runs/quickstart/merged runs/quickstart/dense", llama),
-    "decode": ("Decoding with packed weights", "python benchmarks/decode.py FOLDER... --out", decoding),
+    "decode_avx512": ("Decoding with packed weights", "python benchmarks/decode.py FOLDER... --out", decoding),
+    "decode_avx2": (
+        "Decoding with packed weights, AVX2",
+        "python benchmarks/decode.py FOLDER... --threads 2 --out",
+        decoding,
+    ),
     "archive": ("Archives", "python benchmarks/archive.py FOLDER... --sizes --speed --evaluate arc_easy", archive),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 
 
-def compressed(name: str, model: Path, out: Path, context: Context) -> dict[str, bytes]:
+@patch("sqft.core.columns.kernel_on", return_value=None)  # the stand-in has none
+def compressed(name: str, model: Path, out: Path, context: Context, _kernel_on: Any) -> dict[str, bytes]:
     pruning, grid = COMPRESSIONS[name]
     prune = None if pruning is None else SparsifyConfig(**pruning)
     if grid is None:

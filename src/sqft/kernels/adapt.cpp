@@ -86,12 +86,14 @@ inline void write(const float *from, int64_t type, int64_t at, int64_t count, vo
         for (int64_t i = 0; i < count; i++) ((uint8_t *)to)[at + i] = (uint8_t)from[i];
 }
 
-inline void unpacked(const uint8_t *bytes, int64_t width, int64_t step, int64_t columns, float *to) {
-    uint8_t low = (1 << width) - 1;
-    for (int64_t plane = 0; plane * step < columns; plane++) {
-        int64_t shift = plane * width, count = std::min(step, columns - plane * step);
-        float *at = to + plane * step;
-        for (int64_t i = 0; i < count; i++) at[i] = (bytes[i] >> shift) & low;
+inline void read_codes(const Adapted &p, int64_t o, int64_t at, int64_t count, float *to) {
+    const uint8_t low = (1 << p.width) - 1;
+    for (int64_t j = 0; j < count;) {
+        const int64_t shift = (at + j) / p.codes_row * p.width, place = (at + j) % p.codes_row;
+        const int64_t run = std::min(count - j, p.codes_row - place);
+        const uint8_t *bytes = p.codes + o * p.codes_row + place;
+        for (int64_t i = 0; i < run; i++) to[j + i] = (bytes[i] >> shift) & low;
+        j += run;
     }
 }
 
@@ -132,42 +134,40 @@ inline void low_rank(const Adapted &p, int64_t o, int64_t at, float (*sums)[WIDE
     }
 }
 
-// What a row of a quantised base has in each column, as numbers.
+// What a row of a quantised base has in each column of a tile, as numbers.
 struct Grid {
-    std::vector<float> scale, inverse, low, start;
+    float scale[WIDE], inverse[WIDE], low[WIDE], start[WIDE];
 };
 
-inline void read_grid(const Adapted &p, int64_t o, Grid &g) {
-    int64_t group = p.columns / p.groups;
-    for (int64_t k = 0; k < p.groups; k++) {
-        float scale = p.scale[o * p.groups + k], zero = p.zero[o * p.groups + k];
-        std::fill_n(&g.scale[k * group], group, scale);
-        std::fill_n(&g.inverse[k * group], group, 1.0f / scale);
-        std::fill_n(&g.low[k * group], group, -zero);
+inline void read_grid(const Adapted &p, int64_t o, int64_t at, int64_t count, Grid &g) {
+    const int64_t group = p.columns / p.groups;
+    for (int64_t j = 0; j < count;) {
+        const int64_t k = (at + j) / group, stop = std::min(count, (k + 1) * group - at);
+        const float scale = p.scale[o * p.groups + k], zero = p.zero[o * p.groups + k], inverse = 1.0f / scale;
+        for (; j < stop; j++) g.scale[j] = scale, g.inverse[j] = inverse, g.low[j] = -zero;
     }
-    float *start = g.start.data();
     if (p.start_type == BF16 || p.start_type == FP32) {
-        read(p.start, p.start_type, o * p.columns, p.columns, start);
-        for (int64_t i = 0; i < p.columns; i++) start[i] = start[i] / g.scale[i];
+        read(p.start, p.start_type, o * p.columns + at, count, g.start);
+        for (int64_t j = 0; j < count; j++) g.start[j] = g.start[j] / g.scale[j];
         return;
     }
-    unpacked(p.codes + o * p.codes_row, p.width, p.codes_row, p.columns, start);
-    for (int64_t i = 0; i < p.columns; i++) start[i] = start[i] + g.low[i];
+    read_codes(p, o, at, count, g.start);
+    for (int64_t j = 0; j < count; j++) g.start[j] = g.start[j] + g.low[j];
     if (p.start_type == BYTE) {
-        const int8_t *offset = (const int8_t *)p.start + o * p.columns;
-        for (int64_t i = 0; i < p.columns; i++) start[i] = start[i] + offset[i] * (1.0f / 256);
+        const int8_t *offset = (const int8_t *)p.start + o * p.columns + at;
+        for (int64_t j = 0; j < count; j++) g.start[j] = g.start[j] + offset[j] * (1.0f / 256);
     }
 }
 
-inline void on_grid(const Adapted &p, const Grid &g, int64_t o, int64_t at, int64_t count, const float *sums,
-                    const uint8_t *kept) {
-    const float *scale = &g.scale[at], *inverse = &g.inverse[at], *least = &g.low[at], *start = &g.start[at];
+inline void on_grid(const Adapted &p, int64_t o, int64_t at, int64_t count, const float *sums, const uint8_t *kept) {
+    Grid g;
+    read_grid(p, o, at, count, g);
     const float top = (float)p.top, even = 12582912.0f;  // 1.5 * 2^23: a sum with it rounds to nearest, ties to even
     float found[WIDE];
     uint8_t inside[WIDE];
     for (int64_t j = 0; j < count; j++) {
         float delta = kept[j] ? sums[j] : 0.0f;
-        float position = start[j] + delta * inverse[j], low = least[j], high = top + low;
+        float position = g.start[j] + delta * g.inverse[j], low = g.low[j], high = top + low;
         // One step beyond the grid rounds as anything beyond does, and stays where `even` is exact.
         position = position < low - 1 ? low - 1 : position;
         position = position > high + 1 ? high + 1 : position;
@@ -175,7 +175,7 @@ inline void on_grid(const Adapted &p, const Grid &g, int64_t o, int64_t at, int6
         float clamped = rounded < low ? low : rounded;
         clamped = clamped > high ? high : clamped;
         inside[j] = rounded == clamped;
-        found[j] = p.out_type == BYTE ? clamped - low : (clamped + 0.0f) * scale[j];
+        found[j] = p.out_type == BYTE ? clamped - low : (clamped + 0.0f) * g.scale[j];
     }
     write(found, p.out_type, o * p.columns + at, count, p.out);
     if (p.inside) memcpy(p.inside + o * p.columns + at, inside, count);
@@ -193,33 +193,21 @@ inline void on_floats(const Adapted &p, int64_t o, int64_t at, int64_t count, co
 
 void adapt_rows(const void *job, int64_t begin, int64_t end) {
     const Adapted &p = *(const Adapted *)job;
-    const int64_t stride = (p.columns + WIDE - 1) / WIDE * WIDE, mask_row = (p.columns + 7) / 8;
-    std::vector<uint8_t> kept(TALL * stride, 1);
-    Grid grid[TALL];
-    for (Grid &g : grid)
-        if (p.codes) g = Grid{std::vector<float>(stride), std::vector<float>(stride), std::vector<float>(stride),
-                              std::vector<float>(stride)};
+    const int64_t mask_row = (p.columns + 7) / 8;
     float sums[TALL][WIDE] = {};
+    uint8_t kept[WIDE];
+    memset(kept, 1, WIDE);
     for (int64_t o = begin; o < end; o += TALL) {
-        int tall = (int)std::min<int64_t>(TALL, end - o);
-        for (int t = 0; t < tall; t++) {
-            if (p.codes) read_grid(p, o + t, grid[t]);
-            if (p.mask) spread(p.mask + (o + t) * mask_row, p.columns, &kept[t * stride]);
-        }
+        const int tall = (int)std::min<int64_t>(TALL, end - o);
         for (int64_t at = 0; at < p.columns; at += WIDE) {
-            int64_t count = std::min<int64_t>(WIDE, p.columns - at);
-            if (p.rank == 0) {
-            } else if (tall == TALL) {
-                low_rank<TALL>(p, o, at, sums);
-            } else {
+            const int64_t count = std::min<int64_t>(WIDE, p.columns - at);
+            if (p.rank > 0 && tall == TALL) low_rank<TALL>(p, o, at, sums);
+            else if (p.rank > 0)
                 for (int t = 0; t < tall; t++) low_rank<1>(p, o + t, at, sums + t);
-            }
             for (int t = 0; t < tall; t++) {
-                const uint8_t *row = &kept[t * stride + at];
-                if (p.codes)
-                    on_grid(p, grid[t], o + t, at, count, sums[t], row);
-                else
-                    on_floats(p, o + t, at, count, sums[t], row);
+                if (p.mask) spread(p.mask + (o + t) * mask_row + at / 8, count, kept);
+                if (p.codes) on_grid(p, o + t, at, count, sums[t], kept);
+                else on_floats(p, o + t, at, count, sums[t], kept);
             }
         }
     }
