@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +13,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-import forked
 from sqft.core.delta import dequantized
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.sparse import Bitmask, to_bitmask
 from sqft.kernels import decode
 
-if decode.absence() is not None and "processor has no" in str(decode.absence()):
+# Elsewhere than on x86-64 with AVX2 there is none; where a compiler is lacking, the tests fail.
+if any(said in str(decode.absence()) for said in ("x86-64", "processor has no")):
     pytest.skip(str(decode.absence()), allow_module_level=True)
 
 FORMS = ("bf16", "sparse bf16", "int4", "sparse int4")
@@ -271,15 +270,3 @@ def test_opened_on_another_processor_it_says_so_and_runs_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(int(torch.cpu._is_avx512_supported()))
-
-
-@pytest.mark.slow
-def test_two_processes_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if shutil.which("c++") is None:
-        pytest.skip("no compiler")
-    script = tmp_path / "build.py"
-    script.write_text("from sqft.kernels import decode; assert decode.absence() is None")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = forked.run([], 2, script)
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "sqft").iterdir())) == 1

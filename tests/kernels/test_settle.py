@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked
 import leaves
 from sqft.core import columns
 from sqft.core.columns import Pattern
@@ -88,3 +89,13 @@ def test_a_wrong_kernel_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = gptq(weight, hessian, mask, **settings)  # type: ignore[arg-type]
     damped = gptq(weight, hessian, mask, damping=0.1, **settings)  # type: ignore[arg-type]
     assert (plain.codes_OI == damped.codes_OI).float().mean() < 0.99
+
+
+@pytest.mark.slow
+def test_two_processes_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "build.py"
+    script.write_text("from sqft.kernels import settle; assert settle.absence() is None")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = forked.run([], 2, script)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "sqft").iterdir())) == 1

@@ -200,7 +200,7 @@ void store(const Product &p, int64_t t, int64_t o, float sum) {
 
 // R rows of the weight at a time, so that x is loaded once for all of them; T rows of x, so that these are decoded once.
 template <class Form, int R, int T>
-INLINE void multiply(const Product &p, int64_t t0, int64_t o) {
+__attribute__((noinline)) void multiply(const Product &p, int64_t t0, int64_t o) {
     // Sums of a result: one alone would wait for each addition. Not a matter of R: threads part rows, and not results.
     constexpr int WAYS = T > 1 ? 1 : 2;
     const float *x = p.x + t0 * p.stride;
