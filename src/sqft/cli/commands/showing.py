@@ -166,7 +166,7 @@ def doctor(options: argparse.Namespace) -> int:
     found = examination.examine()
     if not options.json:
         for name, text in examination.lines(found):
-            print(f"{name:<10} {text}", flush=True)
+            print(f"{name:<11} {text}", flush=True)
     test = examination.self_test(announce)
     if options.json:
         print(json.dumps(found | {"self_test": test}, indent=2))
