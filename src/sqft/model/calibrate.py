@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +32,7 @@ from sqft.errors import NumericalError
 from sqft.memory import release_memory
 from sqft.model.load import embedding_rows
 from sqft.model.names import DiskNames
-from sqft.model.observe import Observer, add_up
+from sqft.model.observe import AllSeen, Observer, add_up
 from sqft.model.opening import check_complete
 from sqft.model.targets import Target, decoder_blocks, skeleton
 from sqft.model.uses import StandIn, text_model
@@ -168,7 +168,7 @@ class _Run:
         check_complete(self.names.checkpoint.folder, missing)
         targets = [t for t in self.targets if t.module.startswith(f"{prefix}.")]
         observer = Observer({t: t.view(self.model) for t in targets}, hessian=self.hessian)
-        self._forward(real, hidden, args, kwargs, observer, keep=False)
+        self._forward(real, hidden, args, kwargs, observer)
         observer.forget()
         release_memory()
         if self.calibrated:
@@ -176,7 +176,7 @@ class _Run:
             self._check_inputs(prefix, observer.statistics)
         self.visit(Block(index, targets, observer.statistics, self.names, prefix))
         release_memory()
-        output = self._forward(real, hidden, args, kwargs, None, keep=True)
+        output = self._forward(real, hidden, args, kwargs)
         if self.calibrated and not finite(output[0] if isinstance(output, tuple) else output):
             raise NumericalError(
                 f"block {prefix}: its output holds NaN or Inf on the calibration text, and the inputs of its linears "
@@ -203,13 +203,14 @@ class _Run:
         hidden: torch.Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        observer: Observer | None,
-        *,
-        keep: bool,
+        observer: Observer | None = None,
     ) -> Any:
-        """Run all sequences through a block, `batch` at a time; with `keep`, return its output, in its own form."""
+        """Run all sequences through a block, `batch` at a time; return its output, in its own form.
+
+        With an observer there is none: it ends a forward when it has seen enough.
+        """
         total = hidden.shape[0]
-        kept = torch.empty_like(hidden) if keep else None
+        kept = torch.empty_like(hidden) if observer is None else None
         output: Any = None
         for start in range(0, total, self.batch):
             rows = slice(start, start + self.batch)
@@ -225,7 +226,7 @@ class _Run:
                     return {name: cut(item) for name, item in value.items()}
                 return value
 
-            with observer or nullcontext(), fast_products(block):
+            with suppress(AllSeen), observer or nullcontext(), fast_products(block):
                 output = block(hidden[rows].to(self.device), *cut(args), **cut(kwargs))
             if kept is not None:
                 kept[rows] = output[0] if isinstance(output, tuple) else output

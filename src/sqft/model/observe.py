@@ -8,6 +8,7 @@ each has run calibration samples of its own, and what they saw is added up.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,18 @@ if TYPE_CHECKING:
     from sqft.model.targets import Target
 
 
+class AllSeen(BaseException):
+    """Ends a forward that has nothing more to show; not an Exception, which a model's code may catch."""
+
+
 class Observer(TorchFunctionMode):
     """Adds the inputs of every product with a target's weight to that target's statistics.
 
     Targets that are given the very same tensor (q, k and v; gate and up) share one set of statistics: the first of
     them collects, the others point to it.
+
+    Entered once for each forward. If the first used every target exactly once, a later one is ended by
+    :class:`AllSeen` at its last target, before the product: a quarter of a decoder block's arithmetic.
     """
 
     def __init__(self, weights: dict[Target, torch.Tensor], *, hessian: bool) -> None:
@@ -36,6 +44,20 @@ class Observer(TorchFunctionMode):
         self._targets = {_identity(w): t for t, w in weights.items()}
         self._storages = {w.untyped_storage().data_ptr() for w in weights.values()}
         self._last: tuple[torch.Tensor, Statistics] | None = None
+        self._uses: Counter[Target] = Counter()
+        self._once: bool | None = None  # whether the first forward used every target once
+
+    def __enter__(self) -> Observer:
+        """Begin a forward."""
+        self._uses.clear()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """End a forward."""
+        super().__exit__(*raised)
+        if self._once is None:
+            self._once = self._each_used_once()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for product in products(func, args, kwargs):
@@ -44,7 +66,13 @@ class Observer(TorchFunctionMode):
                     target = self._targets.get(_identity(weight))
                     if target is not None:
                         self._see(target, x_TI, product.source if product.alone else x_TI)
+                        self._uses[target] += 1
+                        if self._once and self._each_used_once():
+                            raise AllSeen
         return func(*args, **(kwargs or {}))
+
+    def _each_used_once(self) -> bool:
+        return len(self._uses) == len(self.statistics) and set(self._uses.values()) == {1}
 
     def forget(self) -> None:
         """Let go of the last input, which is as large as any activation."""
