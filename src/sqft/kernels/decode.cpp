@@ -1,7 +1,7 @@
 // Products of a few rows of x with a weight that stays as it is stored: BF16 or 4-bit codes, dense or with zeros of a
 // bit each. One loop serves the four: a form turns its bytes into float32 weights, sixteen at a time (lanes.h), and the
 // loop multiplies and adds them in float32. The weights are those of the dequantised model, to the bit; so a form also
-// writes the weight out, for products of many rows. Sums are added in one order, whatever the processor and the threads.
+// writes the weight out, for products of many rows. Sums are added in one order, whatever the number of threads.
 //
 // Plain C at the border: sqft/kernels/decode.py has this file built and calls it through ctypes. Needs AVX2, FMA, F16C
 // and BMI2; takes AVX-512 F, BW, VL and DQ where it is built for them. Reads up to 64 bytes beyond a sparse form's values.
@@ -48,50 +48,63 @@ INLINE float number(const void *place, int64_t index, int64_t type) {
     return value;
 }
 
-// The table of each group, one after the other along a row.
+// Scale and zero point of each group, one after the other along a row.
 struct Groups {
-    const Weight &w;
-    int64_t next, left = 0;
-    Table table;
+    const void *scales;
+    const uint8_t *zeros;
+    int64_t type, group, next, left;  // columns until the next begins
+    float scale;
+    int zero;
 
     INLINE Groups(const Weight &w, int64_t row, int64_t column)
-        : w(w), next(row * (w.columns / w.group) + column / w.group), left(-(column % w.group)) {
-        if (left) load(), left += w.group;
+        : scales(w.scale), zeros(w.zero), type(w.scale_type), group(w.group),
+          next(row * (w.columns / w.group) + column / w.group), left(column % w.group ? w.group - column % w.group : 0) {
+        if (left) read();
     }
-    INLINE void load() {
-        uint8_t zero = w.zero[next];
-        table.fill(number(w.scale, next++, w.scale_type), zero);
+    INLINE void read() {
+        zero = zeros[next];
+        scale = number(scales, next++, type);
     }
-    INLINE void advance() {  // to the next sixteen columns, whose group's table is then there
-        if (left == 0) load(), left = w.group;
-        left -= LANES;
+    INLINE bool begins() {  // with the next column; scale and zero are then its
+        const bool is = left == 0;
+        if (is) read(), left = group;
+        return is;
     }
 };
 
-// Forms. `chunk` gives the weights of the i-th chunk of sixteen columns of the b-th block, which begins at column
-// `place(b, i)`; all are asked for, in order.
+// Forms. `begin` makes ready for the b-th block and says up to which one it did. `chunk` gives the i-th sixteen weights
+// of a block; all are asked for, in order. `put` writes them into the row of the weight in bfloat16. Those of dense codes
+// are no neighbours: x is arranged as they are.
 
-struct DenseBF16 {
-    static constexpr int chunks = 4;
+template <class Form>
+INLINE int64_t place(int64_t b, int i) { return LANES * (Form::chunks * b + i); }
+
+struct Neighbours {
+    static constexpr int chunks = 4, ways = 2;
+    INLINE int64_t begin(int64_t, int64_t blocks) { return blocks; }
+    INLINE void put(Lanes x, int64_t b, int i, uint16_t *to, int64_t columns) const {
+        const int64_t at = place<Neighbours>(b, i);
+        narrow(x, to + at, columns - at);
+    }
+};
+
+struct DenseBF16 : Neighbours {
     const uint16_t *row;
     int64_t columns;
     INLINE DenseBF16(const Weight &w, int64_t o, uint8_t *) : row((const uint16_t *)w.values + o * w.columns), columns(w.columns) {}
-    INLINE int64_t place(int64_t b, int i) const { return 64 * b + LANES * i; }
     INLINE Lanes chunk(int64_t b, int i, bool whole) {
-        int64_t at = place(b, i);
+        int64_t at = place<DenseBF16>(b, i);
         if (i % 2 == 0) ask(row + at);
         return whole ? widened(row + at) : widened(row + at, columns - at);
     }
 };
 
-struct SparseBF16 {
-    static constexpr int chunks = 4;
+struct SparseBF16 : Neighbours {
     const uint16_t *mask;
     const uint16_t *value;
     INLINE SparseBF16(const Weight &w, int64_t o, uint8_t *)
         : mask((const uint16_t *)(w.mask + o * ((w.columns + 63) / 64))),
           value((const uint16_t *)w.values + (o ? w.ends[o - 1] : 0)) {}
-    INLINE int64_t place(int64_t b, int i) const { return 64 * b + LANES * i; }
     INLINE Lanes chunk(int64_t b, int i, bool) {
         if (i == 0) ask(value);
         return spread(value, mask[chunks * b + i]);
@@ -99,38 +112,63 @@ struct SparseBF16 {
 };
 
 // Byte j of a row of codes holds columns j (low half) and width + j, see sqft.core.grid.pack_codes.
+// Tables of the next runs of blocks, each within a group of either half, are made together: that is half of the work,
+// and one table alone would wait for each of its steps.
 struct DenseINT4 {
-    static constexpr int chunks = 2;
+    static constexpr int chunks = 2, ways = SUMS > 4 ? 2 : 1;  // tables take registers too
+    static constexpr int RUNS = WIDEST / sizeof(Tables);
     const uint8_t *row;
     int64_t width;
     Groups low, high;
-    INLINE DenseINT4(const Weight &w, int64_t o, uint8_t *)
-        : row(w.values + o * (w.columns / 2)), width(w.columns / 2), low(w, o, 0), high(w, o, w.columns / 2) {}
-    INLINE int64_t place(int64_t b, int i) const { return LANES * b + i * width; }
+    Tables *made;
+    int64_t ends[RUNS];
+    int next = RUNS;
+    Tables tables;
+    Codes codes;
+    INLINE DenseINT4(const Weight &w, int64_t o, uint8_t *room)
+        : row(w.values + o * (w.columns / 2)), width(w.columns / 2), low(w, o, 0), high(w, o, w.columns / 2),
+          made((Tables *)room) {}
+    INLINE void make(int64_t b, int64_t blocks) {
+        Groups first = low, second = high;  // which no store below can change
+        for (int i = 0; i < RUNS && b < blocks; i++) {
+            first.begins(), second.begins();
+            made[i].fill(first.scale, first.zero, second.scale, second.zero);
+            const int64_t columns = first.left < second.left ? first.left : second.left;
+            first.left -= columns, second.left -= columns;
+            ends[i] = b += columns / LANES;
+        }
+        low = first, high = second, next = 0;
+    }
+    INLINE int64_t begin(int64_t b, int64_t blocks) {
+        if (next == RUNS) make(b, blocks);
+        tables = made[next];
+        const int64_t end = ends[next++];
+        for (int64_t i = b; i < end; i += 4) ask(row + LANES * i);
+        return end;
+    }
     INLINE Lanes chunk(int64_t b, int i, bool) {
-        if (i == 0 && b % 4 == 0) ask(row + LANES * b);
-        Codes codes(row + LANES * b);
-        Groups &groups = i ? high : low;
-        groups.advance();
-        return i ? codes.high(groups.table) : codes.low(groups.table);
+        if (i == 0) codes.read(row + LANES * b, tables);
+        return codes.lanes(i);
+    }
+    INLINE void put(Lanes x, int64_t b, int i, uint16_t *to, int64_t) const {
+        narrow(x, i, to + LANES * b, to + width + LANES * b);
     }
 };
 
 // Codes of the kept weights in order, two a byte, the low one first; those of a group begin at a whole byte. The codes
 // of a stretch are laid out a byte each, in `codes`; then sixteen columns take theirs from there, as many as the mask has.
 // Far enough behind: a load of what was just stored in other portions would wait.
-struct SparseINT4 {
-    static constexpr int chunks = 4;
+struct SparseINT4 : Neighbours {
     const uint64_t *mask;
     const uint8_t *values;
     uint8_t *codes;
     const uint8_t *code;
     int64_t left;  // blocks
     Groups groups;
+    Table table;
     INLINE SparseINT4(const Weight &w, int64_t o, uint8_t *codes)
         : mask(w.mask + o * ((w.columns + 63) / 64)), values(w.values + (o ? w.ends[o - 1] : 0)), codes(codes),
           left((w.columns + 63) / 64), groups(w, o, 0) {}
-    INLINE int64_t place(int64_t b, int i) const { return 64 * b + LANES * i; }
     INLINE void unpack(const uint64_t *words, int64_t group) {
         const int64_t count = left < WIDEST / 64 ? left : WIDEST / 64;
         const uint8_t *from = values;
@@ -162,9 +200,10 @@ struct SparseINT4 {
         values = from;
     }
     INLINE Lanes chunk(int64_t b, int i, bool) {
-        if (i == 0 && b % (WIDEST / 64) == 0) unpack(mask + b, groups.w.group);
-        groups.advance();
-        return spread(code, ((const uint16_t *)mask)[chunks * b + i], groups.table);
+        if (i == 0 && b % (WIDEST / 64) == 0) unpack(mask + b, groups.group);
+        if (groups.begins()) table.fill(groups.scale, groups.zero);
+        groups.left -= LANES;
+        return spread(code, ((const uint16_t *)mask)[chunks * b + i], table);
     }
 };
 
@@ -178,7 +217,7 @@ INLINE int rest_chunks(const Weight &w) {
 
 struct Product {
     const Weight &w;
-    const float *x;  // [count or more, stride], zeros behind the columns
+    const float *x;  // [count or more, stride], arranged as the form's weights, zeros behind the columns
     int64_t stride, count;
     const void *bias;
     void *y;  // [count, rows]
@@ -202,7 +241,7 @@ void store(const Product &p, int64_t t, int64_t o, float sum) {
 template <class Form, int R, int T>
 __attribute__((noinline)) void multiply(const Product &p, int64_t t0, int64_t o) {
     // Sums of a result: one alone would wait for each addition. Not a matter of R: threads part rows, and not results.
-    constexpr int WAYS = T > 1 ? 1 : 2;
+    constexpr int WAYS = T > 1 ? 1 : Form::ways;
     const float *x = p.x + t0 * p.stride;
     const int64_t blocks = whole_blocks<Form>(p.w);
     alignas(64) uint8_t room[2][WIDEST + 64];
@@ -220,13 +259,17 @@ __attribute__((noinline)) void multiply(const Product &p, int64_t t0, int64_t o)
             for (int r = 0; r < R; r++) weight[r] = (r ? two : one).chunk(b, i, whole);
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                Lanes part = load(x + t * p.stride + one.place(b, i));
+                Lanes part = load(x + t * p.stride + place<Form>(b, i));
 #pragma GCC unroll 2
                 for (int r = 0; r < R; r++) sum[r][i % WAYS][t] = multiply_add(weight[r], part, sum[r][i % WAYS][t]);
             }
         }
     };
-    for (int64_t b = 0; b < blocks; b++) add_block(b, Form::chunks, true);
+    for (int64_t b = 0; b < blocks;) {
+        int64_t end = one.begin(b, blocks);
+        if (R > 1) two.begin(b, blocks);
+        for (; b < end; b++) add_block(b, Form::chunks, true);
+    }
     if (int rest = rest_chunks<Form>(p.w)) add_block(blocks, rest, false);
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T && t0 + t < p.count; t++) {
@@ -273,14 +316,16 @@ void write_rows(const void *job, int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; o++) {
         alignas(64) uint8_t room[WIDEST + 64];
         Form form(p.w, o, room);
-        for (int64_t b = 0; b < blocks + (rest != 0); b++)
-            for (int i = 0; i < (b < blocks ? Form::chunks : rest); i++) {
-                int64_t at = form.place(b, i);
-                narrow(form.chunk(b, i, b < blocks), p.out + o * columns + at, columns - at);
-            }
+        auto write_block = [&](int64_t b, int n, bool whole) __attribute__((always_inline)) {
+            for (int i = 0; i < n; i++) form.put(form.chunk(b, i, whole), b, i, p.out + o * columns, columns);
+        };
+        for (int64_t b = 0; b < blocks;)
+            for (int64_t end = form.begin(b, blocks); b < end; b++) write_block(b, Form::chunks, true);
+        if (rest) write_block(blocks, rest, false);
     }
 }
 
+enum { DENSE_BF16, SPARSE_BF16, DENSE_INT4, SPARSE_INT4 };
 const Rows MULTIPLY[] = {multiply_rows<DenseBF16>, multiply_rows<SparseBF16>, multiply_rows<DenseINT4>,
                          multiply_rows<SparseINT4>};
 const Rows WRITE[] = {write_rows<DenseBF16>, write_rows<SparseBF16>, write_rows<DenseINT4>, write_rows<SparseINT4>};
@@ -309,7 +354,12 @@ int sqft_multiply(const Weight *w, const void *x, const void *bias, void *y, int
     memset(wide + count * stride, 0, (most - count) * stride * sizeof(float));
     for (int64_t t = 0; t < count; t++) {
         float *to = wide + t * stride;
-        if (type == FP32)
+        auto given = [&](int64_t i) __attribute__((always_inline)) {
+            return type == FP32 ? load((const float *)x + t * w->columns + i) : widened((const uint16_t *)x + t * w->columns + i);
+        };
+        if (w->form == DENSE_INT4)
+            for (int64_t i = 0; i < w->columns / 2; i += LANES) arrange(given(i), given(w->columns / 2 + i), to + 2 * i);
+        else if (type == FP32)
             memcpy(to, (const float *)x + t * w->columns, w->columns * sizeof(float));
         else
             for (int64_t i = 0; i < w->columns; i += LANES)

@@ -1,7 +1,9 @@
-// Sixteen float32 numbers, a lane each: one register of AVX-512, or two of AVX2. Both ways give the same bits.
+// Sixteen float32 numbers, a lane each: one register of AVX-512, or two of AVX2.
 //
 // Bfloat16 numbers are widened or rounded to nearest even. What a sparse row keeps lies one behind the other: `spread`
-// takes it to the lanes whose bit is set, leaves 0 in the others, and moves on.
+// takes it to the lanes whose bit is set, leaves 0 in the others, and moves on. A byte has a code of each half of a row: `Codes`
+// gives sixteen columns of both halves as twice sixteen lanes, in the order that suits the processor. `arrange` puts
+// what they are multiplied with into that order, `narrow` puts them back.
 
 #pragma once
 
@@ -78,15 +80,26 @@ struct Table {
     }
 };
 
-struct Codes {  // two a byte
-    __m512i both;
-    INLINE Codes(const uint8_t *from) : both(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from))) {}
-    // permutexvar looks at the lowest four bits alone.
-    INLINE Lanes low(const Table &table) const { return {_mm512_permutexvar_ps(both, table.weight)}; }
-    INLINE Lanes high(const Table &table) const {
-        return {_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table.weight)};
+struct Tables {  // of a group in each half
+    Table low, high;
+    INLINE void fill(float low_scale, int low_zero, float high_scale, int high_zero) {
+        low.fill(low_scale, low_zero), high.fill(high_scale, high_zero);
     }
 };
+
+// Lanes of columns 0-15 of one half, then of the other.
+struct Codes {
+    Lanes half[2];
+    INLINE void read(const uint8_t *from, const Tables &tables) {
+        __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+        // permutexvar looks at the lowest four bits alone.
+        half[0] = {_mm512_permutexvar_ps(both, tables.low.weight)};
+        half[1] = {_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), tables.high.weight)};
+    }
+    INLINE Lanes lanes(int i) const { return half[i]; }
+};
+INLINE void arrange(Lanes low, Lanes high, float *to) { store(to, low), store(to + LANES, high); }
+INLINE void narrow(Lanes x, int i, uint16_t *low, uint16_t *high) { narrow(x, i ? high : low, LANES); }
 
 INLINE Lanes spread(const uint8_t *&from, uint16_t kept, const Table &table) {  // codes, a byte each
     __m512i compact = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
@@ -197,16 +210,57 @@ struct Table {
     }
 };
 
-struct Codes {  // two a byte
-    __m256i both;
-    INLINE Codes(const uint8_t *from)
-        : both(_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)from)),
-                                           _mm256_setr_epi32(0, 2, 0, 2, 1, 3, 1, 3))) {}
-    INLINE Lanes low(const Table &table) const { return table.of(_mm256_and_si256(both, _mm256_set1_epi8(15))); }
-    INLINE Lanes high(const Table &table) const {
-        return table.of(_mm256_and_si256(_mm256_srli_epi16(both, 4), _mm256_set1_epi8(15)));
+// The same of a group in each half of a row, in the halves of a register.
+struct Tables {
+    __m256i upper, lower;
+    INLINE void fill(float low_scale, int low_zero, float high_scale, int high_zero) {
+        __m256 scale = _mm256_set_m128(_mm_set1_ps(high_scale), _mm_set1_ps(low_scale));
+        __m256 zero = _mm256_set_m128(_mm_set1_ps((float)high_zero), _mm_set1_ps((float)low_zero));
+        // Upper halves of lanes: the bfloat16 weights of codes q, q + 2, q + 4, q + 6.
+        auto four = [&](float q) __attribute__((always_inline)) {
+            __m256 codes = _mm256_setr_ps(q, q + 2, q + 4, q + 6, q, q + 2, q + 4, q + 6);
+            __m256i bits = _mm256_castps_si256(_mm256_mul_ps(scale, _mm256_sub_ps(codes, zero)));
+            __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+            return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        };
+        auto apart = [&](float q) __attribute__((always_inline)) {  // of eight codes: lower bytes, then upper ones
+            __m256i eight = _mm256_blend_epi16(_mm256_srli_epi32(four(q), 16), four(q + 1), 0xaa);
+            return _mm256_shuffle_epi8(eight, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
+        };
+        __m256i first = apart(0), last = apart(8);
+        lower = _mm256_unpacklo_epi64(first, last), upper = _mm256_unpackhi_epi64(first, last);
     }
 };
+
+// Lanes of columns 0-7 of both halves, then of columns 8-15: those of even columns and of odd ones in a register each,
+// columns of one half in its lower half. So nothing crosses lanes, and no shuffle is half empty.
+struct Codes {
+    __m256i eight[2];  // bfloat16 weights
+    INLINE void read(const uint8_t *from, const Tables &tables) {
+        __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
+        __m256i apart = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+        __m256i codes = _mm256_and_si256(apart, _mm256_set1_epi8(15));
+        __m256i lower = _mm256_shuffle_epi8(tables.lower, codes), upper = _mm256_shuffle_epi8(tables.upper, codes);
+        eight[0] = _mm256_unpacklo_epi8(lower, upper), eight[1] = _mm256_unpackhi_epi8(lower, upper);
+    }
+    INLINE Lanes lanes(int i) const {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(eight[i], 16)),
+                _mm256_castsi256_ps(_mm256_and_si256(eight[i], _mm256_set1_epi32((int)0xffff0000)))};
+    }
+};
+INLINE void arrange(Lanes low, Lanes high, float *to) {
+    auto eight = [](__m256 a, __m256 b, float *to) __attribute__((always_inline)) {
+        __m256 first = _mm256_permute2f128_ps(a, b, 0x20), last = _mm256_permute2f128_ps(a, b, 0x31);
+        store(to, {_mm256_shuffle_ps(first, last, 0x88), _mm256_shuffle_ps(first, last, 0xdd)});
+    };
+    eight(low.low, high.low, to), eight(low.high, high.high, to + LANES);
+}
+INLINE void narrow(Lanes x, int i, uint16_t *low, uint16_t *high) {
+    __m256i halves = _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(x.low), 16), _mm256_castps_si256(x.high));
+    _mm_storeu_si128((__m128i *)(low + 8 * i), _mm256_castsi256_si128(halves));
+    _mm_storeu_si128((__m128i *)(high + 8 * i), _mm256_extracti128_si256(halves, 1));
+}
 
 // Codes a byte each carry a mark, so that a lane without one, whose shuffle writes 0, can be told from the code 0.
 constexpr char MARK = (char)Places::NONE;
