@@ -2,8 +2,8 @@
 
 Decoding reads every weight for each token, so its speed is that of reading: fewer bytes are fewer milliseconds. The
 weights that are multiplied are those of the dequantised model to the bit, and sums are float32; only their order
-differs from PyTorch's, and does not depend on the number of threads. Many rows (a prompt) take the weight written out in
-bfloat16, and PyTorch's own product.
+differs from PyTorch's, and does not depend on the number of threads. Many rows (a prompt) take the weight written out
+in bfloat16, and PyTorch's own product.
 
 `decode.cpp` is built at first use (:mod:`sqft.kernels.build`), for AVX-512 or AVX2. Where that is impossible, one line
 says why, and PyTorch's path is taken.
