@@ -2,12 +2,13 @@
 
     python benchmarks/recovery.py MODEL --data DIR --out DIR [--steps 120] [--workers 6] [--minutes 6]
 
-Order (compress first, or tune first and compress the tuned model), compensation, linears, rank and distillation, beside
-the dense model with LoRA and the dense models of few bits. DIR of the data has MAWPS and SVAMP. The cells are those of
-`recovery_cells.py` (`--cells PATTERN ...` takes some, `--list` names them), each trains as many steps in all as its
-budget says, the teacher's included. Worker processes share the card; what cells have in common is made once. A cell
-that fails is recorded and stops no other. `--result` (OUT/recovery.json) is written anew after each cell, and the same
-command goes on where an interrupted one stopped. Validation rows are for choosing among cells, test rows for reporting.
+Order (compress first, or tune first and compress the tuned model), compensation, linears, rank, learning rate and
+distillation, beside dense + LoRA and the dense models of few bits. DIR of the data has MAWPS and SVAMP. The cells are
+those of `recovery_cells.py` (`--cells PATTERN ...` takes some, `--list` names them), each trains as many steps in all
+as its budget says, the teacher's included. Worker processes share the card; what cells have in common is made once. A
+cell that fails is recorded and stops no other. `--result` (OUT/recovery.json) is written anew after each cell, and the
+same command goes on where an interrupted one stopped. Validation rows are for choosing among cells, test rows for
+reporting.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ class Cell:
         update: weights that stay make up for those that are pruned.
         teacher: half of the steps tune the dense model, which is then compressed; the other half recover it.
         distill: what the teacher teaches besides: hidden, logits or nothing.
+        rate: learning rate of the adapters; the teacher's is 1e-3.
     """
 
     base: str
@@ -65,12 +66,14 @@ class Cell:
     update: bool = False
     teacher: bool = False
     distill: str = ""
+    rate: float = 1e-3
 
     @property
     def name(self) -> str:
         words = [self.base, *(["update"] if self.update else []), *(["teacher"] if self.teacher else [])]
         words += [self.distill] if self.distill else []
         trained = [self.linears, f"r{self.rank}"] if self.budget else []
+        trained += [f"lr{self.rate:g}"] if self.rate != Cell.rate else []
         return "-".join([*words, *trained, f"x{self.budget}"])
 
     @property
@@ -137,7 +140,8 @@ class Cell:
         if self.teacher:
             values["teacher"] = {**training, "ranks": [32], "max_steps": first}
         if steps:
-            values["finetune"] = {**training, "kind": kind, "ranks": [self.rank], "max_steps": steps}
+            own = {"kind": kind, "ranks": [self.rank], "learning_rate": self.rate, "max_steps": steps}
+            values["finetune"] = {**training, **own}
             if self.linears == "five":
                 values["finetune"]["target_modules"] = FIVE
             if self.distill:
@@ -194,6 +198,12 @@ GRID = (
     Cell("sparse4", 0, update=True),
     Cell("int4", 0),
     Cell("int3", 0),
+    Cell("dense", rate=2e-3),
+    Cell("sparse4", update=True, rate=2e-3),
+    Cell("int4", rate=2e-3),
+    Cell("dense", 2, rate=2e-3),
+    Cell("sparse4", 2, update=True, rate=2e-3),
+    Cell("int4", 2, rate=2e-3),
     Cell("dense", 4),
     Cell("sparse4", 4, update=True, rank=128),
     Cell("sparse4", 4, update=True, teacher=True, distill="hidden", rank=128),
