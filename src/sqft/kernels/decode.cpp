@@ -65,16 +65,22 @@ struct Groups {
         zero = zeros[next];
         scale = number(scales, next++, type);
     }
-    INLINE bool begins() {  // with the next column; scale and zero are then its
-        const bool is = left == 0;
-        if (is) read(), left = group;
-        return is;
+    INLINE void begin() {  // the next, if its time has come
+        if (left == 0) read(), left = group;
     }
 };
 
+// Tables and codes that are made before their use, for one row.
+constexpr int RUNS = WIDEST / (2 * LANES);
+constexpr int CODE_WAYS = SUMS > 4 ? 2 : 1;  // tables take registers too
+struct Room {
+    Tables tables[RUNS];
+    alignas(64) uint8_t codes[WIDEST + 64];
+};
+
 // Forms. `begin` makes ready for the b-th block and says up to which one it did. `chunk` gives the i-th sixteen weights
-// of a block; all are asked for, in order. `put` writes them into the row of the weight in bfloat16. Those of dense codes
-// are no neighbours: x is arranged as they are.
+// of a block; all are asked for, in order. `put` writes them into the row of the weight in bfloat16. Those of codes are no
+// neighbours: x is arranged as they are.
 
 template <class Form>
 INLINE int64_t place(int64_t b, int i) { return LANES * (Form::chunks * b + i); }
@@ -91,7 +97,7 @@ struct Neighbours {
 struct DenseBF16 : Neighbours {
     const uint16_t *row;
     int64_t columns;
-    INLINE DenseBF16(const Weight &w, int64_t o, uint8_t *) : row((const uint16_t *)w.values + o * w.columns), columns(w.columns) {}
+    INLINE DenseBF16(const Weight &w, int64_t o, Room &) : row((const uint16_t *)w.values + o * w.columns), columns(w.columns) {}
     INLINE Lanes chunk(int64_t b, int i, bool whole) {
         int64_t at = place<DenseBF16>(b, i);
         if (i % 2 == 0) ask(row + at);
@@ -102,7 +108,7 @@ struct DenseBF16 : Neighbours {
 struct SparseBF16 : Neighbours {
     const uint16_t *mask;
     const uint16_t *value;
-    INLINE SparseBF16(const Weight &w, int64_t o, uint8_t *)
+    INLINE SparseBF16(const Weight &w, int64_t o, Room &)
         : mask((const uint16_t *)(w.mask + o * ((w.columns + 63) / 64))),
           value((const uint16_t *)w.values + (o ? w.ends[o - 1] : 0)) {}
     INLINE Lanes chunk(int64_t b, int i, bool) {
@@ -111,28 +117,27 @@ struct SparseBF16 : Neighbours {
     }
 };
 
+// Tables of the next runs of blocks, each within a group, are made together: that is half of the work, and one table alone
+// would wait for each of its steps.
+
 // Byte j of a row of codes holds columns j (low half) and width + j, see sqft.core.grid.pack_codes.
-// Tables of the next runs of blocks, each within a group of either half, are made together: that is half of the work,
-// and one table alone would wait for each of its steps.
 struct DenseINT4 {
-    static constexpr int chunks = 2, ways = SUMS > 4 ? 2 : 1;  // tables take registers too
-    static constexpr int RUNS = WIDEST / sizeof(Tables);
+    static constexpr int chunks = 2, ways = CODE_WAYS;
     const uint8_t *row;
     int64_t width;
     Groups low, high;
-    Tables *made;
+    Room &room;
     int64_t ends[RUNS];
     int next = RUNS;
     Tables tables;
     Codes codes;
-    INLINE DenseINT4(const Weight &w, int64_t o, uint8_t *room)
-        : row(w.values + o * (w.columns / 2)), width(w.columns / 2), low(w, o, 0), high(w, o, w.columns / 2),
-          made((Tables *)room) {}
+    INLINE DenseINT4(const Weight &w, int64_t o, Room &room)
+        : row(w.values + o * (w.columns / 2)), width(w.columns / 2), low(w, o, 0), high(w, o, w.columns / 2), room(room) {}
     INLINE void make(int64_t b, int64_t blocks) {
         Groups first = low, second = high;  // which no store below can change
         for (int i = 0; i < RUNS && b < blocks; i++) {
-            first.begins(), second.begins();
-            made[i].fill(first.scale, first.zero, second.scale, second.zero);
+            first.begin(), second.begin();
+            room.tables[i].fill(first.scale, first.zero, second.scale, second.zero);
             const int64_t columns = first.left < second.left ? first.left : second.left;
             first.left -= columns, second.left -= columns;
             ends[i] = b += columns / LANES;
@@ -141,7 +146,7 @@ struct DenseINT4 {
     }
     INLINE int64_t begin(int64_t b, int64_t blocks) {
         if (next == RUNS) make(b, blocks);
-        tables = made[next];
+        tables = room.tables[next];
         const int64_t end = ends[next++];
         for (int64_t i = b; i < end; i += 4) ask(row + LANES * i);
         return end;
@@ -156,25 +161,28 @@ struct DenseINT4 {
 };
 
 // Codes of the kept weights in order, two a byte, the low one first; those of a group begin at a whole byte. The codes
-// of a stretch are laid out a byte each, in `codes`; then sixteen columns take theirs from there, as many as the mask has.
+// of a stretch are laid out a byte each; then columns take theirs from there, as many as the mask has.
 // Far enough behind: a load of what was just stored in other portions would wait.
-struct SparseINT4 : Neighbours {
+struct SparseINT4 {
+    static constexpr int chunks = 2, ways = CODE_WAYS;
+    static constexpr int BLOCK = 2 * LANES;
     const uint64_t *mask;
     const uint8_t *values;
-    uint8_t *codes;
     const uint8_t *code;
-    int64_t left;  // blocks
+    int64_t columns;  // left
     Groups groups;
-    Table table;
-    INLINE SparseINT4(const Weight &w, int64_t o, uint8_t *codes)
-        : mask(w.mask + o * ((w.columns + 63) / 64)), values(w.values + (o ? w.ends[o - 1] : 0)), codes(codes),
-          left((w.columns + 63) / 64), groups(w, o, 0) {}
-    INLINE void unpack(const uint64_t *words, int64_t group) {
-        const int64_t count = left < WIDEST / 64 ? left : WIDEST / 64;
+    Room &room;
+    int next = 0;
+    Tables tables;
+    Codes codes;
+    INLINE SparseINT4(const Weight &w, int64_t o, Room &room)
+        : mask(w.mask + o * ((w.columns + 63) / 64)), values(w.values + (o ? w.ends[o - 1] : 0)), columns(w.columns),
+          groups(w, o, 0), room(room) {}
+    INLINE void unpack(const uint64_t *words, int64_t count) {
+        const int64_t group = groups.group;
         const uint8_t *from = values;
-        uint8_t *to = codes;
-        code = codes;
-        left -= count;
+        uint8_t *to = room.codes;
+        code = to;
         auto lay = [&](uint64_t kept) __attribute__((always_inline)) {
             ask(from), unpack64(from, to);
             to += _mm_popcnt_u64(kept);
@@ -199,11 +207,35 @@ struct SparseINT4 : Neighbours {
         }
         values = from;
     }
+    INLINE void make(int64_t stretch) {  // of so many columns
+        Groups all = groups;  // which no store below can change
+        for (int i = 0; i * all.group < stretch; i += 2) {
+            all.read();
+            const float scale = all.scale;
+            const int zero = all.zero;
+            if ((i + 1) * all.group < stretch) all.read();
+            Tables two;
+            two.fill(scale, zero, all.scale, all.zero);
+            if (all.group < BLOCK) room.tables[i / 2] = two;
+            else room.tables[i] = two.both(0), room.tables[i + 1] = two.both(1);
+        }
+        groups = all, next = 0;
+    }
+    INLINE int64_t begin(int64_t b, int64_t) {
+        if (b % (WIDEST / BLOCK) == 0) {
+            const int64_t stretch = columns < WIDEST ? columns : WIDEST;
+            unpack(mask + b / 2, (stretch + 63) / 64), make(stretch);
+            columns -= stretch;
+        }
+        tables = room.tables[next++];
+        return b + (groups.group < BLOCK ? 1 : groups.group / BLOCK);
+    }
     INLINE Lanes chunk(int64_t b, int i, bool) {
-        if (i == 0 && b % (WIDEST / 64) == 0) unpack(mask + b, groups.group);
-        if (groups.begins()) table.fill(groups.scale, groups.zero);
-        groups.left -= LANES;
-        return spread(code, ((const uint16_t *)mask)[chunks * b + i], table);
+        if (i == 0) codes.spread(code, ((const uint32_t *)mask)[b], tables);
+        return codes.lanes(i);
+    }
+    INLINE void put(Lanes x, int64_t b, int i, uint16_t *to, int64_t) const {
+        narrow(x, i, to + BLOCK * b, to + BLOCK * b + LANES);
     }
 };
 
@@ -244,8 +276,8 @@ __attribute__((noinline)) void multiply(const Product &p, int64_t t0, int64_t o)
     constexpr int WAYS = T > 1 ? 1 : Form::ways;
     const float *x = p.x + t0 * p.stride;
     const int64_t blocks = whole_blocks<Form>(p.w);
-    alignas(64) uint8_t room[2][WIDEST + 64];
-    Form one(p.w, o, room[0]), two(p.w, o + R - 1, room[1]);
+    Room room[R];
+    Form one(p.w, o, room[0]), two(p.w, o + R - 1, room[R - 1]);
     Lanes sum[R][WAYS][T];
     for (int r = 0; r < R; r++)
         for (int k = 0; k < WAYS; k++)
@@ -314,7 +346,7 @@ void write_rows(const void *job, int64_t begin, int64_t end) {
     const int64_t columns = p.w.columns, blocks = whole_blocks<Form>(p.w);
     const int rest = rest_chunks<Form>(p.w);
     for (int64_t o = begin; o < end; o++) {
-        alignas(64) uint8_t room[WIDEST + 64];
+        Room room;
         Form form(p.w, o, room);
         auto write_block = [&](int64_t b, int n, bool whole) __attribute__((always_inline)) {
             for (int i = 0; i < n; i++) form.put(form.chunk(b, i, whole), b, i, p.out + o * columns, columns);
@@ -357,8 +389,10 @@ int sqft_multiply(const Weight *w, const void *x, const void *bias, void *y, int
         auto given = [&](int64_t i) __attribute__((always_inline)) {
             return type == FP32 ? load((const float *)x + t * w->columns + i) : widened((const uint16_t *)x + t * w->columns + i);
         };
-        if (w->form == DENSE_INT4)
-            for (int64_t i = 0; i < w->columns / 2; i += LANES) arrange(given(i), given(w->columns / 2 + i), to + 2 * i);
+        const bool halves = w->form == DENSE_INT4;  // sixteen columns and those that many columns behind them
+        if (halves || w->form == SPARSE_INT4)
+            for (int64_t i = 0; i < w->columns / 2; i += LANES)
+                arrange(given(halves ? i : 2 * i), given(halves ? w->columns / 2 + i : 2 * i + LANES), to + 2 * i);
         else if (type == FP32)
             memcpy(to, (const float *)x + t * w->columns, w->columns * sizeof(float));
         else

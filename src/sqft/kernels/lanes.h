@@ -1,9 +1,9 @@
 // Sixteen float32 numbers, a lane each: one register of AVX-512, or two of AVX2.
 //
 // Bfloat16 numbers are widened or rounded to nearest even. What a sparse row keeps lies one behind the other: `spread`
-// takes it to the lanes whose bit is set, leaves 0 in the others, and moves on. A byte has a code of each half of a row: `Codes`
-// gives sixteen columns of both halves as twice sixteen lanes, in the order that suits the processor. `arrange` puts
-// what they are multiplied with into that order, `narrow` puts them back.
+// takes it to the lanes whose bit is set, leaves 0 in the others, and moves on. `Codes` turns two times sixteen columns of 4-bit
+// codes into weights, in lanes of the order that suits the processor. `arrange` puts what they are multiplied with into
+// that order, `narrow` puts them back.
 
 #pragma once
 
@@ -80,32 +80,35 @@ struct Table {
     }
 };
 
-struct Tables {  // of a group in each half
+struct Tables {  // of the groups of two times sixteen columns
     Table low, high;
     INLINE void fill(float low_scale, int low_zero, float high_scale, int high_zero) {
         low.fill(low_scale, low_zero), high.fill(high_scale, high_zero);
     }
+    INLINE Tables both(int i) const { return i ? Tables{high, high} : Tables{low, low}; }
 };
 
-// Lanes of columns 0-15 of one half, then of the other.
+// Lanes of the first sixteen columns, then of the second.
 struct Codes {
     Lanes half[2];
-    INLINE void read(const uint8_t *from, const Tables &tables) {
+    INLINE void read(const uint8_t *from, const Tables &tables) {  // two a byte, one of each sixteen
         __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
         // permutexvar looks at the lowest four bits alone.
         half[0] = {_mm512_permutexvar_ps(both, tables.low.weight)};
         half[1] = {_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), tables.high.weight)};
     }
+    INLINE void spread(const uint8_t *&from, uint32_t kept, const Tables &tables) {  // a byte each
+        half[0] = sixteen(from, kept & 0xffff, tables.low), half[1] = sixteen(from, kept >> 16, tables.high);
+    }
+    INLINE static Lanes sixteen(const uint8_t *&from, uint16_t kept, const Table &table) {
+        __m512i compact = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+        from += _mm_popcnt_u32(kept);
+        return {_mm512_maskz_permutexvar_ps(kept, _mm512_maskz_expand_epi32(kept, compact), table.weight)};
+    }
     INLINE Lanes lanes(int i) const { return half[i]; }
 };
 INLINE void arrange(Lanes low, Lanes high, float *to) { store(to, low), store(to + LANES, high); }
 INLINE void narrow(Lanes x, int i, uint16_t *low, uint16_t *high) { narrow(x, i ? high : low, LANES); }
-
-INLINE Lanes spread(const uint8_t *&from, uint16_t kept, const Table &table) {  // codes, a byte each
-    __m512i compact = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
-    from += _mm_popcnt_u32(kept);
-    return {_mm512_maskz_permutexvar_ps(kept, _mm512_maskz_expand_epi32(kept, compact), table.weight)};
-}
 
 INLINE void unpack64(const uint8_t *from, uint8_t *to) {  // 64 codes, two a byte, low one first, to a byte each
     __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
@@ -184,33 +187,8 @@ INLINE void narrow(Lanes x, uint16_t *to, int64_t count) {
     memcpy(to, whole, count * sizeof *to);
 }
 
-// The weight of each code of a group: s (q - z), rounded to bfloat16; its bytes apart, since shuffles look up bytes.
-struct Table {
-    __m256i upper, lower;  // [16], in both halves of a register
-    INLINE static __m256i bytes(__m256 weight) {  // of four weights a half: upper, then lower ones, twice
-        __m256i bits = _mm256_castps_si256(weight);
-        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        bits = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-        return _mm256_shuffle_epi8(bits, _mm256_set1_epi64x(0x0e0a06020f0b0703));
-    }
-    INLINE void fill(float scale, int zero) {
-        const float *step = steps.of[zero];
-        __m256 s = _mm256_set1_ps(scale);
-        __m256i low = bytes(_mm256_mul_ps(s, _mm256_load_ps(step))), high = bytes(_mm256_mul_ps(s, _mm256_load_ps(step + 8)));
-        __m256i all = _mm256_unpacklo_epi64(low, high);  // of weights 0-3, 8-11 and 4-7, 12-15
-        upper = _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6));
-        lower = _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(1, 5, 3, 7, 1, 5, 3, 7));
-    }
-    // Of a code a byte in the lower eight bytes of each half: those of lanes 0-3, 8-11 and of 4-7, 12-15.
-    INLINE Lanes of(__m256i codes) const {
-        __m256i halves = _mm256_unpacklo_epi8(_mm256_shuffle_epi8(lower, codes), _mm256_shuffle_epi8(upper, codes));
-        __m256i none = _mm256_setzero_si256();
-        return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(none, halves)),
-                _mm256_castsi256_ps(_mm256_unpackhi_epi16(none, halves))};
-    }
-};
-
-// The same of a group in each half of a row, in the halves of a register.
+// The weight of each code of a group: s (q - z), rounded to bfloat16; its bytes apart, since shuffles look up bytes. Of
+// the groups of two times sixteen columns, in the halves of a register.
 struct Tables {
     __m256i upper, lower;
     INLINE void fill(float low_scale, int low_zero, float high_scale, int high_zero) {
@@ -231,18 +209,39 @@ struct Tables {
         __m256i first = apart(0), last = apart(8);
         lower = _mm256_unpacklo_epi64(first, last), upper = _mm256_unpackhi_epi64(first, last);
     }
+    INLINE Tables both(int i) const {
+        return i ? Tables{_mm256_permute2x128_si256(upper, upper, 0x11), _mm256_permute2x128_si256(lower, lower, 0x11)}
+                 : Tables{_mm256_permute2x128_si256(upper, upper, 0), _mm256_permute2x128_si256(lower, lower, 0)};
+    }
 };
 
-// Lanes of columns 0-7 of both halves, then of columns 8-15: those of even columns and of odd ones in a register each,
-// columns of one half in its lower half. So nothing crosses lanes, and no shuffle is half empty.
+// Codes a byte each carry a mark, so that a lane without one, whose shuffle writes 0, can be told from the code 0.
+constexpr char MARK = (char)Places::NONE;
+
+INLINE __m128i spread_eight(const uint8_t *&from, uint8_t kept) {
+    __m128i eight = _mm_loadl_epi64((const __m128i *)from);
+    from += _mm_popcnt_u32(kept);
+    return _mm_shuffle_epi8(eight, _mm_loadl_epi64((const __m128i *)places.bytes[kept]));
+}
+
+// Lanes of columns 0-7 of both sixteens, then of columns 8-15: those of even columns and of odd ones in a register each,
+// the first sixteen's in its lower half. So nothing crosses lanes, and no shuffle is half empty.
 struct Codes {
     __m256i eight[2];  // bfloat16 weights
-    INLINE void read(const uint8_t *from, const Tables &tables) {
-        __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
-        __m256i apart = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
-        __m256i codes = _mm256_and_si256(apart, _mm256_set1_epi8(15));
+    INLINE void look_up(__m256i codes, const Tables &tables) {
         __m256i lower = _mm256_shuffle_epi8(tables.lower, codes), upper = _mm256_shuffle_epi8(tables.upper, codes);
         eight[0] = _mm256_unpacklo_epi8(lower, upper), eight[1] = _mm256_unpackhi_epi8(lower, upper);
+    }
+    INLINE void read(const uint8_t *from, const Tables &tables) {  // two a byte, one of each sixteen
+        __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
+        __m256i apart = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+        look_up(_mm256_and_si256(apart, _mm256_set1_epi8(15)), tables);
+    }
+    INLINE void spread(const uint8_t *&from, uint32_t kept, const Tables &tables) {  // a byte each
+        __m128i a = spread_eight(from, kept & 0xff), b = spread_eight(from, kept >> 8 & 0xff);
+        __m128i c = spread_eight(from, kept >> 16 & 0xff), d = spread_eight(from, kept >> 24);
+        __m256i marked = _mm256_set_m128i(_mm_unpacklo_epi64(c, d), _mm_unpacklo_epi64(a, b));
+        look_up(_mm256_xor_si256(marked, _mm256_set1_epi8(MARK)), tables);
     }
     INLINE Lanes lanes(int i) const {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(eight[i], 16)),
@@ -260,20 +259,6 @@ INLINE void narrow(Lanes x, int i, uint16_t *low, uint16_t *high) {
     __m256i halves = _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(x.low), 16), _mm256_castps_si256(x.high));
     _mm_storeu_si128((__m128i *)(low + 8 * i), _mm256_castsi256_si128(halves));
     _mm_storeu_si128((__m128i *)(high + 8 * i), _mm256_extracti128_si256(halves, 1));
-}
-
-// Codes a byte each carry a mark, so that a lane without one, whose shuffle writes 0, can be told from the code 0.
-constexpr char MARK = (char)Places::NONE;
-
-INLINE __m128i spread_eight(const uint8_t *&from, uint8_t kept) {
-    __m128i eight = _mm_loadl_epi64((const __m128i *)from);
-    from += _mm_popcnt_u32(kept);
-    return _mm_shuffle_epi8(eight, _mm_loadl_epi64((const __m128i *)places.bytes[kept]));
-}
-INLINE Lanes spread(const uint8_t *&from, uint16_t kept, const Table &table) {
-    __m128i low = spread_eight(from, kept & 0xff), four = _mm_unpacklo_epi32(low, spread_eight(from, kept >> 8));
-    __m256i marked = _mm256_permute4x64_epi64(_mm256_castsi128_si256(four), 0x10);
-    return table.of(_mm256_xor_si256(marked, _mm256_set1_epi8(MARK)));
 }
 
 INLINE void unpack64(const uint8_t *from, uint8_t *to) {  // 64 codes, two a byte, low one first, to a byte each
