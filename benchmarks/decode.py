@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", action="store_true", help="write benchmarks/results/decode_VECTORS.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    assert decode.absence() is None, decode.absence()
+    assert decode.KERNEL.absence() is None, decode.KERNEL.absence()
     result: dict[str, Any] = {
         "shape": [ROWS, COLUMNS],
         "group": GROUP,

@@ -65,7 +65,7 @@ def examine() -> dict[str, Any]:
         "disk_free_bytes": here.free,
         "cuda": torch.version.cuda,
         "gpus": gpus,
-        **{name: kernel.absence() for name, (kernel, _) in _KERNELS.items()},
+        **{name: kernel.KERNEL.absence() for name, (kernel, _) in _KERNELS.items()},
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
         "optional": {name: _version(name) for name in _OPTIONAL},
         "stages": dict.fromkeys(_STAGES, device),

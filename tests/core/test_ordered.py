@@ -22,7 +22,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Run a test by the compiled kernel and by PyTorch."""
     if request.param == "PyTorch":
         monkeypatch.setattr(delta, "kernels_on", lambda device, dtype: None)
-    elif (reason := adapt.absence()) is not None:
+    elif (reason := adapt.KERNEL.absence()) is not None:
         pytest.skip(reason)
     yield
 

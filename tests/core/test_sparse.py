@@ -26,6 +26,7 @@ from sqft.core.sparse import (
     to_two_of_four,
     words_of_bytes,
 )
+from sqft.kernels import build
 from sqft.kernels import sparse as kernel
 
 
@@ -33,9 +34,9 @@ from sqft.kernels import sparse as kernel
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run every test with the compiled kernel and without."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(kernel, "_load", lambda: "switched off")
-    elif kernel.absence() is not None:
-        pytest.skip(str(kernel.absence()))
+        monkeypatch.setattr(kernel, "KERNEL", build.Kernel(lambda: "switched off", "said"))
+    elif kernel.KERNEL.absence() is not None:
+        pytest.skip(str(kernel.KERNEL.absence()))
     name: str = request.param
     return name
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ SHAPES = [(7, 12, 4), (33, 576, 64), (5, 72, 72), (130, 200, 8), (1, 64, 32)]
 
 @pytest.fixture(autouse=True)
 def needs_the_kernel() -> None:
-    if (reason := adapt.absence()) is not None:
+    if (reason := adapt.KERNEL.absence()) is not None:
         pytest.skip(reason)
 
 
@@ -99,8 +98,7 @@ def test_every_processor_repeats_the_bits(capability: str, monkeypatch: pytest.M
     if capability in build.VECTORS and not getattr(torch.cpu, f"_is_{capability.lower()}_supported")():
         pytest.skip(f"no {capability} here")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(adapt, "_load", lru_cache(adapt._load.__wrapped__))
-    monkeypatch.setattr(adapt, "_library", lru_cache(adapt._library.__wrapped__))
+    monkeypatch.setattr(adapt, "KERNEL", build.Kernel(adapt._load, adapt.KERNEL._otherwise))
     weight, mask, lora_A, lora_B = tensors(33, 576, 32)
     factors, packed = (lora_A * SCALING, lora_B), pack_mask(mask)
     grid = quantised(weight, 4, 64, "offsets", torch.bfloat16)
@@ -160,15 +158,14 @@ def test_without_a_compiler_it_is_blas(
     assert not ordered.suits(cpu, torch.float64)
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(adapt, "_load", lru_cache(adapt._load.__wrapped__))
-    monkeypatch.setattr(adapt, "_library", lru_cache(adapt._library.__wrapped__))
+    monkeypatch.setattr(adapt, "KERNEL", build.Kernel(adapt._load, adapt.KERNEL._otherwise))
     ordered._on_processor.cache_clear()
     try:
         with caplog.at_level(logging.INFO, "sqft"):
             assert not ordered.suits(cpu, torch.bfloat16)
             assert not ordered.suits(cpu, torch.float32)
         assert len([line for line in caplog.messages if "adapted weights are computed by PyTorch" in line]) == 1
-        assert "install g++ or clang++" in str(adapt.absence())
+        assert "install g++ or clang++" in str(adapt.KERNEL.absence())
         assert ordered.suits(torch.device("cuda"), torch.bfloat16)
     finally:
         ordered._on_processor.cache_clear()

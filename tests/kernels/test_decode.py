@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,11 @@ from torch.nn import functional
 from sqft.core.delta import dequantized
 from sqft.core.grid import Grid, QuantizedWeight, pack_codes
 from sqft.core.sparse import Bitmask, to_bitmask
-from sqft.kernels import decode
+from sqft.kernels import build, decode
 
 # Elsewhere than on x86-64 with AVX2 there is none; where a compiler is lacking, the tests fail.
-if any(said in str(decode.absence()) for said in ("x86-64", "processor has no")):
-    pytest.skip(str(decode.absence()), allow_module_level=True)
+if any(said in str(decode.KERNEL.absence()) for said in ("x86-64", "processor has no")):
+    pytest.skip(str(decode.KERNEL.absence()), allow_module_level=True)
 
 FORMS = ("bf16", "sparse bf16", "int4", "sparse int4")
 
@@ -172,8 +170,7 @@ def test_every_processor_gives_the_same_weights_and_sums(form: str, monkeypatch:
     for capability in ("AVX512", "AVX2"):
         if not getattr(torch.cpu, f"_is_{capability.lower()}_supported")():
             continue
-        monkeypatch.setattr(decode, "_library", lru_cache(decode._library.__wrapped__))
-        monkeypatch.setattr(decode, "_load", lru_cache(decode._load.__wrapped__))
+        monkeypatch.setattr(decode, "KERNEL", build.Kernel(decode._load, "said"))
         monkeypatch.setattr("sqft.kernels.build.processor", lambda capability=capability: capability)
         x = [torch.randn(count, 2112, generator=generator(count)) for count in range(1, 12)]
         made[capability] = torch.cat([weight.product(rows) for rows in x]), weight.weight().view(torch.int16)
@@ -228,14 +225,11 @@ def test_it_takes_few_rows_without_gradient_on_a_cpu() -> None:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Look for the kernel anew, in a cache that is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    decode._load.cache_clear()
-    decode._library.cache_clear()
-    yield tmp_path / "cache"
-    decode._load.cache_clear()
-    decode._library.cache_clear()
+    monkeypatch.setattr(decode, "KERNEL", build.Kernel(decode._load, decode.KERNEL._otherwise))
+    return tmp_path / "cache"
 
 
 @pytest.mark.parametrize(
@@ -250,19 +244,17 @@ def test_without_a_compiler_one_line_says_so(
         assert not decode.takes(torch.zeros(1, 64))
     assert len([line for line in caplog.messages if "are decompressed" in line]) == 1
     assert caplog.text.count("building") == 1
-    assert said in str(decode.absence())
+    assert said in str(decode.KERNEL.absence())
     assert not list(fresh.rglob("*.so"))
 
 
 def test_another_processor_and_a_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh.parent.joinpath("cache").write_text("a file")
-    assert "cannot be written" in str(decode.absence())
-    decode._load.cache_clear()
+    assert "cannot be written" in str(decode._load())
     monkeypatch.setattr("sqft.kernels.build.processor", lambda: "DEFAULT")
-    assert "no AVX2" in str(decode.absence())
-    decode._load.cache_clear()
+    assert "no AVX2" in str(decode._load())
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert "x86-64" in str(decode.absence())
+    assert "x86-64" in str(decode._load())
 
 
 def test_opened_on_another_processor_it_says_so_and_runs_nothing() -> None:

@@ -19,12 +19,6 @@ if not settle.available():
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 
-def fresh() -> None:
-    """Let the kernel be looked for anew."""
-    settle._load.cache_clear()
-    settle._library.cache_clear()
-
-
 @pytest.mark.parametrize(("name", "masked"), leaves.CASES)
 def test_quantising(name: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     leaves.check_quantising(settle, name, masked, monkeypatch)
@@ -58,11 +52,10 @@ def test_every_processor_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) ->
         if capability in build.VECTORS and not getattr(torch.cpu, f"_is_{capability.lower()}_supported")():
             continue
         monkeypatch.setattr(build, "processor", lambda capability=capability: capability)
-        fresh()
+        monkeypatch.setattr(settle, "KERNEL", build.Kernel(settle._load, "said"))
         loop = columns.ColumnLoop(factor, weight.clone(), weight > -1, list(range(settle.LEAF)))
         settle.settle_leaf(loop, 0, settle.LEAF)
         found.append((loop.work_IO, loop.value_IO))
-    fresh()
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
@@ -71,14 +64,11 @@ def test_without_a_compiler_one_line_says_so(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    fresh()
-    try:
-        with caplog.at_level(logging.INFO, "sqft"):
-            assert not settle.available()
-            assert not settle.available()
-            assert "no C++ compiler" in str(settle.absence())
-    finally:
-        fresh()
+    monkeypatch.setattr(settle, "KERNEL", build.Kernel(settle._load, settle.KERNEL._otherwise))
+    with caplog.at_level(logging.INFO, "sqft"):
+        assert not settle.available()
+        assert not settle.available()
+        assert "no C++ compiler" in str(settle.KERNEL.absence())
     assert caplog.text.count("columns are settled by PyTorch") == 1
 
 
@@ -94,7 +84,7 @@ def test_a_wrong_kernel_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_two_processes_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "build.py"
-    script.write_text("from sqft.kernels import settle; assert settle.absence() is None")
+    script.write_text("from sqft.kernels import settle; assert settle.KERNEL.absence() is None")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = forked.run([], 2, script)
     assert done.returncode == 0, done.stderr

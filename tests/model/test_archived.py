@@ -19,7 +19,7 @@ from sqft.context import Context
 from sqft.data.tasks import Example
 from sqft.errors import InputError
 from sqft.evaluation.prepacked import stock_products
-from sqft.kernels import decode
+from sqft.kernels import build, decode
 from sqft.model.archived import ArchivedLinear, unpacked
 from sqft.model.load import decodes_packed
 from sqft.model.lockstep import Forward
@@ -29,8 +29,8 @@ from sqft.stages import quantize, sparsify
 from sqft.stages.pack import pack
 from sqft.stages.verify import behaviour
 
-if decode.absence() is not None:
-    pytest.skip(str(decode.absence()), allow_module_level=True)
+if decode.KERNEL.absence() is not None:
+    pytest.skip(str(decode.KERNEL.absence()), allow_module_level=True)
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 FORMS = ("float", "float 2:4", "compressed-tensors", "symmetric", "gptq", "codes 2:4")
@@ -169,7 +169,7 @@ def test_evaluation_writes_the_weights_out_once(
 
 def test_without_the_kernel_the_model_is_unpacked(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, archive = made("float")
-    monkeypatch.setattr(decode, "_library", lambda: None)
+    monkeypatch.setattr(decode, "KERNEL", build.Kernel(lambda: "switched off", "said"))
     model = load_model(archive)
     assert kinds(model) == {"Linear"}
     assert torch.equal(logits(model, 4), logits(load_model(plain), 4))
@@ -242,7 +242,7 @@ def test_a_chat_keeps_a_quantised_folder_packed(
     assert kinds(chats[1].model) == {"ArchivedLinear", "Linear"}
     said = [chat.answer("say", lambda _: None)[0] for chat in chats]
     assert said[0] == said[1]
-    monkeypatch.setattr(decode, "_library", lambda: None)
+    monkeypatch.setattr(decode, "KERNEL", build.Kernel(lambda: "switched off", "said"))
     assert "PackedLinear" not in kinds(Chat(plain, raw=True).model)
 
 

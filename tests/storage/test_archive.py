@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from sqft.kernels import build
 from sqft.kernels import sparse as kernel
 from sqft.stages.pack import pack, unpack
 from sqft.storage.dtypes import DTYPE_NAMES, read_tensor
@@ -125,9 +126,9 @@ def quantization(form: str, bits: int) -> dict[str, Any]:
 @pytest.mark.parametrize("form", WRITTEN)
 def test_the_bytes_are_what_they_were(form: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "PyTorch":
-        monkeypatch.setattr(kernel, "_load", lambda: "switched off")
-    elif kernel.absence() is not None:
-        pytest.skip(str(kernel.absence()))
+        monkeypatch.setattr(kernel, "KERNEL", build.Kernel(lambda: "switched off", "said"))
+    elif kernel.KERNEL.absence() is not None:
+        pytest.skip(str(kernel.KERNEL.absence()))
     model = folder(form, tmp_path / "model")
     archive = pack(model, tmp_path / "archive").path
     found = hashlib.sha256()

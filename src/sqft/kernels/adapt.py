@@ -8,9 +8,7 @@ for what PyTorch says of the processor. Shapes are those of :mod:`sqft.core.delt
 from __future__ import annotations
 
 import ctypes
-import logging
 from dataclasses import replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +17,6 @@ from sqft.kernels import build
 
 if TYPE_CHECKING:
     from sqft.core.grid import QuantizedWeight
-
-logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float32)
 """Of the weights that the kernel makes."""
@@ -33,13 +29,7 @@ _WIDE = 64  # columns of a tile
 
 def available() -> bool:
     """Return whether the kernel runs on this machine; the first call may build it."""
-    return _library() is not None
-
-
-def absence() -> str | None:
-    """Return why the kernel is not used on this machine; None where it is. The first call may build it."""
-    found = _load()
-    return found if isinstance(found, str) else None
+    return KERNEL.library() is not None
 
 
 def effective_weight(
@@ -205,22 +195,11 @@ torch.library.register_fake("sqft::mask_", _nothing)
 
 
 def _loaded() -> ctypes.CDLL:
-    library = _library()
+    library = KERNEL.library()
     assert library is not None
     return library
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    """Return the kernel; one line says where there is none."""
-    found = _load()
-    if isinstance(found, str):
-        logger.info("adapted weights are computed by PyTorch: %s", found)
-        return None
-    return found
-
-
-@lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
     """Return the kernel, built if need be, or why there is none."""
     library = build.load("adapt", "training", *build.ONE_BY_ONE, *build.VECTORS.get(build.processor(), ()))
@@ -230,3 +209,6 @@ def _load() -> ctypes.CDLL | str:
     library.sqft_adapt.argtypes = [pointer, number]
     library.sqft_mask.argtypes = [pointer, *(number,) * 3, pointer, pointer, number]
     return library
+
+
+KERNEL = build.Kernel(_load, "adapted weights are computed by PyTorch")

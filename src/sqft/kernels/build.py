@@ -14,8 +14,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,30 @@ ONE_BY_ONE = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 """Flags of a kernel that rounds each operation by itself: no fused products. Comparisons can still be vectors."""
 VECTORS = {"AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"), "AVX2": ("-mavx2",)}
 """Flags for what :func:`processor` names."""
+
+
+class Kernel:
+    """A kernel that is loaded when it is first asked for."""
+
+    def __init__(self, load: Callable[[], ctypes.CDLL | str], otherwise: str) -> None:
+        """Take what returns its library, or why there is none, and what is then said once: "OTHERWISE: why"."""
+        self._load, self._otherwise = load, otherwise
+        self._found: ctypes.CDLL | str | None = None
+        self._said = False
+
+    def absence(self) -> str | None:
+        """Return why the kernel is not used on this machine; None where it is. The first call may build it."""
+        if self._found is None:
+            self._found = self._load()
+        return self._found if isinstance(self._found, str) else None
+
+    def library(self) -> ctypes.CDLL | None:
+        """Return its library; one line says where there is none. The first call may build it."""
+        why = self.absence()
+        if why is not None and not self._said:
+            logger.info("%s: %s", self._otherwise, why)
+            self._said = True
+        return self._found if isinstance(self._found, ctypes.CDLL) else None
 
 
 def processor() -> str:

@@ -13,21 +13,18 @@ Its threads are those of the OpenMP runtime that PyTorch has loaded, as many as 
 from __future__ import annotations
 
 import ctypes
-import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from sqft.kernels import build
-
-logger = logging.getLogger(__name__)
 
 ROWS = 8
 """Rows of x at most; from there on PyTorch's products of a written weight are faster."""
@@ -95,7 +92,7 @@ class Stored:
 
 def available() -> bool:
     """Return whether weights can be multiplied as they are stored; the first call may build the kernel."""
-    return _ALLOWED.get() and _library() is not None
+    return _ALLOWED.get() and KERNEL.library() is not None
 
 
 def few(x: torch.Tensor) -> bool:
@@ -125,23 +122,6 @@ def stock() -> Iterator[None]:
         _ALLOWED.reset(token)
 
 
-def absence() -> str | None:
-    """Return why the kernel is not used on this machine; None where it is. The first call may build it."""
-    found = _load()
-    return found if isinstance(found, str) else None
-
-
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    """Return the kernel; one line says where there is none."""
-    found = _load()
-    if isinstance(found, str):
-        logger.info("weights are decompressed to decode: %s", found)
-        return None
-    return found
-
-
-@lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
     """Return the kernel, built if need be, or why there is none."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -158,6 +138,9 @@ def _load() -> ctypes.CDLL | str:
     library.sqft_multiply.argtypes = [*(pointer,) * 4, *(number,) * 3]
     library.sqft_write.argtypes = [pointer, pointer, number]
     return library
+
+
+KERNEL = build.Kernel(_load, "weights are decompressed to decode")
 
 
 class _Weight(ctypes.Structure):
@@ -181,7 +164,7 @@ def _threads(work: int) -> int:
 
 
 def _product(x, bias, values, mask, ends, scale, zero, rows, columns, scale_type):
-    library = _library()
+    library = KERNEL.library()
     assert library is not None
     x = x.contiguous()
     count = x.numel() // columns
@@ -195,7 +178,7 @@ def _product(x, bias, values, mask, ends, scale, zero, rows, columns, scale_type
 
 
 def _written(values, mask, ends, scale, zero, rows, columns, scale_type):
-    library = _library()
+    library = KERNEL.library()
     assert library is not None
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
     weight = _described(values, mask, ends, scale, zero, rows, columns, scale_type)

@@ -7,8 +7,6 @@ through the leaf's columns in the processor's first cache. Both kernels round ea
 from __future__ import annotations
 
 import ctypes
-import logging
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +15,6 @@ from sqft.kernels import build
 
 if TYPE_CHECKING:
     from sqft.core.columns import ColumnLoop
-
-logger = logging.getLogger(__name__)
 
 LEAF = 32
 """Columns of a leaf at most."""
@@ -36,13 +32,7 @@ class _Leaf(ctypes.Structure):
 
 def available() -> bool:
     """Return whether the kernel runs on this machine; the first call may build it."""
-    return _library() is not None
-
-
-def absence() -> str | None:
-    """Return why the kernel is not used on this machine; None where it is. The first call may build it."""
-    found = _load()
-    return found if isinstance(found, str) else None
+    return KERNEL.library() is not None
 
 
 def settle_leaf(loop: ColumnLoop, start: int, stop: int) -> None:
@@ -60,25 +50,17 @@ def settle_leaf(loop: ColumnLoop, start: int, stop: int) -> None:
         *(None if part is None else part.data_ptr() for part in (loop.order_I, loop.kept_IO, loop.value_IO, *grid)),
         0 if grid[0] is None else work.shape[0] // grid[0].shape[0],
     )
-    library = _library()
+    library = KERNEL.library()
     assert library is not None
     library.sqft_settle(ctypes.byref(job), torch.get_num_threads())
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    """Return the kernel; one line says where there is none."""
-    found = _load()
-    if isinstance(found, str):
-        logger.info("columns are settled by PyTorch: %s", found)
-        return None
-    return found
-
-
-@lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
     """Return the kernel, built if need be, or why there is none."""
     library = build.load("settle", "compressing", *build.ONE_BY_ONE, *build.VECTORS.get(build.processor(), ()))
     if not isinstance(library, str):
         library.sqft_settle.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return library
+
+
+KERNEL = build.Kernel(_load, "columns are settled by PyTorch")

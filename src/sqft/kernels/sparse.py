@@ -7,15 +7,11 @@ returns None where the kernel cannot be had or does not take the matrix, and PyT
 from __future__ import annotations
 
 import ctypes
-import logging
 import platform
-from functools import lru_cache
 
 import torch
 
 from sqft.kernels import build
-
-logger = logging.getLogger(__name__)
 
 _ROOM = 9  # bytes behind the values that the kernel may write
 _WORD = 64
@@ -31,27 +27,17 @@ class _Matrix(ctypes.Structure):
     )
 
 
-def absence() -> str | None:
-    """Return why the kernel is not used on this machine; None where it is. The first call may build it."""
-    found = _load()
-    return found if isinstance(found, str) else None
-
-
-@lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | str:
-    found = _built()
-    if isinstance(found, str):
-        logger.info("archives are packed and unpacked by PyTorch: %s", found)
-    return found
-
-
-def _built() -> ctypes.CDLL | str:
+    """Return the kernel, built if need be, or why there is none."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"the kernel is for x86-64 with BMI2, this is {platform.machine()}"
     library = build.load("sparse", "packing", "-mbmi2", "-mpopcnt")
     if isinstance(library, str) or library.sqft_supported():
         return library
     return "the processor has no BMI2"
+
+
+KERNEL = build.Kernel(_load, "archives are packed and unpacked by PyTorch")
 
 
 def nonzeros(
@@ -94,8 +80,8 @@ def two_of_four(mask_OW: torch.Tensor) -> bool | None:
 
 
 def _of_mask(name: str, mask_OW: torch.Tensor) -> int | None:
-    library = _load()
-    if isinstance(library, str) or mask_OW.device.type != "cpu":
+    library = KERNEL.library()
+    if library is None or mask_OW.device.type != "cpu":
         return None
     mask_OW = mask_OW.contiguous()
     function = getattr(library, f"sqft_{name}")
@@ -166,7 +152,7 @@ def _takes(
     # GPTQ's first format can say 16 of four bits: a zero that no code is.
     beyond = zero_OG is not None and bits == 4 and int(zero_OG.max()) > 15
     on_cpu = tensor.device.type == "cpu" and columns * bits % 8 == 0
-    return whole and on_cpu and not beyond and not isinstance(_load(), str)
+    return whole and on_cpu and not beyond and KERNEL.library() is not None
 
 
 def _call(
@@ -180,8 +166,8 @@ def _call(
     values: torch.Tensor | None,
     *more: int,
 ) -> int:
-    library = _load()
-    assert not isinstance(library, str)
+    library = KERNEL.library()
+    assert library is not None
     zero_OG = None if zero_OG is None else zero_OG.contiguous()
     tensors = zero_OG, bytes_OB, mask_OW, values
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
